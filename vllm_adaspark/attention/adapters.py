@@ -1,0 +1,108 @@
+"""The three adapters: CPU_ATTN, FLASH_ATTN and TRITON_ATTN.
+
+Each says only what its kernel needs beyond the shared virtual metadata.  Stock classes are imported
+when asked for, because not every build of vLLM can import every backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from vllm.v1.attention.backend import AttentionBackend
+
+from .backend import SparseBackend, SparseImpl, SparseMetadataBuilder
+
+SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+
+
+@cache
+def adapter_for(stock: type[AttentionBackend]) -> type[AttentionBackend]:
+    """Our backend over the one vLLM chose.
+
+    Raises:
+        ValueError: there is no adapter for it; the message says how to choose one that has.
+    """
+    name = stock.get_name()
+    make = {"CPU_ATTN": _cpu, "FLASH_ATTN": _flash, "TRITON_ATTN": _triton}.get(name)
+    if make is None:
+        raise ValueError(
+            f"AdaSpark has no adapter for attention backend {name}; start the server with "
+            f"--attention-backend set to one of {', '.join(SUPPORTED)}"
+        )
+    return make()
+
+
+def _assemble(stock: type[AttentionBackend], impl: type) -> type[AttentionBackend]:
+    """Backend, metadata builder and impl, each ours before the stock one."""
+    builder = type(
+        f"AdaSpark{stock.get_builder_cls().__name__}",
+        (SparseMetadataBuilder, stock.get_builder_cls()),
+        {},
+    )
+    return type(
+        f"AdaSpark{stock.__name__}",
+        (SparseBackend, stock),
+        {
+            "get_impl_cls": staticmethod(lambda: impl),
+            "get_builder_cls": staticmethod(lambda: builder),
+        },
+    )
+
+
+def _cpu() -> type[AttentionBackend]:
+    from vllm import _custom_ops, envs
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+    class AdaSparkCPUImpl(SparseImpl, CPUAttentionBackendImpl):
+        stock_impl = CPUAttentionBackendImpl
+
+        def _virtual_metadata(self, layer, metadata, batch, plan, dtype) -> Any:
+            metadata = super()._virtual_metadata(layer, metadata, batch, plan, dtype)
+            # The CPU kernel splits work over threads by a schedule made from the lengths.
+            schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(batch.seq_lens),
+                num_heads=self.num_heads // self.num_kv_heads,
+                num_kv_heads=1,
+                head_dim=self.head_size,
+                seq_lens=batch.seq_lens,
+                dtype=dtype,
+                query_start_loc=batch.query_start,
+                causal=True,
+                sliding_window_size=self.sliding_window,
+                isa=layer.isa,
+                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                dynamic_causal=None,
+                kv_cache_dtype=self.kv_cache_dtype,
+            )
+            return replace(metadata, scheduler_metadata=schedule)
+
+    return _assemble(CPUAttentionBackend, AdaSparkCPUImpl)
+
+
+def _flash() -> type[AttentionBackend]:
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+
+    class AdaSparkFlashImpl(SparseImpl, FlashAttentionImpl):
+        stock_impl = FlashAttentionImpl
+
+        def _virtual_metadata(self, layer, metadata, batch, plan, dtype) -> Any:
+            metadata = super()._virtual_metadata(layer, metadata, batch, plan, dtype)
+            return replace(metadata, max_num_splits=0)  # let the kernel choose: no plan was made
+
+    return _assemble(FlashAttentionBackend, AdaSparkFlashImpl)
+
+
+def _triton() -> type[AttentionBackend]:
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+
+    class AdaSparkTritonImpl(SparseImpl, TritonAttentionImpl):
+        stock_impl = TritonAttentionImpl
+
+        def _virtual_metadata(self, layer, metadata, batch, plan, dtype) -> Any:
+            metadata = super()._virtual_metadata(layer, metadata, batch, plan, dtype)
+            # The 3D (split-KV) kernel's scratch is sized for the real batch, so use the 2D one.
+            return replace(metadata, seq_threshold_3D=0)
+
+    return _assemble(TritonAttentionBackend, AdaSparkTritonImpl)

@@ -1,0 +1,121 @@
+"""What each physical KV block is: a complete video cube, under which settings, with which mean key.
+
+State is keyed by physical block and written when a block's tokens are written.  Prefix caching,
+chunked prefill and preemption then need nothing more: a cached block keeps its state, a block
+filled over several steps accumulates it, and a block that is handed out again starts afresh at its
+first token.  Tags live on the host, where the plan is made; key sums live on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The step's requests, on the host.
+
+    Attributes:
+        query_start: ``[rows + 1]`` first token of each row in the step; empty rows are padding.
+        seq_lens: ``[rows]`` tokens of each request once this step is done.
+        block_table: ``[rows, blocks]`` physical block of each logical block.
+    """
+
+    query_start: np.ndarray
+    seq_lens: np.ndarray
+    block_table: np.ndarray
+
+    @property
+    def query_lens(self) -> np.ndarray:
+        return np.diff(self.query_start)
+
+    @property
+    def computed(self) -> np.ndarray:
+        """Tokens of each request that earlier steps (or the prefix cache) provided."""
+        return self.seq_lens - self.query_lens
+
+
+class BlockTags:
+    """Which physical blocks are complete video cubes, and the tag word they carry.  Host only."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.is_cube = np.zeros(num_blocks, bool)
+        self.word = np.zeros(num_blocks, np.int64)
+        self._video_slots = np.zeros((num_blocks, block_size), bool)
+        self.any_video = False  # false until the first video: text-only servers pay nothing
+
+    def write(self, rows: StepRows, words: np.ndarray) -> None:
+        """Record the tokens this step writes.
+
+        Args:
+            rows: the step's requests.
+            words: ``[tokens]`` tag words, 0 for text (see tags.py).
+        """
+        self.any_video |= bool(words.any())
+        if not self.any_video:
+            return
+        lens = rows.query_lens
+        row = np.repeat(np.arange(len(lens)), lens)
+        position = np.arange(len(row)) + np.repeat(rows.computed - rows.query_start[:-1], lens)
+        block = rows.block_table[row, position // self.block_size]
+        offset = position % self.block_size
+
+        fresh = block[offset == 0]
+        self._video_slots[fresh] = False
+        self.word[fresh] = 0
+        video = words != 0
+        self._video_slots[block, offset] = video
+        self.word[block[video]] = words[video]
+        touched = np.unique(block)
+        self.is_cube[touched] = self._video_slots[touched].all(axis=1)
+
+
+class KeySums:
+    """Per layer: the sum of each block's keys, in fp32, of which a cube's mean key is made.
+
+    Sums come from the keys as they are written, not from the cache, whose layout belongs to the
+    kernel and may be packed or fp8.  Only blocks that may become cubes are kept up to date.
+    """
+
+    def __init__(
+        self, num_blocks: int, kv_heads: int, head_size: int, block_size: int, device: torch.device
+    ) -> None:
+        self.kv_heads = kv_heads
+        self.block_size = block_size
+        self._sums = torch.zeros(num_blocks, kv_heads, head_size, device=device)
+
+    def write(self, key: torch.Tensor, writes: KeyWrites) -> None:
+        """Add this step's keys ``[tokens, kv_heads, head_size]``."""
+        if writes.whole_blocks is not None:
+            cubes = key[writes.whole_tokens].unflatten(0, (-1, self.block_size))
+            self._sums[writes.whole_blocks] = cubes.sum(dim=1, dtype=torch.float32)
+        if writes.part_blocks is not None:
+            self._sums[writes.fresh_blocks] = 0
+            self._sums.index_add_(0, writes.part_blocks, key[writes.part_tokens].float())
+
+    def means(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Mean keys of ``blocks [...]``, ``[..., kv_heads, head_size]`` fp32."""
+        return self._sums[blocks] / self.block_size
+
+
+@dataclass(frozen=True)
+class KeyWrites:
+    """Which tokens of the step feed which key sums; index tensors on the device.
+
+    Blocks written whole in this step are summed at once; video blocks that a chunk edge cuts
+    accumulate over the steps that write them.
+    """
+
+    whole_tokens: torch.Tensor | None  # [whole_blocks * block_size]
+    whole_blocks: torch.Tensor | None
+    part_tokens: torch.Tensor | None
+    part_blocks: torch.Tensor | None  # [part_tokens] physical block of each
+    fresh_blocks: torch.Tensor | None  # part blocks whose first token is among these
+
+    @property
+    def empty(self) -> bool:
+        return self.whole_blocks is None and self.part_blocks is None

@@ -1,0 +1,207 @@
+"""One frozen, validated object that holds every AdaSpark setting.
+
+Three sources, in rising priority (design, section 2):
+
+1. the server:      ``--additional-config '{"adaspark": {...}}'``
+2. the checkpoint:  ``"adaspark_config": {...}`` in its ``config.json``
+3. the request:     ``mm_processor_kwargs={"adaspark": {...}}``
+
+Unknown keys, wrong types and values out of range are errors that name the key, the value and what
+is allowed: at start for the first two, HTTP 400 for the last.  This module imports nothing but the
+standard library, so a client can use it to check settings before it sends them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+ORDERS = ("cube", "raster")
+SELECTIONS = ("top_p", "top_k", "uniform")
+COMPENSATIONS = ("mean", "bypass")
+TEXT_QUERIES = ("sparse", "dense")
+
+# Shares travel to the layers in ten bits per token (see tags.py): a thousandth is the resolution.
+SHARE_STEPS = 1000
+
+
+class AdaSparkConfigError(ValueError):
+    """A setting that cannot be used.  The message names the key, the value and what is allowed."""
+
+
+def _setting(default: Any, doc: str, *, request: bool = True, **rule: Any) -> Any:
+    """A dataclass field with its rule; ``request`` says whether a request may set it."""
+    return field(default=default, metadata={"doc": doc, "request": request, **rule})
+
+
+@dataclass(frozen=True)
+class AdaSparkConfig:
+    """AdaSpark's settings (arXiv 2604.08077, sections on AdaS-Attn and AdaS-FFN).
+
+    Raises:
+        AdaSparkConfigError: a value has the wrong type or is out of range.
+
+    Example:
+        >>> AdaSparkConfig(p_attn=0.8).override({"p_ffn": 0.5}).p_ffn
+        0.5
+    """
+
+    enabled: bool = _setting(True, "false: this request (or the whole server) runs dense")
+    p_attn: float = _setting(
+        0.9, "probability mass of preceding cubes a query keeps (top_p)", share=True
+    )
+    p_ffn: float = _setting(
+        0.8, "share of a cube's token-norm mass that runs the FFN (1: dense)", share=True
+    )
+    selection: str = _setting(
+        "top_p", "how cubes are chosen: by mass, by rank or evenly", choices=SELECTIONS
+    )
+    keep: float = _setting(
+        0.25, "share of the preceding cubes kept by top_k and uniform", share=True
+    )
+    min_cubes: int = _setting(1, "cubes a query keeps at the least", low=1, high=16)
+    dense_layers: int = _setting(0, "the first layers that stay dense", low=0, high=15)
+    text_queries: str = _setting(
+        "sparse", "whether text after a video selects cubes too", choices=TEXT_QUERIES
+    )
+    compensation: str = _setting(
+        "mean", "what a token that skips the FFN gets", choices=COMPENSATIONS
+    )
+    cube: tuple[int, int, int] = _setting(
+        (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
+    )
+    order: str = _setting("cube", "order of a video's tokens in the prompt", choices=ORDERS)
+    dense_below: int = _setting(
+        8,
+        "a query with fewer preceding cubes attends to all",
+        request=False,
+        low=0,
+        high=1_000_000,
+    )
+    encoder_patches: int = _setting(
+        32768,
+        "patches the vision tower encodes at a time",
+        request=False,
+        low=1,
+        high=1 << 24,
+    )
+    report_file: str | None = _setting(
+        None, "append one JSON line per finished request to this file", request=False
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            object.__setattr__(self, spec.name, _checked(spec, value))
+
+    @property
+    def cube_volume(self) -> int:
+        """Merged tokens in a cube, which is also the KV block size."""
+        t, h, w = self.cube
+        return t * h * w
+
+    @property
+    def sparse_attention(self) -> bool:
+        """Whether some query may leave cubes out."""
+        share = self.p_attn if self.selection == "top_p" else self.keep
+        return self.enabled and share < 1.0
+
+    @property
+    def sparse_ffn(self) -> bool:
+        """Whether some token may skip the FFN."""
+        return self.enabled and self.p_ffn < 1.0
+
+    def override(
+        self, settings: Mapping[str, Any] | None, *, source: str = "adaspark", request: bool = False
+    ) -> AdaSparkConfig:
+        """This config with ``settings`` laid over it.
+
+        Args:
+            settings: keys of this class; ``None`` changes nothing.
+            source: where the settings came from, for the error message.
+            request: whether they came from a request, which may not set server-wide keys.
+
+        Raises:
+            AdaSparkConfigError: unknown key, wrong type, value out of range.
+        """
+        if settings is None:
+            return self
+        if not isinstance(settings, Mapping):
+            raise AdaSparkConfigError(
+                f"{source} must be an object of settings, got {settings!r} "
+                f"({type(settings).__name__})"
+            )
+        known = {spec.name: spec for spec in fields(self)}
+        for key in settings:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise AdaSparkConfigError(
+                    f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(known)}"
+                )
+            if request and not known[key].metadata["request"]:
+                allowed = [name for name, s in known.items() if s.metadata["request"]]
+                raise AdaSparkConfigError(
+                    f"{source}: {key!r} is a server setting and cannot be set per request; "
+                    f"allowed: {', '.join(allowed)}"
+                )
+        try:
+            changed = dataclasses.replace(self, **settings)
+        except AdaSparkConfigError as error:
+            raise AdaSparkConfigError(f"{source}: {error}") from None
+        if request and changed.cube_volume != self.cube_volume:
+            raise AdaSparkConfigError(
+                f"{source}: cube={list(changed.cube)} holds {changed.cube_volume} tokens, but this "
+                f"server's KV blocks hold {self.cube_volume}; a request may change a cube's shape, "
+                "not its volume"
+            )
+        return changed
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy; ``AdaSparkConfig().override(d)`` gives the config back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+
+def _checked(spec: dataclasses.Field, value: Any) -> Any:
+    """``value`` in its canonical type, or an AdaSparkConfigError that says what is allowed."""
+    rule = spec.metadata
+    problem = f"{spec.name}={value!r}"
+    if spec.name == "cube":
+        parts = list(value) if isinstance(value, (list, tuple)) else []
+        if len(parts) != 3 or not all(_is_int(n) and 1 <= n <= 64 for n in parts):
+            raise AdaSparkConfigError(
+                f"{problem}: expected three integers [t, h, w], each 1 to 64, e.g. [4, 4, 4]"
+            )
+        return tuple(parts)
+    if "share" in rule:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+            raise AdaSparkConfigError(f"{problem}: expected a number above 0 and at most 1")
+        # Never round down to nothing, and never quietly up to dense.
+        highest = SHARE_STEPS - 1 if value < 1 else SHARE_STEPS
+        steps = min(max(round(value * SHARE_STEPS), 1), highest)
+        return steps / SHARE_STEPS
+    if "choices" in rule:
+        if not isinstance(value, str) or value not in rule["choices"]:
+            allowed = ", ".join(repr(c) for c in rule["choices"])
+            raise AdaSparkConfigError(f"{problem}: expected one of {allowed}")
+        return value
+    if "low" in rule:
+        if not _is_int(value) or not rule["low"] <= value <= rule["high"]:
+            raise AdaSparkConfigError(
+                f"{problem}: expected an integer from {rule['low']} to {rule['high']}"
+            )
+        return value
+    if spec.name == "enabled":
+        if not isinstance(value, bool):
+            raise AdaSparkConfigError(f"{problem}: expected true or false")
+        return value
+    if value is not None and (not isinstance(value, str) or not value):
+        raise AdaSparkConfigError(f"{problem}: expected a path or null")
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,82 @@
+"""Geometry: in which order a video's tokens enter the prompt, so that a KV block is a compact cube.
+
+A video is a grid of T x H x W merged tokens; stock Qwen2.5-VL feeds it frame by frame ("raster"),
+so 64 consecutive tokens are a thin strip of one frame.  Here the grid is walked cube by cube:
+
+* the video is cut into slabs of ``t`` frames;
+* a slab is cut into strips of near-equal height (H / round(H / h) rows each);
+* a strip is walked column by column, all (row, frame) pairs of a column together; alternate strips
+  run the other way and alternate slabs are reversed, so neighbours in the sequence are neighbours
+  in the video.
+
+vLLM cuts this walk into KV blocks every B tokens wherever the video happens to start.  With an
+aligned start and a grid that divides, a block is an exact t x h x w box; otherwise it is still
+compact: mean squared spread 4.1-5 where an ideal 4x4x4 box has 3.75 and raster order 11-91.
+RoPE knows tokens by their position ids, which are permuted alike, so the order changes nothing in
+dense bidirectional terms; it does change which tokens are "earlier" under the causal mask.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=256)
+def cube_order(
+    grid: tuple[int, int, int], cube: tuple[int, int, int], order: str = "cube"
+) -> np.ndarray:
+    """The walk through a video's tokens.
+
+    Args:
+        grid: (T, H, W) merged tokens.
+        cube: (t, h, w) wanted shape of a cube.
+        order: ``"cube"``, or ``"raster"`` for stock order.
+
+    Returns:
+        ``[T * H * W]`` int64, read-only: the i-th token of the walk is raster token ``result[i]``.
+
+    Example:
+        >>> cube_order((1, 2, 4), (1, 2, 2)).tolist()
+        [0, 4, 1, 5, 2, 6, 3, 7]
+    """
+    T, H, W = grid
+    if order == "raster":
+        walk = np.arange(T * H * W)
+    elif order == "cube":
+        t, h, _ = cube
+        raster = np.arange(T * H * W).reshape(T, H, W)
+        edges = np.linspace(0, H, max(1, round(H / h)) + 1).round().astype(int)
+        slabs = []
+        for index, start in enumerate(range(0, T, t)):
+            strips = []
+            for strip, (top, bottom) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+                columns = raster[start : start + t, top:bottom].transpose(2, 1, 0)  # [w, h, t]
+                strips.append((columns[::-1] if strip % 2 else columns).reshape(-1))
+            slab = np.concatenate(strips)
+            slabs.append(slab[::-1] if index % 2 else slab)
+        walk = np.concatenate(slabs)
+    else:
+        raise ValueError(f"order={order!r}: expected 'cube' or 'raster'")
+    walk = walk.astype(np.int64)
+    walk.flags.writeable = False
+    return walk
+
+
+def block_spread(
+    grid: tuple[int, int, int],
+    cube: tuple[int, int, int],
+    block: int,
+    *,
+    phase: int = 0,
+    order: str = "cube",
+) -> float:
+    """Mean squared distance of a KV block's tokens from their centre, in merged tokens squared.
+
+    ``phase`` is the number of video tokens before the first block edge.  An ideal 4x4x4 box: 3.75.
+    """
+    walk = cube_order(grid, cube, order)[phase:]
+    whole = walk[: len(walk) // block * block]
+    at = np.stack(np.unravel_index(whole, grid), axis=-1).reshape(-1, block, 3).astype(float)
+    return float(((at - at.mean(1, keepdims=True)) ** 2).sum(-1).mean())

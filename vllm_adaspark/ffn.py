@@ -1,0 +1,128 @@
+"""AdaS-FFN: inside a cube only the tokens that matter run the FFN.
+
+A token matters by the L2 norm of its residual stream *before* the post-attention norm (after
+RMSNorm all norms are nearly alike); Top-p over the cube's normalised norms picks the active tokens.
+A token that skips gets the mean of the active tokens' FFN outputs, or nothing ("bypass").  Only
+cubes that lie wholly in a step take part; a cube cut by a chunk edge, and all text, run dense.
+
+The choice depends on the data, so it is one opaque custom op: torch.compile and piecewise CUDA
+graphs split there.  (Paper: AdaS-FFN; design, section 2.)
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.qwen2 import Qwen2MLP
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
+
+from . import selection
+from .attention.plan import FFNPlan
+from .runtime import Runtime
+
+OP_NAME = "vllm::adaspark_ffn"
+
+
+class SparseMLP(Qwen2MLP):
+    """Qwen2's FFN, weights unchanged, run on the tokens that matter.
+
+    ``adaspark`` (the model's Runtime) and ``adaspark_layer`` are set by the model.
+    """
+
+    adaspark: Runtime
+    adaspark_layer: int
+
+    def __init__(self, *args, prefix: str = "", **kwargs) -> None:
+        super().__init__(*args, prefix=prefix, **kwargs)
+        self.layer_name = prefix
+        # The op finds this module by name, as vLLM's attention and MoE ops do.
+        context = get_current_vllm_config().compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"Duplicate layer name: {prefix}")
+        context[prefix] = self
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """FFN output ``[tokens, hidden]`` of normed ``x``; ``residual`` is the stream before it."""
+        return torch.ops.vllm.adaspark_ffn(x, residual, _encode_layer_name(self.layer_name))
+
+    def run(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """What the op does: dense, unless this step has cubes to be sparse in."""
+        step = self.adaspark.plan
+        plan = step.ffn if step is not None else None
+        if plan is None or self.adaspark_layer < plan.dense_layers_range[0]:
+            return super().forward(x)
+        active = active_tokens(residual, plan, self.adaspark_layer)
+        if get_tensor_model_parallel_world_size() > 1:
+            # All ranks must gather the same tokens.  They see the same residual, but a rounding
+            # difference in an all-reduce must not be able to hang the next one.
+            active = get_tp_group().broadcast(active.to(torch.uint8), src=0).bool()
+        step.ffn_active[self.adaspark_layer] = active.sum(1)
+        return sparse_ffn(x, super().forward, active, plan)
+
+
+def active_tokens(residual: torch.Tensor, plan: FFNPlan, layer: int) -> torch.Tensor:
+    """Which tokens of each cube run the FFN, ``[cubes, block_size]`` bool.
+
+    Args:
+        residual: ``[tokens, hidden]`` stream before the post-attention norm.
+        plan: the step's FFN plan.
+        layer: layer index; cubes whose first ``dense_layers`` include it are all active.
+    """
+    norm = torch.linalg.vector_norm(residual[plan.tokens], dim=-1, dtype=torch.float32)
+    importance = norm / norm.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    everywhere = torch.ones_like(importance, dtype=torch.bool)
+    least = torch.ones_like(plan.dense_layers)
+    active = selection.top_p(importance, everywhere, plan.share, least)
+    if layer < plan.dense_layers_range[1]:
+        active |= (plan.dense_layers > layer)[:, None]
+    return active
+
+
+def sparse_ffn(x: torch.Tensor, ffn, active: torch.Tensor, plan: FFNPlan) -> torch.Tensor:
+    """Run ``ffn`` on the active tokens and all tokens outside the plan's cubes.
+
+    Args:
+        x: ``[tokens, hidden]`` normed input.
+        ffn: maps ``[n, hidden]`` to ``[n, hidden]``, token by token.
+        active: ``[cubes, block_size]`` bool, from :func:`active_tokens`.
+        plan: the step's FFN plan.
+    """
+    runs = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    runs[plan.tokens] = active
+    index = runs.nonzero().squeeze(1)  # waits for the GPU: the one data-dependent size
+    out = torch.zeros_like(x)
+    out.index_copy_(0, index, ffn(x[index]))
+
+    cubes = out[plan.tokens]  # [cubes, block_size, hidden], zero where skipped
+    mean = cubes.sum(1, dtype=torch.float32) / active.sum(1, keepdim=True)
+    fill = torch.where(plan.mean[:, None], mean, 0.0).to(out.dtype)
+    out[plan.tokens] = torch.where(active[..., None], cubes, fill[:, None])
+    return out
+
+
+def _adaspark_ffn(
+    x: torch.Tensor, residual: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    return layer.run(x, residual)
+
+
+def _adaspark_ffn_fake(
+    x: torch.Tensor, residual: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(
+    op_name=OP_NAME.removeprefix("vllm::"),
+    op_func=_adaspark_ffn,
+    mutates_args=[],
+    fake_impl=_adaspark_ffn_fake,
+)

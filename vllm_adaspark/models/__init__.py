@@ -1,0 +1,1 @@
+"""The registered model variants: stock vLLM models with AdaSpark's layers and token order."""

@@ -1,0 +1,128 @@
+"""Qwen2, the language model of Qwen2.5-VL, with AdaS-Attn and AdaS-FFN in every layer.
+
+Weights, names and parallelism are stock; only the attention backend and the FFN's forward differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2ForCausalLM,
+    Qwen2MLP,
+    Qwen2Model,
+)
+from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index, maybe_prefix
+
+from ..attention.adapters import adapter_for
+from ..ffn import SparseMLP
+from ..runtime import Runtime
+
+
+class SparseDecoderLayer(Qwen2DecoderLayer):
+    """A Qwen2 layer whose attention and FFN follow the step's plan."""
+
+    def __init__(
+        self,
+        config,
+        cache_config: CacheConfig | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__(config, cache_config, quant_config, prefix)
+        self.layer_index = extract_layer_index(prefix)
+        _use_adapter(self.self_attn, cache_config, quant_config)
+        self.mlp: Qwen2MLP = SparseMLP(
+            hidden_size=self.hidden_size,
+            intermediate_size=config.intermediate_size,
+            hidden_act=config.hidden_act,
+            quant_config=quant_config,
+            prefix=f"{prefix}.mlp",
+        )
+
+    def share(self, runtime: Runtime) -> None:
+        """Let attention and FFN see the model's runtime."""
+        for module in (self.self_attn.attn, self.mlp):
+            module.adaspark = runtime
+            module.adaspark_layer = self.layer_index
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # As stock, but the FFN also sees the residual stream before its norm.
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return self.mlp(hidden_states, residual), residual
+
+
+def _use_adapter(
+    attention: Qwen2Attention,
+    cache_config: CacheConfig | None,
+    quant_config: QuantizationConfig | None,
+) -> None:
+    """Give the layer our adapter over the backend that vLLM itself chose for it.
+
+    Qwen2Attention takes no backend, so its Attention is made again, under the same name.
+    """
+    stock: Attention = attention.attn
+    del get_current_vllm_config().compilation_config.static_forward_context[stock.layer_name]
+    attention.attn = Attention(
+        stock.num_heads,
+        stock.head_size,
+        attention.scaling,
+        num_kv_heads=stock.num_kv_heads,
+        cache_config=cache_config,
+        quant_config=quant_config,
+        prefix=stock.layer_name,
+        attn_backend=adapter_for(stock.attn_backend),
+    )
+
+
+class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Stock Qwen2ForCausalLM, built with :class:`SparseDecoderLayer`."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # As the stock constructor, which has no parameter for the layer type.
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config.get_text_config()
+        self.config = config
+        self.quant_config = vllm_config.quant_config
+        self.model = Qwen2Model(
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            decoder_layer_type=SparseDecoderLayer,
+        )
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=self.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def share(self, runtime: Runtime) -> None:
+        """Hand the runtime to this rank's layers."""
+        for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
+            layer.share(runtime)

@@ -1,0 +1,283 @@
+"""Qwen2.5-VL with AdaSpark: cube order, tags, bounded-memory video encoding, sparse layers.
+
+Chosen by ``--hf-overrides '{"architectures": ["AdaSparkQwen2_5_VLForConditionalGeneration"]}'``;
+stock weights of every size load unchanged.  Three things happen to a video on its way:
+
+* the processor validates the request's settings and attaches them to each video;
+* after the vision tower the video's embeddings are put into cube order;
+* its M-RoPE positions are put into the same order and carry the settings as tags (tags.py), which
+  ``forward`` strips again before the layers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VisionTransformer,
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
+from vllm.sequence import IntermediateTensors
+
+from .. import LANGUAGE_MODEL
+from ..config import ORDERS, AdaSparkConfig
+from ..cubes import cube_order
+from ..runtime import Runtime
+from ..tags import MAX_POSITION, add_tags, split_tags, tag_word
+
+REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
+FIELD = "adaspark_video"  # per video, to the model: (tag word, t, h, w, order)
+
+
+def resolved_config(hf_config: Any) -> AdaSparkConfig:
+    """Server and checkpoint settings, as startup.StartupCheck left them on the model's config."""
+    return AdaSparkConfig().override(getattr(hf_config, "adaspark_resolved", None))
+
+
+def pack_video(config: AdaSparkConfig) -> list[int]:
+    """What the model must know about a video, as integers."""
+    return [tag_word(config), *config.cube, ORDERS.index(config.order)]
+
+
+class AdaSparkProcessingInfo(Qwen2_5_VLProcessingInfo):
+    """Stock, but our request key is not passed on to Hugging Face's processor."""
+
+    def get_hf_processor(self, **kwargs: object):
+        return super().get_hf_processor(**_without_ours(kwargs))
+
+    def get_image_processor(self, **kwargs: object):
+        return super().get_image_processor(**_without_ours(kwargs))
+
+
+class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
+    """Validates a request's ``adaspark`` settings and attaches them to its videos.
+
+    The settings stay part of ``mm_processor_kwargs``, which enter the multimodal hash: requests
+    with different settings never share cached video blocks.
+    """
+
+    def apply(self, inputs, timing_ctx):
+        self._settings(inputs.hf_processor_mm_kwargs)  # an error here is HTTP 400
+        return super().apply(inputs, timing_ctx)
+
+    def _settings(self, mm_kwargs: Mapping[str, object]) -> AdaSparkConfig:
+        server = resolved_config(self.info.get_hf_config())
+        return server.override(
+            mm_kwargs.get(REQUEST_KEY), source=f"mm_processor_kwargs.{REQUEST_KEY}", request=True
+        )
+
+    def _call_hf_processor(self, hf_data, hf_kwargs) -> BatchFeature:
+        return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+
+    def _postprocess_hf_mm_data(self, mm_inputs, hf_processor_mm_kwargs, processed_data):
+        data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
+        grids = data.get("video_grid_thw")
+        if grids is not None and len(grids):
+            self._check_duration(grids, data.get("second_per_grid_ts"))
+            packed = pack_video(self._settings(hf_processor_mm_kwargs))
+            data[FIELD] = torch.tensor([packed] * len(grids), dtype=torch.int64)
+        return data
+
+    def _check_duration(self, grids: torch.Tensor, seconds: Any) -> None:
+        """Refuse a video whose time positions would not fit beside the tags."""
+        per_second = getattr(self.info.get_hf_config().vision_config, "tokens_per_second", 1.0)
+        for index, (frames, *_) in enumerate(torch.as_tensor(grids).tolist()):
+            step = float(seconds[index]) if seconds is not None else 1.0
+            if frames * step * per_second > MAX_POSITION // 2:
+                raise ValueError(
+                    f"video {index} spans {frames * step:.0f} s, more than the "
+                    f"{MAX_POSITION // 2 / per_second:.0f} s whose time positions fit; "
+                    "check its frame rate, or send a shorter part of it"
+                )
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        fields[FIELD] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        return fields
+
+
+def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in kwargs.items() if key != REQUEST_KEY}
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    AdaSparkProcessor,
+    info=AdaSparkProcessingInfo,
+    dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
+)
+class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL, all sizes, with AdaSpark."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        # As the stock constructor, which names its language model's architecture itself.
+        nn.Module.__init__(self)
+        config = vllm_config.model_config.hf_config
+        multimodal_config = vllm_config.model_config.get_multimodal_config()
+        self.use_data_parallel = multimodal_config.mm_encoder_tp_mode == "data"
+        self.config = config
+        self.model_config = vllm_config.model_config
+        self.vllm_config = vllm_config
+        self.multimodal_config = multimodal_config
+        self.video_pruning_rate = None  # refused at start
+        self.is_multimodal_pruning_enabled = False
+        with self._mark_tower_model(vllm_config, {"image", "video"}):
+            self.visual = Qwen2_5_VisionTransformer(
+                vision_config=config.vision_config,
+                norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+                quant_config=self.quant_config,
+                input_norm=build_mm_input_norm(self.model_config),
+                prefix=maybe_prefix(prefix, "visual"),
+            )
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=[LANGUAGE_MODEL],
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+        self.runtime = Runtime(resolved_config(config))
+        self.language_model.share(self.runtime)
+        # CUDA graphs read positions from a fixed address; one column more than is ever used keeps
+        # slices non-contiguous, as in vLLM's own buffer, so torch.compile sees the same strides.
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.register_buffer(
+            "plain_positions", torch.zeros(3, tokens + 1, dtype=torch.int64), persistent=False
+        )
+
+    # -- from video to embeddings ---------------------------------------------------------------
+
+    def _parse_and_validate_video_input(self, **kwargs: object):
+        parsed = super()._parse_and_validate_video_input(**kwargs)
+        # Rides along with the parsed input: the schema takes no field of ours.
+        self._video_settings = kwargs.get(FIELD)
+        return parsed
+
+    def _process_video_input(self, video_input) -> tuple[torch.Tensor, ...]:
+        """Each video's embeddings ``[tokens, hidden]``, in cube order."""
+        if video_input["type"] == "video_embeds":
+            videos = super()._process_video_input(video_input)
+        else:
+            videos = self._encode_in_pieces(
+                video_input["pixel_values_videos"], video_input["video_grid_thw"].tolist()
+            )
+        merge = self.visual.spatial_merge_size
+        ordered = []
+        for video, grid, settings in zip(
+            videos, video_input["video_grid_thw"].tolist(), self._video_settings, strict=True
+        ):
+            walk = _walk(grid, settings.tolist(), merge)
+            ordered.append(video if walk is None else video[walk.to(video.device)])
+        return tuple(ordered)
+
+    def _encode_in_pieces(
+        self, pixels: torch.Tensor, grids: list[list[int]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the vision tower over a few temporal patches at a time, so its memory is bounded.
+
+        Qwen2.5-VL's vision attention never crosses a temporal patch, so the result is the same.
+        """
+        limit = self.runtime.config.encoder_patches
+        videos, start = [], 0
+        for t, h, w in grids:
+            step = max(1, limit // (h * w))
+            pieces = []
+            for first in range(0, t, step):
+                frames = min(step, t - first)
+                piece = pixels[start : start + frames * h * w]
+                start += frames * h * w
+                pieces.append(self._encode(piece, [frames, h, w]))
+            videos.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        return tuple(videos)
+
+    def _encode(self, pixels: torch.Tensor, grid: list[int]) -> torch.Tensor:
+        if not self.use_data_parallel:
+            return self.visual(pixels, grid_thw=[grid])
+        # One item per temporal patch, so that all data-parallel ranks have some.
+        t, h, w = grid
+        sharded = run_dp_sharded_mrope_vision_model(
+            self.visual, pixels, [[1, h, w]] * t, rope_type="rope_3d"
+        )
+        return torch.cat(sharded)
+
+    def get_encoder_cudagraph_config(self):
+        # The encoder's CUDA-graph path bypasses _process_video_input, and with it the order.
+        config = super().get_encoder_cudagraph_config()
+        return replace(config, modalities=[m for m in config.modalities if m != "video"])
+
+    # -- from positions to tags and back --------------------------------------------------------
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[torch.Tensor, int]:
+        """Stock positions ``[3, tokens]``; each video's in cube order and tagged."""
+        positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
+        positions = positions.clone()
+        for video, tokens, walk, word in self._videos(mm_features):
+            if walk is not None:
+                positions[:, tokens] = positions[:, tokens][:, walk]
+            add_tags(positions, word, tokens)
+        return positions, delta
+
+    def _videos(
+        self, mm_features: list[MultiModalFeatureSpec]
+    ) -> Iterator[tuple[MultiModalFeatureSpec, slice, torch.Tensor | None, int]]:
+        """(feature, its tokens, its walk, its tag word) of every video in a prompt."""
+        merge = self.config.vision_config.spatial_merge_size
+        for feature in mm_features:
+            if feature.modality != "video":
+                continue
+            settings = feature.data[FIELD].data.tolist()
+            walk = _walk(feature.data["video_grid_thw"].data.tolist(), settings, merge)
+            start, length = feature.mm_position.offset, feature.mm_position.length
+            yield feature, slice(start, start + length), walk, settings[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        """As stock.  Plans the step, then runs the layers on plain positions."""
+        positions, words = split_tags(positions, self.plain_positions[:, : positions.shape[1]])
+        self._begin_step(words)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def _begin_step(self, words: torch.Tensor) -> None:
+        metadata = get_forward_context().attn_metadata
+        rows, num_blocks, block_size = None, 0, 0
+        if metadata:  # none in profiling runs
+            name, of_layer = next(iter(metadata.items()))
+            rows = of_layer.adaspark_rows
+            cache = get_forward_context().no_compile_layers[name].kv_cache
+            num_blocks, _, block_size, _ = cache.shape
+        self.runtime.begin_step(rows, words, num_blocks, block_size)
+
+
+def _walk(grid: list[int], settings: list[int], merge: int) -> torch.Tensor | None:
+    """Cube order of a video with patch grid ``[t, h, w]``; None for raster order."""
+    _, *cube, order = settings
+    if ORDERS[order] == "raster":
+        return None
+    t, h, w = grid
+    walk = cube_order((t, h // merge, w // merge), tuple(cube), ORDERS[order])
+    return torch.from_numpy(walk.copy())

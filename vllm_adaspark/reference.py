@@ -1,0 +1,336 @@
+"""The paper, and the rule the fast path uses, in plain PyTorch: the twin that tests trust.
+
+Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and AdaS-FFN):
+
+* ``paper_*``: the paper to the letter.  Every query token and query head chooses its own cubes;
+  every cube chooses its own active tokens.
+* ``tile_*``: what a paged, chunked engine can do fast.  A cube is a full KV block of video tokens,
+  the tokens of one KV block choose together, once per KV head, and what a chunk edge cuts through
+  runs dense.  The fast path must equal this one: index sets exactly, outputs to rounding.
+
+How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
+
+Written for reading, not for speed: loops, one request at a time, and a choice by Python's ``sorted``
+that shares no line with selection.py.  Half-precision inputs are widened to float32; float64 stays.
+Not covered: RoPE (queries and keys come rotated), batching, the KV cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .config import AdaSparkConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What the tokens of one KV block in one chunk chose together."""
+
+    block: int  # index of the block in the sequence
+    tokens: range  # absolute positions of the tile's queries
+    kind: str  # "video", "text" or "cut", see tile_attention
+    dense: bool  # attends to everything
+    candidates: list[int]  # blocks before this one that are cubes
+    kept: torch.Tensor  # [kv_heads, candidates] bool
+    # How much a probability or a cumulated mass would have to change before another cube is
+    # chosen; about 1e-6 or less is a tie that float32 rounding may break either way.
+    margin: float
+
+
+def paper_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cube_of: torch.Tensor, p: float, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaS-Attn for every query token and query head on its own.
+
+    A query keeps the Top-p of the cubes before its own (text: of the cubes that have ended), and
+    attends to these, to its own cube causally, and to all text before it.
+
+    Args:
+        q: ``[n, heads, d]`` post-RoPE queries.
+        k, v: ``[n, kv_heads, d]`` post-RoPE keys, and values.
+        cube_of: ``[n]`` cube of each token, counted from 0 in sequence order, every number in use;
+            -1 is text.  At least one cube.
+        p: probability mass to keep, in (0, 1].
+        scale: of the logits, usually ``d ** -0.5``.
+
+    Returns:
+        ``[n, heads, d]`` output and ``[n, heads, cubes]`` bool, the preceding cubes kept.
+    """
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    n, heads, _ = q.shape
+    group = heads // k.shape[1]
+    members = [(cube_of == j).nonzero().flatten() for j in range(int(cube_of.max()) + 1)]
+    mean_keys = torch.stack([k[tokens].mean(0) for tokens in members])  # [cubes, kv_heads, d]
+    logits = _logits(q, mean_keys, scale)  # [n, heads, cubes]
+
+    kept = torch.zeros(n, heads, len(members), dtype=torch.bool)
+    for token in range(n):
+        own = int(cube_of[token])
+        ended = sum(int(tokens[-1]) < token for tokens in members)
+        preceding = own if own >= 0 else ended  # how many; cubes count in sequence order
+        for head in range(heads if preceding else 0):
+            probs = logits[token, head, :preceding].softmax(-1)
+            kept[token, head, :preceding] = _top_p(probs, p, min_keep=1)[0]
+
+    at = torch.arange(n)
+    out = torch.empty_like(q)
+    for rows in at.split(64):  # [m] queries
+        always = (cube_of == -1) | (cube_of == cube_of[rows, None])  # [m, n] text and own cube
+        for head in range(heads):
+            visible = (always | kept[rows, head][:, cube_of]) & (at <= rows[:, None])
+            keys, values = k[:, head // group], v[:, head // group]
+            out[rows, head] = _attend(q[rows, head], keys, values, visible, scale)
+    return out, kept
+
+
+def paper_ffn(
+    x: torch.Tensor,
+    ffn: Callable[[torch.Tensor], torch.Tensor],
+    cube_of: torch.Tensor,
+    p: float,
+    compensation: str = "mean",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaS-FFN: in every cube the tokens that hold ``p`` of the norm mass run the FFN.
+
+    Args:
+        x: ``[n, hidden]`` residual stream before the post-attention norm.
+        ffn: norm and FFN, ``[m, hidden]`` to ``[m, hidden]``, without the residual.
+        cube_of: ``[n]`` as in :func:`paper_attention`; text always runs the FFN.
+        compensation: ``"mean"``: a skipped token gets the mean FFN output of its cube's active
+            tokens; ``"bypass"``: it gets nothing.
+
+    Returns:
+        ``[n, hidden]`` the residual stream after the FFN, and ``[n]`` bool, the active tokens.
+    """
+    x = _wide(x)
+    y = torch.empty_like(x)
+    active = cube_of == -1
+    y[active] = x[active] + ffn(x[active])
+    for cube in range(int(cube_of.max()) + 1):
+        tokens = (cube_of == cube).nonzero().flatten()
+        branch, runs = _sparse_ffn(x[tokens], x[tokens], ffn, p, compensation)
+        y[tokens] = x[tokens] + branch
+        active[tokens] = runs
+    return y, active
+
+
+def tile_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    is_video: torch.Tensor,
+    block_size: int,
+    chunk: tuple[int, int],
+    config: AdaSparkConfig,
+    layer: int = 0,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, list[Tile]]:
+    """AdaS-Attn as the fast path does it, for one chunk of one request.
+
+    Block ``b`` is tokens ``[b * B, (b + 1) * B)`` of the sequence.  It is a *cube* if all its tokens
+    are known (below the chunk's end) and video; every other block is an *anchor block*.  A *tile* is
+    the tokens of one block in the chunk:
+
+    * ``"video"``: a cube wholly in the chunk.  Its tokens and the heads of a GQA group average their
+      probabilities and choose once per KV head.
+    * ``"text"``: holds a token that is not video.  Every token chooses per KV head; the tile keeps
+      the union.
+    * ``"cut"``: only video tokens, but not a whole cube.  Attends to everything.
+
+    A tile attends to the cubes it kept, to all anchor blocks before it and to its own block causally.
+
+    Args:
+        q: ``[n, heads, d]``; only rows in ``chunk`` are read.
+        k, v: ``[n, kv_heads, d]``; only rows below the chunk's end are read.
+        is_video: ``[n]`` bool.
+        chunk: (start, end), the tokens computed in this step; those before are in the KV cache.
+        layer: index of the layer, for ``config.dense_layers``.
+        scale: of the logits; ``d ** -0.5`` by default.
+
+    Returns:
+        ``[end - start, heads, d]`` output and the tiles in sequence order.
+    """
+    start, end = chunk
+    q, k, v = _wide(q[start:end]), _wide(k[:end]), _wide(v[:end])
+    _, heads, d = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    scale = d**-0.5 if scale is None else scale
+
+    blocks = [range(b, b + block_size) for b in range(0, end, block_size)]  # last may pass the end
+    cubes = [b for b, at in enumerate(blocks) if at.stop <= end and _all(is_video, at)]
+    mean_keys = {b: k[blocks[b].start : blocks[b].stop].mean(0) for b in cubes}  # [kv_heads, d]
+
+    out = torch.empty_like(q)
+    tiles = []
+    for block in range(start // block_size, len(blocks)):
+        tokens = range(max(start, blocks[block].start), min(end, blocks[block].stop))
+        rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
+        candidates = [b for b in cubes if b < block]
+        if not _all(is_video, tokens):
+            kind = "text"
+        elif block in cubes and tokens == blocks[block]:
+            kind = "video"
+        else:
+            kind = "cut"
+        dense = (
+            kind == "cut"
+            or (kind == "text" and config.text_queries == "dense")
+            or len(candidates) < config.dense_below
+            or layer < config.dense_layers
+            or not config.sparse_attention
+        )
+
+        kept = torch.ones(kv_heads, len(candidates), dtype=torch.bool)
+        margin = math.inf
+        if not dense and candidates:
+            means = torch.stack([mean_keys[b] for b in candidates])
+            probs = _logits(q[rows], means, scale).softmax(-1)  # [m, heads, candidates]
+            probs = probs.unflatten(1, (kv_heads, group)).mean(2)  # [m, kv_heads, candidates]
+            if kind == "video":
+                probs = probs.mean(0, keepdim=True)
+            for kv_head in range(kv_heads):
+                choices = [_choose(row, config) for row in probs[:, kv_head]]
+                kept[kv_head] = torch.stack([choice for choice, _ in choices]).any(0)
+                margin = min(margin, *(slack for _, slack in choices))
+
+        at = torch.arange(end)
+        for kv_head in range(kv_heads):
+            visible = at <= torch.tensor(tokens)[:, None]  # [m, end]
+            for b, keep in zip(candidates, kept[kv_head].tolist(), strict=True):
+                if not keep:
+                    visible[:, blocks[b].start : blocks[b].stop] = False
+            keys, values = k[:, kv_head], v[:, kv_head]
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                out[rows, head] = _attend(q[rows, head], keys, values, visible, scale)
+        tiles.append(Tile(block, tokens, kind, dense, candidates, kept, margin))
+    return out, tiles
+
+
+def tile_ffn(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    ffn: Callable[[torch.Tensor], torch.Tensor],
+    is_video: torch.Tensor,
+    block_size: int,
+    chunk: tuple[int, int],
+    config: AdaSparkConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AdaS-FFN as the fast path does it: cubes wholly in the chunk choose, all other tokens run.
+
+    Args:
+        x: ``[n, hidden]`` residual stream before the post-attention norm.
+        h: ``[n, hidden]`` the same after the norm: what the FFN reads.
+        ffn: ``[m, hidden]`` to ``[m, hidden]``, without norm and residual.
+        is_video, block_size, chunk: as in :func:`tile_attention`.
+
+    Returns:
+        ``[end - start, hidden]`` FFN outputs, residual not added, and ``[end - start]`` bool, the
+        tokens that ran.
+    """
+    start, end = chunk
+    x, h = _wide(x), _wide(h)
+    branch = torch.empty_like(h[start:end])
+    active = torch.ones(end - start, dtype=torch.bool)
+    for first in range(start - start % block_size, end, block_size):
+        tokens = range(max(start, first), min(end, first + block_size))
+        at = slice(tokens.start, tokens.stop)  # of x and h
+        rows = slice(tokens.start - start, tokens.stop - start)  # of branch and active
+        if config.sparse_ffn and len(tokens) == block_size and _all(is_video, tokens):
+            branch[rows], active[rows] = _sparse_ffn(
+                x[at], h[at], ffn, config.p_ffn, config.compensation
+            )
+        else:
+            branch[rows] = ffn(h[at])
+    return branch, active
+
+
+def _logits(q: torch.Tensor, mean_keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """``[m, heads, d]`` x ``[cubes, kv_heads, d]`` to ``[m, heads, cubes]``."""
+    group = q.shape[1] // mean_keys.shape[1]
+    return torch.einsum("mhd,chd->mhc", q, mean_keys.repeat_interleave(group, dim=1)) * scale
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One head's attention of ``[m, d]`` queries to the ``visible [m, n]`` of ``[n, d]`` keys."""
+    seen = visible.any(0)  # a key no query sees is never touched: 0 * NaN would be NaN
+    logits = (q @ k[seen].T * scale).masked_fill(~visible[:, seen], -math.inf)
+    return logits.softmax(-1) @ v[seen]
+
+
+def _sparse_ffn(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    ffn: Callable[[torch.Tensor], torch.Tensor],
+    p: float,
+    compensation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One cube: importance from ``x``, FFN on ``h``, both ``[m, hidden]``; output and active set."""
+    norms = x.norm(dim=-1)
+    active, _ = _top_p(norms / norms.sum(), p, min_keep=1)
+    branch = torch.zeros_like(h)
+    branch[active] = ffn(h[active])
+    if compensation == "mean":
+        branch[~active] = branch[active].mean(0)
+    return branch, active
+
+
+def _choose(probs: torch.Tensor, config: AdaSparkConfig) -> tuple[torch.Tensor, float]:
+    """``config``'s rule on one row of ``[cubes]`` probabilities: ``[cubes]`` bool and its margin."""
+    n = len(probs)
+    if config.selection == "top_p":
+        return _top_p(probs, config.p_attn, config.min_cubes)
+    # The ceiling is taken in whole thousandths: 0.1 * 30 is 3, not 3.0000000000000004.
+    count = -(-n * round(config.keep * 1000) // 1000)
+    count = min(max(count, config.min_cubes), n)
+    if config.selection == "top_k":
+        ranked = _falling(probs)
+        return _mask(n, ranked[:count]), _gap(probs, ranked, count)
+    evenly = [-(-m * n // count) - 1 for m in range(1, count + 1)]  # the last cube is always one
+    return _mask(n, evenly), math.inf
+
+
+def _top_p(probs: torch.Tensor, p: float, min_keep: int) -> tuple[torch.Tensor, float]:
+    """The smallest prefix of the falling ``probs [n]`` whose mass reaches ``p``, and its margin."""
+    if p >= 1:
+        return torch.ones(len(probs), dtype=torch.bool), math.inf
+    ranked = _falling(probs)
+    mass, count, nearest = 0.0, 0, math.inf
+    while count < len(ranked) and (mass < p or count < min_keep):
+        mass += float(probs[ranked[count]])
+        nearest = min(nearest, abs(mass - p))
+        count += 1
+    return _mask(len(probs), ranked[:count]), min(nearest, _gap(probs, ranked, count))
+
+
+def _falling(probs: torch.Tensor) -> list[int]:
+    """Indices by falling probability; ties go to the earlier one."""
+    values = probs.tolist()
+    return sorted(range(len(values)), key=lambda j: -values[j])
+
+
+def _gap(probs: torch.Tensor, ranked: list[int], count: int) -> float:
+    """How far the last entry kept lies above the first one left out."""
+    if count == len(ranked):
+        return math.inf
+    return float(probs[ranked[count - 1]] - probs[ranked[count]])
+
+
+def _mask(n: int, indices: list[int]) -> torch.Tensor:
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[indices] = True
+    return mask
+
+
+def _all(is_video: torch.Tensor, tokens: range) -> bool:
+    return bool(is_video[tokens.start : tokens.stop].all())
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,49 @@
+"""What a model's layers share from step to step: the plan of this step and the state of KV blocks.
+
+One per model and worker, made by the model and handed to its layers, so there is no global state.
+``begin_step`` runs at the top of the model's forward, outside torch.compile and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .attention.plan import StepPlan, build_plan
+from .attention.state import BlockTags, StepRows
+from .config import AdaSparkConfig
+
+
+class Runtime:
+    """Holds ``plan``, the current step's plan, or None when the step is dense throughout."""
+
+    def __init__(self, config: AdaSparkConfig) -> None:
+        self.config = config
+        self.plan: StepPlan | None = None
+        self.rows: StepRows | None = None  # of the current step, also when it has no plan
+        self._block_tags: BlockTags | None = None
+
+    def begin_step(
+        self, rows: StepRows | None, words: torch.Tensor, num_blocks: int, block_size: int
+    ) -> None:
+        """Make the step's plan.
+
+        Args:
+            rows: the step's requests; None in profiling runs, which have no KV cache.
+            words: ``[tokens or more]`` int64 tag words on any device; padding is ignored.
+            num_blocks: physical KV blocks in the cache.
+            block_size: tokens in a KV block.
+        """
+        self.plan, self.rows = None, rows
+        if rows is None:
+            return
+        if self._block_tags is None or len(self._block_tags.is_cube) != num_blocks:
+            self._block_tags = BlockTags(num_blocks, block_size)
+        num_tokens = int(rows.query_start[-1])
+        self.plan = build_plan(
+            rows,
+            words[:num_tokens].cpu().numpy().astype(np.int64, copy=False),
+            self._block_tags,
+            dense_below=self.config.dense_below,
+            device=words.device,
+        )

@@ -1,0 +1,99 @@
+"""Which cubes a query keeps and which tokens run the FFN: pure functions over probabilities.
+
+Everything here is vectorised over any leading dimensions and never waits for the GPU.  ``share``
+and ``min_keep`` may differ from row to row, because a batch may mix requests with other settings.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .config import SELECTIONS
+
+TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
+
+
+def top_p(
+    probs: torch.Tensor, valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor
+) -> torch.Tensor:
+    """The smallest set, in order of falling probability, whose mass reaches ``share``.
+
+    Args:
+        probs: ``[..., n]`` non-negative; the valid entries of a row sum to 1.
+        valid: ``[..., n]`` bool, the entries there are.
+        share: ``[...]`` or broadcastable, in (0, 1].  At 1 every valid entry is kept.
+        min_keep: ``[...]`` or broadcastable, entries kept at the least.
+
+    Returns:
+        ``[..., n]`` bool.  Ties go to the earlier entry.  (Paper: AdaS-Attn and AdaS-FFN.)
+    """
+    # Entries that are not there sort last, so they never count towards min_keep or the mass.
+    falling, index = torch.where(valid, probs, -1.0).sort(dim=-1, descending=True, stable=True)
+    before = falling.cumsum(-1) - falling  # mass of all entries ranked higher
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    kept = (before < share.unsqueeze(-1)) | (rank < min_keep.unsqueeze(-1))
+    # Rounding may let the cumulated mass reach 1 early; a share of 1 means all.
+    kept |= share.unsqueeze(-1) >= 1
+    return torch.empty_like(kept).scatter_(-1, index, kept) & valid
+
+
+def top_k(
+    probs: torch.Tensor, valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor
+) -> torch.Tensor:
+    """The ``ceil(share * n_valid)`` most probable entries of each row.  Shapes as in ``top_p``."""
+    rank = _rank(torch.where(valid, probs, -1.0))
+    return valid & (rank < _count(valid, share, min_keep).unsqueeze(-1))
+
+
+def uniform(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) -> torch.Tensor:
+    """``ceil(share * n_valid)`` entries spread evenly over the valid ones, the last one included."""
+    count = _count(valid, share, min_keep).unsqueeze(-1)
+    number = valid.sum(-1, keepdim=True).clamp(min=1)
+    nth = valid.cumsum(-1)  # 1-based among the valid
+    return valid & (nth * count // number > (nth - 1) * count // number)
+
+
+def select(
+    probs: torch.Tensor,
+    valid: torch.Tensor,
+    rule: torch.Tensor,
+    share: torch.Tensor,
+    min_keep: torch.Tensor,
+    rules: tuple[int, ...] = (TOP_P, TOP_K, UNIFORM),
+) -> torch.Tensor:
+    """Rows of different rules at once.
+
+    Args:
+        probs: ``[..., n]``, zero where not ``valid``.
+        valid: ``[..., n]`` bool, the entries there are.
+        rule: ``[...]`` index into ``config.SELECTIONS``.
+        share, min_keep: ``[...]``, see :func:`top_p`.
+        rules: the rules that occur, so that the others cost nothing.
+
+    Returns:
+        ``[..., n]`` bool; at least one valid entry is kept in every row that has one.
+    """
+    by_rule = {
+        TOP_P: lambda: top_p(probs, valid, share, min_keep),
+        TOP_K: lambda: top_k(probs, valid, share, min_keep),
+        UNIFORM: lambda: uniform(valid, share, min_keep),
+    }
+    kept = by_rule[rules[0]]()
+    for other in rules[1:]:
+        kept = torch.where((rule == other).unsqueeze(-1), by_rule[other](), kept)
+    return kept
+
+
+def _rank(values: torch.Tensor) -> torch.Tensor:
+    """0 for a row's largest entry, 1 for the next, ...; ties go to the earlier entry."""
+    index = values.sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(values.shape[-1], device=values.device).expand_as(index)
+    return torch.empty_like(index).scatter_(-1, index, ranks)
+
+
+def _count(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) -> torch.Tensor:
+    """Entries to keep per row: ``ceil(share * n)``, at least ``min_keep``, at most all."""
+    number = valid.sum(-1)
+    # Shares are exact thousandths: rounding first keeps 0.1 * 30 from becoming 4.
+    wanted = torch.div(number * (share * 1000).round().long() + 999, 1000, rounding_mode="floor")
+    return torch.minimum(torch.maximum(wanted, min_keep.expand_as(wanted)), number)

@@ -1,0 +1,150 @@
+"""Checks and settles the configuration once, before anything is built.
+
+vLLM calls :class:`StartupCheck` for our architecture while it makes its configuration.  What cannot
+work is refused here with the setting and the fix; nothing is ever silently dense.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from .config import AdaSparkConfig, AdaSparkConfigError
+from .tags import MAX_POSITION
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
+
+SERVER_KEY = "adaspark"  # in --additional-config
+CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
+BLOCK_SIZES = (32, 64, 128)  # cube volumes that are tested
+
+
+class StartupCheck(VerifyAndUpdateConfig):
+    """Registered for our architecture in vLLM's MODELS_CONFIG_MAP."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Settle settings and block size; raise AdaSparkConfigError on what cannot work."""
+        config = settle(vllm_config)
+        _settle_block_size(vllm_config, config)
+        refuse_unsupported(vllm_config)
+        _split_graphs_at_ffn(vllm_config)
+        _report_requests(vllm_config)
+        # The request processor and the model see the model's config, not ours: it travels there.
+        vllm_config.model_config.hf_config.adaspark_resolved = config.to_dict()
+        logger.info("AdaSpark: %s", config)
+
+
+def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
+    """Server settings, then the checkpoint's over them."""
+    additional = vllm_config.additional_config or {}
+    checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
+    config = AdaSparkConfig().override(
+        additional.get(SERVER_KEY), source=f"--additional-config {SERVER_KEY}"
+    )
+    return config.override(checkpoint, source=f"config.json {CHECKPOINT_KEY}")
+
+
+def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
+    """A cube is a KV block."""
+    cache = vllm_config.cache_config
+    volume = config.cube_volume
+    if volume not in BLOCK_SIZES:
+        raise AdaSparkConfigError(
+            f"cube={list(config.cube)} holds {volume} tokens; allowed volumes: "
+            f"{', '.join(map(str, BLOCK_SIZES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
+        )
+    if not cache.user_specified_block_size:
+        cache.block_size = volume
+        cache.user_specified_block_size = True
+    elif cache.block_size != volume:
+        raise AdaSparkConfigError(
+            f"--block-size {cache.block_size} does not match cube={list(config.cube)}, which holds "
+            f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
+        )
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise on every option that AdaSpark does not support yet; see the README's table."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    multimodal = model.multimodal_config
+    mm_kwargs: dict[str, Any] = (multimodal.mm_processor_kwargs if multimodal else None) or {}
+    text = model.hf_text_config
+    refused = [
+        (
+            multimodal is not None and (multimodal.video_pruning_rate or 0) > 0,
+            "--video-pruning-rate: EVS drops the tokens that cubes are made of; leave it out",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None or bool(cache.kv_offloading_size),
+            "KV connectors and KV offloading: blocks that come from elsewhere lack their cube state",
+        ),
+        (vllm_config.speculative_config is not None, "--speculative-config"),
+        (vllm_config.lora_config is not None, "--enable-lora: adapters are mapped by token index"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)",
+        ),
+        (parallel.enable_dbo, "--enable-dbo"),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        (
+            str(cache.cache_dtype) not in ("auto", "bfloat16", "float16", "float32")
+            and not (str(cache.cache_dtype).startswith("fp8") and "token" not in cache.cache_dtype),
+            f"--kv-cache-dtype {cache.cache_dtype}; use auto or fp8",
+        ),
+        (bool(getattr(text, "use_sliding_window", False)), "sliding-window attention"),
+        (
+            getattr(text, "dual_chunk_attention_config", None) is not None,
+            "dual chunk attention",
+        ),
+        (
+            SERVER_KEY in mm_kwargs,
+            f"--mm-processor-kwargs {SERVER_KEY}; server-wide settings go into "
+            f"--additional-config '{{\"{SERVER_KEY}\": {{...}}}}'",
+        ),
+        (
+            model.max_model_len > MAX_POSITION,
+            f"--max-model-len {model.max_model_len}; at most {MAX_POSITION} positions can be tagged",
+        ),
+        (model.runner_type != "generate", f"--runner {model.runner_type}; use generate"),
+    ]
+    for unsupported, what in refused:
+        if unsupported:
+            raise AdaSparkConfigError(f"AdaSpark does not support {what}")
+
+
+def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
+    """Keep the FFN op, whose sizes depend on the data, out of piecewise CUDA graphs."""
+    from vllm.platforms import current_platform
+
+    from .ffn import OP_NAME
+
+    compilation = vllm_config.compilation_config
+    if not current_platform.is_cuda_alike():
+        return
+    if compilation.splitting_ops is None:
+        compilation.splitting_ops = [
+            *compilation._attention_ops,
+            "vllm::unified_kv_cache_update",
+            "vllm::unified_mla_kv_cache_update",
+        ]
+    if OP_NAME not in compilation.splitting_ops:
+        compilation.splitting_ops.append(OP_NAME)
+
+
+def _report_requests(vllm_config: VllmConfig) -> None:
+    """Run vLLM's worker with per-request accounting, unless the user chose a worker."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls == "auto":
+        kind = "CPU" if current_platform.is_cpu() else "GPU"
+        parallel.worker_cls = f"vllm_adaspark.worker.AdaSpark{kind}Worker"
+    else:
+        logger.warning("AdaSpark: no per-request report with --worker-cls %s", parallel.worker_cls)

@@ -1,0 +1,109 @@
+"""What a token tells the layers, packed into the spare bits of its M-RoPE position.
+
+Per-token facts must reach every layer, on every tensor- and pipeline-parallel rank, for every
+prefill chunk, in both of vLLM's model runners.  M-RoPE positions already go everywhere a token
+goes, three numbers a token; runner V2 stages them as int32.  We keep 20 bits of each for the
+position and use the 11 bits above it in each of the three rows::
+
+    row 0 (time)    bit 20: is video | bits 21-30: attention share, in thousandths
+    row 1 (height)  bit 20: mean compensation | bits 21-30: FFN share, in thousandths
+    row 2 (width)   bits 20-21: selection rule | bit 22: text queries sparse
+                    bits 23-26: min_cubes - 1 | bits 27-30: dense_layers
+
+Only video tokens carry tags.  Text learns its request's settings from the KV blocks of the video
+before it (see attention/state.py), so tokens the model generates need none.  This file is the only
+place that packs or unpacks; it needs no vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .config import COMPENSATIONS, SELECTIONS, SHARE_STEPS, TEXT_QUERIES, AdaSparkConfig
+
+POSITION_BITS = 20
+MAX_POSITION = (1 << POSITION_BITS) - 1
+_FIELD_BITS = 11
+_FIELD_MASK = (1 << _FIELD_BITS) - 1
+
+
+class Tags(NamedTuple):
+    """Settings per token or per KV block; every field has the shape of the word unpacked.
+
+    ``word`` is 0 for text.  Shares are in thousandths.
+    """
+
+    is_video: torch.Tensor
+    attn_share: torch.Tensor
+    ffn_share: torch.Tensor
+    mean_compensation: torch.Tensor
+    rule: torch.Tensor  # index into config.SELECTIONS
+    sparse_text: torch.Tensor
+    min_cubes: torch.Tensor
+    dense_layers: torch.Tensor
+
+
+def tag_word(config: AdaSparkConfig) -> int:
+    """The 33-bit word a video token carries under ``config``."""
+    share = config.p_attn if config.selection == "top_p" else config.keep
+    attn = round((share if config.enabled else 1.0) * SHARE_STEPS)
+    ffn = round((config.p_ffn if config.enabled else 1.0) * SHARE_STEPS)
+    time = 1 | attn << 1
+    height = COMPENSATIONS.index(config.compensation) ^ 1 | ffn << 1
+    width = (
+        SELECTIONS.index(config.selection)
+        | (TEXT_QUERIES.index(config.text_queries) ^ 1) << 2
+        | (config.min_cubes - 1) << 3
+        | config.dense_layers << 7
+    )
+    return time | height << _FIELD_BITS | width << 2 * _FIELD_BITS
+
+
+def unpack(word: torch.Tensor) -> Tags:
+    """Words ``[...]`` (int64 tensor or NumPy array, 0 for text) to tags ``[...]``."""
+    time = word & _FIELD_MASK
+    height = word >> _FIELD_BITS & _FIELD_MASK
+    width = word >> 2 * _FIELD_BITS & _FIELD_MASK
+    return Tags(
+        is_video=(time & 1) != 0,
+        attn_share=time >> 1,
+        ffn_share=height >> 1,
+        mean_compensation=(height & 1) != 0,
+        rule=width & 3,
+        sparse_text=(width >> 2 & 1) != 0,
+        min_cubes=(width >> 3 & 15) + 1,
+        dense_layers=width >> 7 & 15,
+    )
+
+
+def add_tags(positions: torch.Tensor, word: int, tokens: slice) -> None:
+    """Put ``word`` into the positions of ``tokens``, in place.
+
+    Args:
+        positions: ``[3, n]`` integer M-RoPE positions, none above :data:`MAX_POSITION`.
+        word: from :func:`tag_word`.
+        tokens: the video's tokens.
+
+    Raises:
+        ValueError: a position does not fit in 20 bits.
+    """
+    largest = int(positions[:, tokens].max()) if positions[:, tokens].numel() else 0
+    if largest > MAX_POSITION:
+        raise ValueError(
+            f"M-RoPE position {largest} is above {MAX_POSITION}, the largest AdaSpark can tag; "
+            "give the video a higher fps or fewer frames"
+        )
+    for row in range(3):
+        field = word >> row * _FIELD_BITS & _FIELD_MASK
+        positions[row, tokens] |= field << POSITION_BITS
+
+
+def split_tags(
+    positions: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tagged positions ``[3, n]`` to (plain positions ``[3, n]``, tag words ``[n]`` int64)."""
+    fields = (positions >> POSITION_BITS).to(torch.int64)
+    words = fields[0] | fields[1] << _FIELD_BITS | fields[2] << 2 * _FIELD_BITS
+    return torch.bitwise_and(positions, MAX_POSITION, out=out), words
