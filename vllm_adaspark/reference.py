@@ -10,9 +10,9 @@ Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and
 
 How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
 
-Written for reading, not for speed: loops, one request at a time, and a choice by Python's ``sorted``
-that shares no line with selection.py.  Half-precision inputs are widened to float32; float64 stays.
-Not covered: RoPE (queries and keys come rotated), batching, the KV cache.
+Written for reading, not for speed: loops, one request at a time, and a choice by Python's
+``sorted`` that shares no line with selection.py.  Half-precision inputs are widened to float32;
+float64 stays.  Not covered: RoPE (queries and keys come rotated), batching, the KV cache.
 """
 
 from __future__ import annotations
@@ -131,17 +131,18 @@ def tile_attention(
 ) -> tuple[torch.Tensor, list[Tile]]:
     """AdaS-Attn as the fast path does it, for one chunk of one request.
 
-    Block ``b`` is tokens ``[b * B, (b + 1) * B)`` of the sequence.  It is a *cube* if all its tokens
-    are known (below the chunk's end) and video; every other block is an *anchor block*.  A *tile* is
-    the tokens of one block in the chunk:
+    Block ``b`` is tokens ``[b * B, (b + 1) * B)`` of the sequence.  It is a *cube* if all its
+    tokens are known (below the chunk's end) and video; every other block is an *anchor block*.
+    A *tile* is the tokens of one block in the chunk:
 
-    * ``"video"``: a cube wholly in the chunk.  Its tokens and the heads of a GQA group average their
-      probabilities and choose once per KV head.
+    * ``"video"``: a cube wholly in the chunk.  Its tokens and the heads of a GQA group average
+      their probabilities and choose once per KV head.
     * ``"text"``: holds a token that is not video.  Every token chooses per KV head; the tile keeps
       the union.
     * ``"cut"``: only video tokens, but not a whole cube.  Attends to everything.
 
-    A tile attends to the cubes it kept, to all anchor blocks before it and to its own block causally.
+    A tile attends to the cubes it kept, to all anchor blocks before it and to its own block
+    causally.
 
     Args:
         q: ``[n, heads, d]``; only rows in ``chunk`` are read.
@@ -271,7 +272,7 @@ def _sparse_ffn(
     p: float,
     compensation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One cube: importance from ``x``, FFN on ``h``, both ``[m, hidden]``; output and active set."""
+    """One cube: importance by ``x [m, hidden]``, FFN on ``h``; its output and active set."""
     norms = x.norm(dim=-1)
     active, _ = _top_p(norms / norms.sum(), p, min_keep=1)
     branch = torch.zeros_like(h)
@@ -282,7 +283,7 @@ def _sparse_ffn(
 
 
 def _choose(probs: torch.Tensor, config: AdaSparkConfig) -> tuple[torch.Tensor, float]:
-    """``config``'s rule on one row of ``[cubes]`` probabilities: ``[cubes]`` bool and its margin."""
+    """``config``'s rule on ``probs [cubes]``: ``[cubes]`` bool and the choice's margin."""
     n = len(probs)
     if config.selection == "top_p":
         return _top_p(probs, config.p_attn, config.min_cubes)

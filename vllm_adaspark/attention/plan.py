@@ -59,6 +59,7 @@ class ScoreJob:
     tokens: torch.Tensor  # [rows, tokens] int64, index into the step
     tile_of: torch.Tensor  # [rows, tokens] or [rows, tiles] int64
     own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below it
+    first_token: int | None  # if all tokens are consecutive: the first
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,7 @@ def _score_jobs(
             tokens=torch.as_tensor(tokens).to(device),
             tile_of=torch.as_tensor(tile_of).to(device),
             own_block=tiles.block[sparse[tile_of]],
+            first_token=int(tokens[0, 0]) if (np.diff(tokens.ravel()) == 1).all() else None,
         )
         for job_kind, job_rows, tokens, tile_of in jobs
     ]

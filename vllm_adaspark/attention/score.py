@@ -19,7 +19,7 @@ from .plan import VIDEO, AttentionPlan, ScoreJob
 from .state import KeySums
 
 # Logits held at a time, in numbers: bounds memory, and on a CPU keeps the work in cache.
-SLAB_LOGITS = 1 << 22
+SLAB_LOGITS = 1 << 20
 
 
 def choose_cubes(
@@ -45,7 +45,8 @@ def choose_cubes(
         for rows, items in _slabs(job, heads):
             width = int(job.own_block[rows, items].max())
             means = key_sums.means(plan.row_blocks[job.row[rows], :width])  # [rows, blocks, kv, d]
-            choose(chosen, query, means, plan, job, rows, items, scale)
+            # The scale goes into the means: there are far fewer of them than of queries.
+            choose(chosen, query, means * scale, plan, job, rows, items)
     if layer < plan.dense_layers_range[1]:
         chosen = torch.where((plan.dense_layers > layer)[:, None, None], candidates, chosen)
     return chosen
@@ -68,8 +69,8 @@ def cube_logits(query: torch.Tensor, mean_key: torch.Tensor) -> torch.Tensor:
     """How well each cube matches each query: ``q . mean_key``.
 
     Args:
-        query: ``[..., queries, head_size]`` fp32, already scaled.
-        mean_key: ``[..., cubes, head_size]`` fp32.
+        query: ``[..., queries, head_size]`` fp32.
+        mean_key: ``[..., cubes, head_size]`` fp32, already times the softmax scale.
 
     Returns:
         ``[..., queries, cubes]``.
@@ -85,15 +86,18 @@ def _choose_together(
     job: ScoreJob,
     rows: slice,
     tiles: slice,
-    scale: float,
 ) -> None:
     """VIDEO tiles of one row: their tokens' probabilities are averaged before the choice."""
     tile = job.tile_of[0, tiles]
     tile_size = job.tokens.shape[1] // job.tile_of.shape[1]
-    tokens = job.tokens.view(-1, tile_size)[tiles].reshape(-1)
     kv_heads, width, head_size = chosen.shape[1], means.shape[1], query.shape[2]
-    q = (query[tokens].float() * scale).view(len(tile), tile_size, kv_heads, -1, head_size)
-    q = q.permute(2, 0, 1, 3, 4).reshape(kv_heads, -1, head_size)
+    if job.first_token is not None:  # consecutive tokens need no gather
+        first = job.first_token + tiles.start * tile_size
+        q = query[first : first + len(tile) * tile_size]
+    else:
+        q = query[job.tokens.view(-1, tile_size)[tiles].flatten()]
+    q = q.view(len(tile) * tile_size, kv_heads, -1, head_size).transpose(0, 1)
+    q = q.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2)
     logits = cube_logits(q, means[0].transpose(0, 1)).view(kv_heads, len(tile), -1, width)
     valid = plan.candidates[tile, :width]  # [tiles, blocks]
     logits += _bias(valid)[None, :, None, :]
@@ -109,12 +113,11 @@ def _choose_each(
     job: ScoreJob,
     rows: slice,
     items: slice,
-    scale: float,
 ) -> None:
     """TEXT tokens, each for itself; a tile of several tokens gets the union of their choices."""
     tile_of = job.tile_of[rows, items]  # [rows, tokens]
     kv_heads, width, head_size = chosen.shape[1], means.shape[1], query.shape[2]
-    q = query[job.tokens[rows, items]].float() * scale
+    q = query[job.tokens[rows, items]].float()
     q = q.view(*tile_of.shape, kv_heads, -1, head_size).transpose(1, 2)  # [rows, kv, tokens, g, d]
     logits = cube_logits(q.flatten(2, 3), means.transpose(1, 2)).view(*q.shape[:4], width)
     valid = plan.candidates[tile_of, :width]  # [rows, tokens, blocks]

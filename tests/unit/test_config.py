@@ -1,0 +1,181 @@
+"""Settings: what is refused, in which words, and how the three sources are laid over each other."""
+
+import dataclasses
+import json
+
+import pytest
+
+from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
+
+SERVER_KEYS = {"dense_below": 4, "encoder_patches": 1024, "report_file": "report.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("p_atn", "p_attn"), ("pffn", "p_ffn"), ("selecton", "selection"), ("cubes", "cube")],
+)
+def test_unknown_key_is_named_with_the_nearest_known_one(written, meant):
+    with pytest.raises(AdaSparkConfigError) as caught:
+        AdaSparkConfig().override({written: 0.5}, source="--additional-config adaspark")
+    message = str(caught.value)
+    assert "--additional-config adaspark" in message
+    assert repr(written) in message
+    assert f"did you mean {meant!r}" in message
+    assert "dense_layers" in message  # all allowed keys are listed
+
+
+def test_unknown_key_without_a_near_one_suggests_nothing():
+    with pytest.raises(AdaSparkConfigError) as caught:
+        AdaSparkConfig().override({"temperature": 0.5})
+    assert "'temperature'" in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_key_that_is_no_string_is_an_unknown_key():
+    with pytest.raises(AdaSparkConfigError, match="unknown key 7"):
+        AdaSparkConfig().override({7: 0.5})
+
+
+@pytest.mark.parametrize("settings", [[], "p_attn=0.5", 0.5, True])
+def test_settings_must_be_an_object(settings):
+    with pytest.raises(AdaSparkConfigError, match="must be an object of settings"):
+        AdaSparkConfig().override(settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("p_attn", 0, "above 0 and at most 1"),
+        ("p_attn", -0.1, "above 0 and at most 1"),
+        ("p_attn", 1.5, "above 0 and at most 1"),
+        ("p_attn", "x", "above 0 and at most 1"),
+        ("p_attn", "0.5", "above 0 and at most 1"),
+        ("p_attn", None, "above 0 and at most 1"),
+        ("p_attn", True, "above 0 and at most 1"),
+        ("p_attn", float("nan"), "above 0 and at most 1"),
+        ("p_attn", float("inf"), "above 0 and at most 1"),
+        ("p_ffn", 0.0, "above 0 and at most 1"),
+        ("keep", 2, "above 0 and at most 1"),
+        ("selection", "topp", "'top_p', 'top_k', 'uniform'"),
+        ("selection", 1, "'top_p', 'top_k', 'uniform'"),
+        ("compensation", "none", "'mean', 'bypass'"),
+        ("text_queries", ["sparse"], "'sparse', 'dense'"),
+        ("order", "hilbert", "'cube', 'raster'"),
+        ("min_cubes", 0, "an integer from 1 to 16"),
+        ("min_cubes", 17, "an integer from 1 to 16"),
+        ("min_cubes", 2.0, "an integer from 1 to 16"),
+        ("min_cubes", True, "an integer from 1 to 16"),
+        ("dense_layers", -1, "an integer from 0 to 15"),
+        ("dense_layers", 16, "an integer from 0 to 15"),
+        ("dense_below", -1, "an integer from 0"),
+        ("encoder_patches", 0, "an integer from 1"),
+        ("cube", 64, "three integers"),
+        ("cube", "4x4x4", "three integers"),
+        ("cube", [4, 4], "three integers"),
+        ("cube", [4, 4, 0], "three integers"),
+        ("cube", [4, 4, 65], "three integers"),
+        ("cube", [4, 4, 4.0], "three integers"),
+        ("cube", [4, 4, True], "three integers"),
+        ("enabled", 1, "true or false"),
+        ("enabled", "yes", "true or false"),
+        ("report_file", "", "a path or null"),
+        ("report_file", 3, "a path or null"),
+    ],
+)
+def test_bad_value_names_key_value_and_what_is_allowed(key, value, allowed):
+    with pytest.raises(AdaSparkConfigError) as caught:
+        AdaSparkConfig().override({key: value}, source="checkpoint")
+    message = str(caught.value)
+    assert message.startswith("checkpoint: ")
+    assert f"{key}={value!r}" in message
+    assert allowed in message
+    with pytest.raises(AdaSparkConfigError):
+        AdaSparkConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("p_attn", 1),
+        ("p_attn", 1.0),
+        ("p_ffn", 0.001),
+        ("keep", 0.5),
+        ("min_cubes", 16),
+        ("dense_layers", 15),
+        ("cube", [1, 1, 64]),
+        ("cube", (64, 1, 1)),
+        ("enabled", False),
+        ("report_file", None),
+    ],
+)
+def test_edge_values_are_accepted(key, value):
+    got = getattr(AdaSparkConfig().override({key: value}), key)
+    assert got == (tuple(value) if key == "cube" else value)
+
+
+@pytest.mark.parametrize("key", ["p_attn", "p_ffn", "keep"])
+def test_shares_are_rounded_to_thousandths_but_never_to_nothing_or_to_dense(key):
+    def rounded(value):
+        return getattr(AdaSparkConfig(**{key: value}), key)
+
+    assert rounded(0.12345) == 0.123
+    assert rounded(1e-9) == 0.001
+    assert rounded(0.9999) == 0.999
+    assert rounded(1) == 1.0
+    assert isinstance(rounded(1), float)
+
+
+def test_rising_priority_leaves_other_keys_alone():
+    server = AdaSparkConfig().override({"p_attn": 0.7, "p_ffn": 0.6, "min_cubes": 3})
+    checkpoint = server.override({"p_attn": 0.8, "dense_layers": 2})
+    request = checkpoint.override({"p_attn": 0.5}, request=True)
+    assert (request.p_attn, request.p_ffn, request.min_cubes, request.dense_layers) == (
+        0.5,
+        0.6,
+        3,
+        2,
+    )
+    assert server.p_attn == 0.7  # the lower layers are unchanged
+    assert request.override(None) is request
+    assert request.override({}) == request
+
+
+@pytest.mark.parametrize(("key", "value"), SERVER_KEYS.items())
+def test_a_request_may_not_set_a_server_key(key, value):
+    assert getattr(AdaSparkConfig().override({key: value}), key) == value
+    with pytest.raises(AdaSparkConfigError, match="cannot be set per request") as caught:
+        AdaSparkConfig().override({key: value}, request=True)
+    allowed = str(caught.value).split("allowed: ")[1].split(", ")
+    assert "p_attn" in allowed
+    assert not set(allowed) & set(SERVER_KEYS)
+
+
+def test_a_request_may_change_a_cubes_shape_but_not_its_volume():
+    server = AdaSparkConfig()
+    assert server.override({"cube": [1, 8, 8]}, request=True).cube == (1, 8, 8)
+    with pytest.raises(AdaSparkConfigError) as caught:
+        server.override({"cube": [2, 4, 4]}, request=True)
+    message = str(caught.value)
+    assert "cube=[2, 4, 4] holds 32 tokens" in message
+    assert "hold 64" in message
+    assert server.override({"cube": [2, 4, 4]}).cube_volume == 32  # the server may
+
+
+def test_what_runs_sparse():
+    assert AdaSparkConfig().sparse_attention
+    assert AdaSparkConfig().sparse_ffn
+    assert not AdaSparkConfig(enabled=False).sparse_attention
+    assert not AdaSparkConfig(enabled=False).sparse_ffn
+    assert not AdaSparkConfig(p_attn=1).sparse_attention
+    assert not AdaSparkConfig(p_ffn=1).sparse_ffn
+    # The share that counts is the one the rule reads.
+    assert AdaSparkConfig(selection="top_k", p_attn=1, keep=0.5).sparse_attention
+    assert not AdaSparkConfig(selection="uniform", p_attn=0.5, keep=1).sparse_attention
+
+
+def test_frozen_and_round_trips_through_json():
+    config = AdaSparkConfig(p_attn=0.5, cube=[8, 4, 4], selection="uniform", report_file="x")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.p_attn = 1.0
+    assert AdaSparkConfig().override(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(dataclasses.replace(config))
