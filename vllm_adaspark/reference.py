@@ -220,6 +220,7 @@ def tile_ffn(
     block_size: int,
     chunk: tuple[int, int],
     config: AdaSparkConfig,
+    layer: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """AdaS-FFN as the fast path does it: cubes wholly in the chunk choose, all other tokens run.
 
@@ -227,7 +228,7 @@ def tile_ffn(
         x: ``[n, hidden]`` residual stream before the post-attention norm.
         h: ``[n, hidden]`` the same after the norm: what the FFN reads.
         ffn: ``[m, hidden]`` to ``[m, hidden]``, without norm and residual.
-        is_video, block_size, chunk: as in :func:`tile_attention`.
+        is_video, block_size, chunk, layer: as in :func:`tile_attention`.
 
     Returns:
         ``[end - start, hidden]`` FFN outputs, residual not added, and ``[end - start]`` bool, the
@@ -241,7 +242,8 @@ def tile_ffn(
         tokens = range(max(start, first), min(end, first + block_size))
         at = slice(tokens.start, tokens.stop)  # of x and h
         rows = slice(tokens.start - start, tokens.stop - start)  # of branch and active
-        if config.sparse_ffn and len(tokens) == block_size and _all(is_video, tokens):
+        whole_cube = len(tokens) == block_size and _all(is_video, tokens)
+        if config.sparse_ffn and whole_cube and layer >= config.dense_layers:
             branch[rows], active[rows] = _sparse_ffn(
                 x[at], h[at], ffn, config.p_ffn, config.compensation
             )

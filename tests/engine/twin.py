@@ -1,0 +1,120 @@
+"""A whole naive Qwen2.5-VL with AdaSpark: Hugging Face's modules, reference.py's rules.
+
+No vLLM, no pages, no batching: the model the engine must agree with.  Positions are vLLM's, which
+differ from Hugging Face's after a video (design, section 6).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
+
+from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.cubes import cube_order
+from vllm_adaspark.reference import Tile, tile_attention, tile_ffn
+
+
+class TwinModel:
+    """One request at a time, token by token after the prompt, in float32."""
+
+    def __init__(self, checkpoint, config: AdaSparkConfig) -> None:
+        self.config = config
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32
+        ).eval()
+        self.text = self.model.model.language_model
+        self.tiles: list[list[Tile]] = []  # per layer, of the last forward
+
+    @torch.inference_mode()
+    def logprobs(self, prompt: str, video, answer: list[int]) -> list[torch.Tensor]:
+        """Log-probabilities ``[vocab]`` before each token of ``answer``, given the tokens before."""
+        embeddings, positions, is_video = self._prompt(prompt, video)
+        caches = [None] * len(self.text.layers)
+        result = []
+        for token in [None, *answer[:-1]]:
+            if token is not None:
+                embeddings = self.text.embed_tokens(torch.tensor([token]))
+                positions = positions[:, -1:].max() + 1 + torch.zeros(3, 1, dtype=torch.long)
+                is_video = torch.cat([is_video, torch.tensor([False])])
+            hidden = self._forward(embeddings, positions, is_video, caches)
+            result.append(self.model.lm_head(hidden[-1]).log_softmax(-1))
+        return result
+
+    def _prompt(self, prompt: str, video):
+        frames, metadata = video
+        inputs = self.processor(
+            text=[prompt],
+            videos=[list(frames)],
+            video_metadata=[{k: v for k, v in metadata.items() if k != "do_sample_frames"}],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        ids = inputs["input_ids"][0]
+        grid = inputs["video_grid_thw"]
+        encoded = self.model.model.visual(inputs["pixel_values_videos"], grid_thw=grid)
+        encoded = getattr(encoded, "pooler_output", encoded)
+        t, h, w = grid[0].tolist()
+        walk = torch.from_numpy(
+            cube_order((t, h // 2, w // 2), self.config.cube, self.config.order).copy()
+        )
+        is_video = ids == self.model.config.video_token_id
+        embeddings = self.text.embed_tokens(ids)
+        embeddings[is_video] = encoded[walk]
+        first = int(is_video.nonzero()[0])
+        seconds = float(torch.as_tensor(inputs["second_per_grid_ts"]).flatten()[0])
+        per_second = self.model.config.vision_config.tokens_per_second
+        index = np.indices((t, h // 2, w // 2)).reshape(3, -1)
+        index[0] = (index[0] * seconds * per_second).astype(np.int64)
+        inside = torch.from_numpy(index + first)[:, walk]
+        after = int(inside.max()) + 1 + torch.arange(len(ids) - first - len(walk))
+        before = torch.arange(first)
+        positions = torch.cat([before.expand(3, -1), inside, after.expand(3, -1)], dim=1)
+        return embeddings, positions, is_video
+
+    def _forward(self, x, positions, is_video, caches) -> torch.Tensor:
+        start, end = len(is_video) - len(x), len(is_video)
+        block = self.config.cube_volume
+        cos, sin = self.text.rotary_emb(x[None], positions[:, None])
+        self.tiles = []
+        for index, layer in enumerate(self.text.layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(x)
+            q, k, v = (
+                projection(normed).unflatten(-1, (-1, attention.head_dim))
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = self._rotate(q, k, cos, sin)
+            if caches[index] is not None:
+                past_k, past_v = caches[index]
+                k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
+            caches[index] = (k, v)
+            q = torch.cat([q.new_zeros(start, *q.shape[1:]), q])
+            attended, tiles = tile_attention(
+                q, k, v, is_video, block, (start, end), self.config, layer=index
+            )
+            self.tiles.append(tiles)
+            x = x + attention.o_proj(attended.flatten(1))
+            normed = layer.post_attention_layernorm(x)
+            pad = x.new_zeros(start, x.shape[1])
+            branch, _ = tile_ffn(
+                torch.cat([pad, x]),
+                torch.cat([pad, normed]),
+                layer.mlp,
+                is_video,
+                block,
+                (start, end),
+                self.config,
+                layer=index,
+            )
+            x = x + branch
+        return self.text.norm(x)
+
+    @staticmethod
+    def _rotate(q, k, cos, sin):
+        """Multimodal RoPE on ``[n, heads, d]``."""
+        q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
+        q, k = hf.apply_rotary_pos_emb(q, k, cos, sin)
+        return q[0].transpose(0, 1), k[0].transpose(0, 1)
