@@ -83,7 +83,7 @@ def prefix_hit_equals_cold(llm) -> None:
     (cold_report,) = last_reports(llm)
     hit = ask(llm, [prompt])[0]
     (hit_report,) = last_reports(llm)
-    assert cold.cached_tokens == 0 and hit.cached_tokens >= 64 * 10
+    assert cold.cached_tokens == 0 and hit.cached_tokens >= 64 * 8
     assert hit_report["cached_tokens"] == hit.cached_tokens
     assert hit_report["tokens"] == cold_report["tokens"] - hit.cached_tokens
     assert hit.difference(cold) < CLOSE
@@ -95,7 +95,7 @@ def settings_never_share_video_blocks(llm) -> None:
     other = ask(llm, [video_prompt(video, p_attn=0.9)])[0]
     again = ask(llm, [video_prompt(video, p_attn=0.3)])[0]
     assert first.cached_tokens == other.cached_tokens == 0
-    assert again.cached_tokens > 64 * 10
+    assert again.cached_tokens >= 64 * 8
     assert again.difference(first) < CLOSE
     sparser, denser = last_reports(llm, 3)[:2]
     assert sparser["attention_density"] < denser["attention_density"] < 1

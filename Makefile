@@ -1,0 +1,52 @@
+# Everything runs in .venv, which every target sets up by itself (CPU build of vLLM, see deploy/cpu).
+# `make demo PYTHON=/path/to/python3.12` chooses the interpreter it is made with.
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+# `python3` comes first: wheels on an offline machine are usually made for the default interpreter.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+export VLLM_NO_USAGE_STATS = 1
+export DO_NOT_TRACK = 1
+# Tests make their checkpoints. The demo does not get these: it may be asked for a real model.
+test test-unit fidelity bench-attention: export HF_HUB_OFFLINE = 1
+test test-unit fidelity bench-attention: export TRANSFORMERS_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-unit fidelity bench-attention lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(RUN):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later with the venv module is needed" \
+		"(Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+venv: $(RUN) ## create or update the environment
+	@$(RUN) deploy/cpu/install.py
+
+demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what was computed
+	@$(RUN) examples/demo/demo.py $(ARGS)
+
+test: venv ## run all tests
+	$(RUN) -m pytest $(ARGS)
+
+test-unit: venv ## run the tests that start no engine and no server
+	$(RUN) -m pytest -m "not engine and not server" $(ARGS)
+
+fidelity: venv ## compare the tile rule with the paper's per-token rule: table and picture
+	$(RUN) benchmarks/fidelity.py $(ARGS)
+
+bench-attention: venv ## time sparse against dense attention on the CPU
+	$(RUN) benchmarks/attention_cpu.py $(ARGS)
+
+lint: venv ## check style
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean: ## remove the environment, the demo's files and caches
+	rm -rf $(VENV) .demo .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,154 @@
+"""Serve a video model with AdaSpark, ask about a video, and show what was computed for the answer.
+
+    make demo                                     # a small random model on the CPU
+    python examples/demo/demo.py --model Qwen/Qwen2.5-VL-7B-Instruct --video my.mp4    # on a GPU
+
+Without `--model` a small checkpoint with random weights is written first: its answer is gibberish,
+the way it is computed is real. Everything goes into the folder `.demo/`.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from openai import OpenAI
+from progress import step
+from report import read_last, render
+from server import ServerFailed, VllmServer
+
+ARCHITECTURE = "AdaSparkQwen2_5_VLForConditionalGeneration"
+START_SECONDS = 240  # for a small checkpoint on two cores it takes about 30
+START_SECONDS_REAL = 1800  # gigabytes of weights may have to be fetched first
+ANSWER_SECONDS = 120
+REPORT_SECONDS = 10
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a real Qwen2.5-VL model, by name or folder")
+    parser.add_argument("--video", type=Path, help="an mp4 of your own")
+    parser.add_argument("--seconds", type=float, default=120, help="length of the video written")
+    parser.add_argument("--question", default="What happens in the video?")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--p-attn", type=float, default=0.7, help="Top-p over cubes, 0 < p <= 1")
+    parser.add_argument("--p-ffn", type=float, default=0.5, help="Top-p over tokens, 0 < p <= 1")
+    parser.add_argument("--stock", action="store_true", help="serve without AdaSpark, to compare")
+    parser.add_argument("--keep-server", action="store_true", help="serve on until Ctrl-C")
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="for all files written")
+    return parser.parse_args()
+
+
+def write_checkpoint(folder: Path) -> Path:
+    # Imported here because it takes seconds, and a real model does not need it.
+    from checkpoint import build
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return build(folder / "checkpoint")
+
+
+def make_server(options: argparse.Namespace, model: Path | str, video: Path) -> VllmServer:
+    arguments = [
+        *("--served-model-name", "demo"),
+        *("--allowed-local-media-path", str(video.parent)),
+        # vLLM by default takes 32 frames of any video, however long; take two a second instead.
+        *("--media-io-kwargs", json.dumps({"video": {"num_frames": -1, "fps": 2}})),
+        # A video's tokens must fit one step: the encoder cache has this size.
+        *("--max-num-batched-tokens", "16384"),
+        *("--max-model-len", "32768"),
+    ]
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if options.model is None:
+        arguments.append("--enforce-eager")  # compiling takes longer than the whole demo
+        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if not options.stock:
+        settings = {
+            "p_attn": options.p_attn,
+            "p_ffn": options.p_ffn,
+            "report_file": str(report_path(options)),
+        }
+        arguments += [
+            *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
+            *("--additional-config", json.dumps({"adaspark": settings})),
+        ]
+    return VllmServer(model, *arguments, log=options.folder / "server.log", env=env)
+
+
+def report_path(options: argparse.Namespace) -> Path:
+    return options.folder / "report.jsonl"
+
+
+def ask(url: str, video: Path, question: str, max_tokens: int) -> None:
+    """Stream the answer to stdout as it comes, then print its time to first token (TTFT)."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0)
+    content = [
+        {"type": "video_url", "video_url": {"url": video.as_uri()}},
+        {"type": "text", "text": question},
+    ]
+    print(f"\nquestion: {question}\nanswer:   ", end="", flush=True)
+    start, first = time.monotonic(), None
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": content}],
+        temperature=0,
+        max_tokens=max_tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    usage = None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.monotonic()
+            print(chunk.choices[0].delta.content, end="", flush=True)
+    end = time.monotonic()
+    if first is None or usage is None:
+        sys.exit("\nthe server sent no answer")
+    tokens = usage.completion_tokens
+    print(f"\n\nTTFT {first - start:.2f} s (decoding and encoding the video included), ", end="")
+    print(f"{tokens} tokens in {end - start:.2f} s, {usage.prompt_tokens:,} prompt tokens")
+
+
+def main() -> None:
+    options = parse_arguments()
+    options.folder = options.folder.resolve()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    report_path(options).unlink(missing_ok=True)
+    # Ending this script by a signal must end the server as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    model, video = options.model, options.video
+    if model is None:
+        with step("writing a small Qwen2.5-VL checkpoint (random weights)"):
+            model = write_checkpoint(options.folder)
+    if video is None:
+        from video import write_mp4
+
+        with step(f"writing an mp4 of {options.seconds:.0f} seconds"):
+            video = write_mp4(options.folder / "video.mp4", seconds=options.seconds)
+    video = video.resolve()
+
+    with make_server(options, model, video) as server:
+        timeout = START_SECONDS if options.model is None else START_SECONDS_REAL
+        with step("starting vllm serve" + (" without AdaSpark" if options.stock else "")):
+            server.wait_until_ready(timeout)
+        ask(server.url, video, options.question, options.max_tokens)
+        if not options.stock:
+            print(f"\n{render(read_last(report_path(options), timeout=REPORT_SECONDS))}\n")
+        if options.keep_server:
+            print(f"serving at {server.url}/v1 (model name: demo); Ctrl-C ends it", flush=True)
+            server.process.wait()
+        with step("stopping the server"):
+            server.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ServerFailed as failure:
+        sys.exit(str(failure))
+    except KeyboardInterrupt:
+        sys.exit(130)
