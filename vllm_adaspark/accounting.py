@@ -92,12 +92,9 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
     def by_row(row: np.ndarray, values: np.ndarray) -> np.ndarray:
         return np.bincount(row, values, minlength=number)
 
-    tiles = plan.tiles
-    seen = tiles.preceding * tiles.length
-    counts.video_tokens = plan.row_video_tokens
-    counts.cubes_seen = by_row(tiles.row, seen)
-    counts.cubes_attended[:] = counts.cubes_seen
-    always_attended = by_row(tiles.row, np.where(tiles.sparse, 0, seen))
+    counts.video_tokens = plan.video_tokens
+    counts.cubes_seen = plan.cubes_seen
+    counts.cubes_attended[:] = plan.cubes_seen
     for layer, kept in _to_host(plan.kept_blocks).items():  # [kv_heads, tiles]
         tiles = plan.attention.tiles
         kept = kept.mean(axis=0)
@@ -105,10 +102,8 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
         context = kept * plan.block_size - tiles.tail_gap
         counts.pairs[nth] = by_row(tiles.row, _causal_pairs(tiles.length, context))
         candidates = tiles.candidates.sum(axis=1)
-        chosen = kept - (tiles.block + 1 - candidates)
-        counts.cubes_attended[nth] = always_attended + by_row(
-            tiles.row, np.where(tiles.sparse, chosen * tiles.length, 0)
-        )
+        left_out = tiles.block + 1 - kept
+        counts.cubes_attended[nth] -= by_row(tiles.row, left_out * tiles.length)
         counts.scored[nth] = by_row(tiles.row, candidates * tiles.length)
     for layer, active in _to_host(plan.ffn_active).items():  # [cubes]
         skipped = plan.block_size - active

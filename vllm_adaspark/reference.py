@@ -5,7 +5,7 @@ Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and
 * ``paper_*``: the paper to the letter.  Every query token and query head chooses its own cubes;
   every cube chooses its own active tokens.
 * ``tile_*``: what a paged, chunked engine can do fast.  A cube is a full KV block of video tokens,
-  the tokens of one KV block choose together, once per KV head, and what a chunk edge cuts through
+  the tokens of a cube choose together, once per KV head, and a cube that a chunk edge cuts through
   runs dense.  The fast path must equal this one: index sets exactly, outputs to rounding.
 
 How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
@@ -28,7 +28,7 @@ from .config import AdaSparkConfig
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What the tokens of one KV block in one chunk chose together."""
+    """What some tokens of one KV block in one chunk chose together."""
 
     block: int  # index of the block in the sequence
     tokens: range  # absolute positions of the tile's queries
@@ -133,13 +133,12 @@ def tile_attention(
 
     Block ``b`` is tokens ``[b * B, (b + 1) * B)`` of the sequence.  It is a *cube* if all its
     tokens are known (below the chunk's end) and video; every other block is an *anchor block*.
-    A *tile* is the tokens of one block in the chunk:
+    The chunk's tokens form *tiles*:
 
     * ``"video"``: a cube wholly in the chunk.  Its tokens and the heads of a GQA group average
       their probabilities and choose once per KV head.
-    * ``"text"``: holds a token that is not video.  Every token chooses per KV head; the tile keeps
-      the union.
-    * ``"cut"``: only video tokens, but not a whole cube.  Attends to everything.
+    * ``"text"``: one token that is not video.  The heads of a GQA group average and choose once.
+    * ``"cut"``: the video tokens of any other block.  They attend to everything.
 
     A tile attends to the cubes it kept, to all anchor blocks before it and to its own block
     causally.
@@ -167,17 +166,16 @@ def tile_attention(
     mean_keys = {b: k[blocks[b].start : blocks[b].stop].mean(0) for b in cubes}  # [kv_heads, d]
 
     out = torch.empty_like(q)
-    tiles = []
+    tiles, work = [], []
     for block in range(start // block_size, len(blocks)):
-        tokens = range(max(start, blocks[block].start), min(end, blocks[block].stop))
-        rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
+        here = range(max(start, blocks[block].start), min(end, blocks[block].stop))
         candidates = [b for b in cubes if b < block]
-        if not _all(is_video, tokens):
-            kind = "text"
-        elif block in cubes and tokens == blocks[block]:
-            kind = "video"
-        else:
-            kind = "cut"
+        whole = block in cubes and here == blocks[block]
+        work += [(block, here, "video", candidates)] if whole else [
+            (block, run, kind, candidates) for run, kind in _runs(is_video, here)
+        ]
+    for block, tokens, kind, candidates in work:
+        rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
         dense = (
             kind == "cut"
             or (kind == "text" and config.text_queries == "dense")
@@ -192,12 +190,10 @@ def tile_attention(
             means = torch.stack([mean_keys[b] for b in candidates])
             probs = _logits(q[rows], means, scale).softmax(-1)  # [m, heads, candidates]
             probs = probs.unflatten(1, (kv_heads, group)).mean(2)  # [m, kv_heads, candidates]
-            if kind == "video":
-                probs = probs.mean(0, keepdim=True)
+            probs = probs.mean(0)  # over the tile's tokens; a text tile has one
             for kv_head in range(kv_heads):
-                choices = [_choose(row, config) for row in probs[:, kv_head]]
-                kept[kv_head] = torch.stack([choice for choice, _ in choices]).any(0)
-                margin = min(margin, *(slack for _, slack in choices))
+                kept[kv_head], slack = _choose(probs[kv_head], config)
+                margin = min(margin, slack)
 
         at = torch.arange(end)
         for kv_head in range(kv_heads):
@@ -329,6 +325,19 @@ def _mask(n: int, indices: list[int]) -> torch.Tensor:
     mask = torch.zeros(n, dtype=torch.bool)
     mask[indices] = True
     return mask
+
+
+def _runs(is_video: torch.Tensor, tokens: range) -> list[tuple[range, str]]:
+    """Tokens of a block that is no whole cube: text one by one, video in runs."""
+    runs: list[tuple[range, str]] = []
+    for token in tokens:
+        if not is_video[token]:
+            runs.append((range(token, token + 1), "text"))
+        elif runs and runs[-1][1] == "cut":
+            runs[-1] = (range(runs[-1][0].start, token + 1), "cut")
+        else:
+            runs.append((range(token, token + 1), "cut"))
+    return runs
 
 
 def _all(is_video: torch.Tensor, tokens: range) -> bool:

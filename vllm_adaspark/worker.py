@@ -56,7 +56,7 @@ class RequestAccounts:
             if account is None:
                 continue
             self._total.merge(account)
-            report = {"request_id": request_id, **account.report()}
+            report = _report(request_id, account, finished=True)
             self._finished.append(report)
             if account.video_tokens or account.cubes_seen:
                 logger.info(
@@ -84,8 +84,16 @@ class RequestAccounts:
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
 
     def report(self) -> dict[str, Any]:
-        """All requests together, and the last ones each."""
-        return {"total": self._total.report(), "requests": list(self._finished)}
+        """All requests together, and each of the last ones: the finished, then the running."""
+        total = Account(self._shape, self._layers)
+        for account in (self._total, *self._running.values()):
+            total.merge(account)
+        running = [_report(name, account, False) for name, account in self._running.items()]
+        return {"total": total.report(), "requests": [*self._finished, *running]}
+
+
+def _report(request_id: str, account: Account, finished: bool) -> dict[str, Any]:
+    return {"request_id": request_id, "finished": finished, **account.report()}
 
 
 class AccountingWorker:

@@ -15,6 +15,7 @@ from vllm_adaspark import ARCHITECTURE
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in-process engines and their callers share cores
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # tests send functions to the worker
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -93,8 +94,15 @@ def five_prompts() -> dict[str, dict]:
 
 @contextmanager
 def engine(checkpoint, config: dict | None, **options):
-    """A running engine; ``config`` None is the stock model, else AdaSpark's server settings."""
+    """A running engine; ``config`` None is the stock model, else AdaSpark's server settings.
+
+    It runs in this process, which starts in two seconds, unless it has several ranks.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if options.get("tensor_parallel_size", 1) == 1:
+        options["distributed_executor_backend"] = "uni"
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     options = {
         "dtype": "float32",
@@ -117,6 +125,7 @@ def engine(checkpoint, config: dict | None, **options):
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
+        cleanup_dist_env_and_memory()
         gc.collect()
 
 
@@ -142,6 +151,6 @@ def ask(llm, prompts: list[dict], max_tokens: int = 6, logprobs: int = 8) -> lis
 
 
 def last_reports(llm, count: int = 1) -> list[dict]:
-    """Accounts of the last finished requests (first tensor-parallel rank), oldest first."""
+    """Accounts of the last requests (first tensor-parallel rank), oldest first."""
     reports = llm.collective_rpc("adaspark_report")
     return next(r for r in reports if r is not None)["requests"][-count:]

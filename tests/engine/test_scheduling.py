@@ -20,7 +20,7 @@ def prompts() -> list[dict]:
 @pytest.fixture(scope="module")
 def whole(checkpoint):
     """Answers and accounts with every prompt in one chunk, each alone."""
-    with engine(checkpoint, SPARSE, max_num_batched_tokens=8192) as llm:
+    with engine(checkpoint, SPARSE, enable_prefix_caching=False) as llm:
         return [(ask(llm, [prompt])[0], last_reports(llm)[0]) for prompt in prompts()]
 
 
@@ -67,8 +67,9 @@ def preemptions(llm) -> float:
 
 
 def test_tensor_parallel_equals_one_rank(checkpoint, whole, monkeypatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
-    with engine(checkpoint, SPARSE, tensor_parallel_size=2) as llm:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+    with engine(checkpoint, SPARSE, tensor_parallel_size=2, enable_prefix_caching=False) as llm:
         for prompt, (want, account) in zip(prompts(), whole, strict=True):
             assert ask(llm, [prompt])[0].difference(want) < CLOSE
             (report,) = last_reports(llm)
@@ -77,7 +78,7 @@ def test_tensor_parallel_equals_one_rank(checkpoint, whole, monkeypatch) -> None
 
 
 def test_torch_compile_equals_eager(checkpoint, whole) -> None:
-    with engine(checkpoint, SPARSE, enforce_eager=False) as llm:
+    with engine(checkpoint, SPARSE, enforce_eager=False, enable_prefix_caching=False) as llm:
         for prompt, (want, account) in zip(prompts()[:3], whole, strict=False):
             assert ask(llm, [prompt])[0].difference(want) < CLOSE
             assert last_reports(llm)[0]["ffn_density"] == pytest.approx(

@@ -13,6 +13,7 @@ from harness import PagedLayer
 from kernels.scenes import Request, gather, random_request, relative_rms, rows_of
 
 from vllm_adaspark.attention import backend
+from vllm_adaspark.attention.plan import DENSE
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.reference import Tile, tile_attention
 
@@ -137,7 +138,7 @@ def check_step(
         )
         tied = False
         for tile in tiles:
-            tied |= check_tile(tile, chosen.get((row, tile.block)))
+            tied |= check_tile(tile, chosen.get((row, tile.tokens.start)))
         if not tied:
             assert relative_rms(output[first : first + count], expected) < tolerance
         first += count
@@ -160,9 +161,11 @@ def check_tile(tile: Tile, got: torch.Tensor | None) -> bool:
 def chosen_by_tile(
     layer: PagedLayer, seen: list[torch.Tensor]
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """(row, own block) -> ``[kv_heads, blocks]`` kept, for the sparse tiles of the last step."""
+    """(row, first position) -> ``[kv_heads, blocks]`` kept, for the last step's sparse tiles."""
     if not seen:
         return {}
-    tiles = layer.runtime.plan.attention.tiles
-    rows, blocks = tiles.row[tiles.sparse], tiles.block[tiles.sparse]
-    return {(int(r), int(b)): kept for r, b, kept in zip(rows, blocks, seen[-1], strict=True)}
+    tiles, rows = layer.runtime.plan.attention.tiles, layer.runtime.rows
+    sparse = tiles.kind != DENSE
+    first = tiles.start[sparse] + (rows.computed - rows.query_start[:-1])[tiles.row[sparse]]
+    keys = zip(tiles.row[sparse].tolist(), first.tolist(), strict=True)
+    return dict(zip(keys, seen[-1], strict=True))

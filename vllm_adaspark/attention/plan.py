@@ -1,14 +1,14 @@
 """The per-step plan: query tiles, their candidate cubes, and whole cubes for the FFN.
 
-Built once per step on the host with NumPy, then used by every layer.  A *query tile* is the tokens
-of one KV block in this step; a decode token is a tile of one.  Four kinds:
+Built once per step on the host with NumPy, then used by every layer.  The step's tokens are cut into
+*query tiles*, of three kinds:
 
 * ``VIDEO``: a complete cube, all of it in this step.  Its tokens choose cubes together.
-* ``TEXT``: at least one token is not video.  It takes the union of its tokens' choices.
-* ``CUT``: a cube that a chunk edge cuts.  It attends to everything: a chunk edge may only ever
-  make more be computed.
-* ``SPAN``: all of a request's tokens, when none of its tiles would leave anything out (no video,
-  p >= 1, too few cubes).  Dense, and as cheap as the stock kernel.
+* ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
+  choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits).
+* ``DENSE``: a run of tokens that attend to everything: those before or without cubes, of requests
+  with p >= 1, and video tokens whose cube is not whole in this step.  A chunk edge inside a cube
+  may thus only make more be computed.
 
 A tile's *candidates* are the cubes before its own block.  All other blocks up to and including its
 own are always attended: anchor blocks (any token that is not video) and the own block.
@@ -25,7 +25,11 @@ from .. import tags
 from ..config import SHARE_STEPS
 from .state import BlockTags, KeyWrites, StepRows
 
-VIDEO, TEXT, CUT, SPAN = range(4)
+DENSE, VIDEO, TEXT = range(3)
+
+# A text token costs a kernel as much as a decode token.  Past so many of them in one request's
+# chunk, attending densely in one tile is cheaper than choosing for each.
+MAX_TEXT_TILES = 1024
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,9 @@ class Tiles:
     start: np.ndarray  # [tiles] first token in the step
     length: np.ndarray  # [tiles] tokens
     block: np.ndarray  # [tiles] logical index of the last block it touches
-    kind: np.ndarray  # [tiles] VIDEO, TEXT, CUT or SPAN
-    sparse: np.ndarray  # [tiles] bool: may leave candidates out
+    kind: np.ndarray  # [tiles] DENSE, VIDEO or TEXT
     tail_gap: np.ndarray  # [tiles] slots of the last block after the tile's last token
-    candidates: np.ndarray  # [tiles, blocks] bool, all false unless sparse
-    preceding: np.ndarray  # [tiles] cubes before its own block, chosen or not
+    candidates: np.ndarray  # [tiles, blocks] bool, all false for DENSE
 
     def __len__(self) -> int:
         return len(self.row)
@@ -50,8 +52,8 @@ class Tiles:
 class ScoreJob:
     """Queries scored together: the same number of tokens from each of some rows.
 
-    ``tile_of[i, j]`` indexes the sparse tiles (not all tiles).  In a VIDEO job the tokens of a
-    tile are consecutive and ``tile_of`` is per tile, ``[rows, tokens / block_size]``.
+    ``tile_of[i, j]`` indexes the sparse tiles (not all tiles): per token in a TEXT job; per tile,
+    ``[rows, tokens / block_size]``, in a VIDEO job, where a tile's tokens are consecutive.
     """
 
     kind: int
@@ -66,7 +68,7 @@ class ScoreJob:
 class AttentionPlan:
     """What every layer needs to choose cubes and build tables; tensors on the device.
 
-    Its ``tiles`` are the step's, but a row in which no tile is sparse is one SPAN tile.
+    *Sparse* tiles are those that are not DENSE.
     """
 
     tiles: Tiles
@@ -106,13 +108,11 @@ class FFNPlan:
 class StepPlan:
     """Everything the layers share in one step, and the counts they leave behind."""
 
-    rows: StepRows
-    tiles: Tiles
     attention: AttentionPlan | None
     ffn: FFNPlan | None
     key_writes: KeyWrites
-    row_cubes: np.ndarray  # [rows] complete cubes of each request so far
-    row_video_tokens: np.ndarray  # [rows] video tokens in this step
+    video_tokens: np.ndarray  # [rows] video tokens in this step
+    cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
     block_size: int
     kept_blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [kv_heads, tiles]
     ffn_active: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [cubes]
@@ -150,74 +150,71 @@ def build_plan(
     word = np.where(row_cubes.any(axis=1), block_tags.word[table[np.arange(len(table)), first]], 0)
     settings = tags.unpack(word)
 
-    tiles = _tiles(rows, words != 0, row_cubes, settings, size, dense_below)
-    whole = tiles.kind == VIDEO
-    row_of_token = np.repeat(np.arange(len(word)), rows.query_lens)
+    tokens = _Tokens.of(rows, words != 0, row_cubes, size)
+    tiles = _tiles(tokens, row_cubes, settings, size, dense_below)
     return StepPlan(
-        rows=rows,
-        tiles=tiles,
         attention=_attention_plan(rows, tiles, table, settings, size, device),
-        ffn=_ffn_plan(tiles, whole, settings, size, device),
-        key_writes=_key_writes(tiles, whole, table, size, device),
-        row_cubes=row_cubes.sum(axis=1),
-        row_video_tokens=np.bincount(row_of_token[words != 0], minlength=len(word)),
+        ffn=_ffn_plan(tokens, settings, size, device),
+        key_writes=_key_writes(tokens, table, size, device),
+        video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=len(word)),
+        cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=len(word)),
         block_size=size,
     )
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """Facts per token of the step."""
+
+    row: np.ndarray
+    position: np.ndarray  # in its request
+    block: np.ndarray  # logical block
+    is_video: np.ndarray
+    cubes_before: np.ndarray  # complete cubes before its own block
+    whole_cubes: np.ndarray  # [cubes] first token of each cube that is wholly in the step
+    in_whole_cube: np.ndarray
+
+    @classmethod
+    def of(
+        cls, rows: StepRows, is_video: np.ndarray, row_cubes: np.ndarray, size: int
+    ) -> _Tokens:
+        lens = rows.query_lens
+        row = np.repeat(np.arange(len(lens)), lens)
+        position = np.arange(len(row)) + (rows.computed - rows.query_start[:-1])[row]
+        block = position // size
+        fits = position + size <= rows.seq_lens[row]
+        whole = np.flatnonzero((position % size == 0) & fits & row_cubes[row, block])
+        in_whole = np.zeros(len(row), bool)
+        in_whole[whole[:, None] + np.arange(size)] = True
+        before = np.cumsum(row_cubes, axis=1) - row_cubes
+        return cls(row, position, block, is_video, before[row, block], whole, in_whole)
+
+
 def _tiles(
-    rows: StepRows,
-    is_video: np.ndarray,
-    row_cubes: np.ndarray,
-    settings: tags.Tags,
-    size: int,
-    dense_below: int,
+    tokens: _Tokens, row_cubes: np.ndarray, settings: tags.Tags, size: int, dense_below: int
 ) -> Tiles:
-    """Cut the step into tiles and classify them."""
-    lens, computed, seq_lens = rows.query_lens, rows.computed, rows.seq_lens
-    first_block = computed // size
-    last_block = np.maximum(seq_lens - 1, 0) // size
-    # Rows without video tokens or cubes need no tiling at all.
-    has_video = np.zeros(len(lens), bool)
-    has_video[np.repeat(np.arange(len(lens)), lens)[is_video]] = True
-    tiled = (row_cubes.any(axis=1) | has_video) & (lens > 0)
-    row, start, length, block = _cut(rows, tiled, first_block, last_block, size)
-
-    video = np.add.reduceat(is_video, start) if len(start) else np.zeros(0, int)
-    own_is_cube = row_cubes[row, block]
-    kind = np.where(own_is_cube & (length == size), VIDEO, np.where(video < length, TEXT, CUT))
-    kind[~tiled[row]] = SPAN
-    before = np.arange(row_cubes.shape[1]) < block[:, None]
-    candidates = row_cubes[row] & before  # [tiles, blocks]
-    sparse = (
-        (candidates.sum(axis=1) >= max(dense_below, 1))
-        & (settings.attn_share[row] < SHARE_STEPS)
-        & ((kind == VIDEO) | (kind == TEXT) & settings.sparse_text[row])
+    """Cut the step into tiles."""
+    row = tokens.row
+    may_choose = (tokens.cubes_before >= max(dense_below, 1)) & (
+        settings.attn_share[row] < SHARE_STEPS
     )
-    preceding = candidates.sum(axis=1)
-    candidates &= sparse[:, None]
-    end = np.repeat(computed - rows.query_start[:-1], lens)[start] + start + length
-    tail_gap = (block + 1) * size - end
-    return Tiles(row, start, length, block, kind, sparse, tail_gap, candidates, preceding)
+    text = may_choose & ~tokens.is_video & settings.sparse_text[row]
+    text &= (np.bincount(row[text], minlength=len(row_cubes)) <= MAX_TEXT_TILES)[row]
+    kind = np.where(may_choose & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
 
-
-def _cut(
-    rows: StepRows,
-    tiled: np.ndarray,
-    first_block: np.ndarray,
-    last_block: np.ndarray,
-    size: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(row, start, length, block) of every tile; rows that are not ``tiled`` are one tile."""
-    count = np.where(tiled, last_block - first_block + 1, 1)
-    count[rows.query_lens == 0] = 0
-    row = np.repeat(np.arange(len(count)), count)
-    nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    block = np.where(tiled[row], first_block[row] + nth, last_block[row])
-    begin = np.where(tiled[row], np.maximum(rows.computed[row], block * size), rows.computed[row])
-    end = np.where(tiled[row], np.minimum((block + 1) * size, rows.seq_lens[row]), rows.seq_lens[row])
-    start = begin - rows.computed[row] + rows.query_start[row]
-    return row, start, end - begin, block
+    opens = np.diff(row, prepend=-1) != 0
+    opens |= np.diff(kind, prepend=-1) != 0
+    opens |= kind == TEXT
+    opens |= (kind == VIDEO) & (tokens.position % size == 0)
+    start = np.flatnonzero(opens)
+    length = np.diff(start, append=len(row))
+    last = start + length - 1
+    block = tokens.block[last]
+    kind, row = kind[start], row[start]
+    candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
+    candidates &= (kind != DENSE)[:, None]
+    tail_gap = (block + 1) * size - tokens.position[last] - 1
+    return Tiles(row, start, length, block, kind, tail_gap, candidates)
 
 
 def _attention_plan(
@@ -228,10 +225,9 @@ def _attention_plan(
     size: int,
     device: torch.device,
 ) -> AttentionPlan | None:
-    if not tiles.sparse.any():
+    sparse = np.flatnonzero(tiles.kind != DENSE)
+    if not len(sparse):
         return None
-    tiles = _merge_dense_rows(rows, tiles)
-    sparse = np.flatnonzero(tiles.sparse)
     sparse_row = tiles.row[sparse]
     up_to_own = np.arange(table.shape[1]) <= tiles.block[:, None]
     dense_layers = settings.dense_layers[sparse_row]
@@ -261,35 +257,12 @@ def _attention_plan(
     )
 
 
-def _merge_dense_rows(rows: StepRows, tiles: Tiles) -> Tiles:
-    """The tiles with every row that has no sparse tile made one SPAN tile."""
-    has_sparse = np.zeros(len(rows.seq_lens), bool)
-    has_sparse[tiles.row[tiles.sparse]] = True
-    opens_row = np.diff(tiles.row, prepend=-1) != 0
-    kept = np.flatnonzero(has_sparse[tiles.row] | opens_row)
-    row = tiles.row[kept]
-    span = ~has_sparse[row]
-    last = np.searchsorted(tiles.row, row, side="right") - 1  # last tile of the same row
-    from_last = np.where(span, last, kept)
-    return Tiles(
-        row=row,
-        start=tiles.start[kept],
-        length=np.where(span, rows.query_lens[row], tiles.length[kept]),
-        block=tiles.block[from_last],
-        kind=np.where(span, SPAN, tiles.kind[kept]),
-        sparse=tiles.sparse[kept],
-        tail_gap=tiles.tail_gap[from_last],
-        candidates=tiles.candidates[kept],
-        preceding=tiles.preceding[from_last],
-    )
-
-
 def _score_jobs(
     tiles: Tiles, sparse: np.ndarray, size: int, device: torch.device
 ) -> list[ScoreJob]:
     """Group the sparse tiles' tokens so that each job is a few dense matrix products.
 
-    One job per row and kind; rows with a single query token (decode) share one job.
+    One job per row and kind; rows with a single text token (decode) share one job.
     """
     jobs: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     row, kind = tiles.row[sparse], tiles.kind[sparse]
@@ -300,12 +273,11 @@ def _score_jobs(
         if len(video):
             tokens = tiles.start[sparse[video], None] + np.arange(size)
             jobs.append((VIDEO, np.array([r]), tokens.reshape(1, -1), video[None]))
-        if len(text):
-            tokens, tile_of = _ranges(tiles.start[sparse[text]], tiles.length[sparse[text]])
-            if len(tokens) == 1:
-                singles.append((r, tokens[0], text[0]))
-            else:
-                jobs.append((TEXT, np.array([r]), tokens[None], text[tile_of][None]))
+        tokens = tiles.start[sparse[text]]
+        if len(text) == 1:
+            singles.append((r, tokens[0], text[0]))
+        elif len(text):
+            jobs.append((TEXT, np.array([r]), tokens[None], text[None]))
     if singles:
         single_rows, tokens, tile = (np.array(column) for column in zip(*singles, strict=True))
         jobs.append((TEXT, single_rows, tokens[:, None], tile[:, None]))
@@ -322,23 +294,17 @@ def _score_jobs(
     ]
 
 
-def _ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All integers of the ranges [start, start + length), and which range each is in."""
-    which = np.repeat(np.arange(len(start)), length)
-    before = np.repeat(np.cumsum(length) - length, length)
-    return start[which] + np.arange(len(which)) - before, which
-
-
 def _ffn_plan(
-    tiles: Tiles, whole: np.ndarray, settings: tags.Tags, size: int, device: torch.device
+    tokens: _Tokens, settings: tags.Tags, size: int, device: torch.device
 ) -> FFNPlan | None:
-    cubes = np.flatnonzero(whole & (settings.ffn_share[tiles.row] < SHARE_STEPS))
-    if not len(cubes):
+    first = tokens.whole_cubes
+    first = first[settings.ffn_share[tokens.row[first]] < SHARE_STEPS]
+    if not len(first):
         return None
-    row = tiles.row[cubes]
+    row = tokens.row[first]
     dense_layers = settings.dense_layers[row]
     return FFNPlan(
-        tokens=torch.as_tensor(tiles.start[cubes, None] + np.arange(size)).to(device),
+        tokens=torch.as_tensor(first[:, None] + np.arange(size)).to(device),
         share=torch.as_tensor(settings.ffn_share[row] / SHARE_STEPS).to(device, torch.float32),
         mean=torch.as_tensor(settings.mean_compensation[row]).to(device),
         dense_layers=torch.as_tensor(dense_layers).to(device),
@@ -348,20 +314,19 @@ def _ffn_plan(
 
 
 def _key_writes(
-    tiles: Tiles, whole: np.ndarray, table: np.ndarray, size: int, device: torch.device
+    tokens: _Tokens, table: np.ndarray, size: int, device: torch.device
 ) -> KeyWrites:
     def to(array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(array)).to(device, torch.int64)
 
-    physical = table[tiles.row, tiles.block]
     whole_tokens = whole_blocks = part_tokens = part_blocks = fresh = None
-    if whole.any():
-        whole_tokens = to((tiles.start[whole, None] + np.arange(size)).reshape(-1))
-        whole_blocks = to(physical[whole])
-    part = tiles.kind == CUT
-    if part.any():
-        tokens, which = _ranges(tiles.start[part], tiles.length[part])
-        part_tokens, part_blocks = to(tokens), to(physical[part][which])
-        starts_block = tiles.tail_gap[part] + tiles.length[part] == size
-        fresh = to(physical[part][starts_block])
+    first = tokens.whole_cubes
+    if len(first):
+        whole_tokens = to((first[:, None] + np.arange(size)).reshape(-1))
+        whole_blocks = to(table[tokens.row[first], tokens.block[first]])
+    part = np.flatnonzero(tokens.is_video & ~tokens.in_whole_cube)
+    if len(part):
+        block = table[tokens.row[part], tokens.block[part]]
+        part_tokens, part_blocks = to(part), to(block)
+        fresh = to(block[tokens.position[part] % size == 0])
     return KeyWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)

@@ -1,8 +1,8 @@
 """Which cubes a tile keeps, once per layer.
 
 The score is the paper's: ``P = softmax_j(q . mean_key_j / sqrt(d))`` over the candidate cubes, per
-token and head, averaged over the heads of a GQA group.  A VIDEO tile averages P over its tokens
-and chooses once per KV head; a TEXT tile chooses per token and takes the union.
+token and head, averaged over the heads of a GQA group.  A VIDEO tile also averages P over its
+tokens; every tile chooses once per KV head.
 
 :func:`cube_logits` is the one place that says how well a cube matches a query; replace it to try
 another score (design, section 5).
@@ -114,7 +114,7 @@ def _choose_each(
     rows: slice,
     items: slice,
 ) -> None:
-    """TEXT tokens, each for itself; a tile of several tokens gets the union of their choices."""
+    """TEXT tiles, of one token each."""
     tile_of = job.tile_of[rows, items]  # [rows, tokens]
     kv_heads, width, head_size = chosen.shape[1], means.shape[1], query.shape[2]
     q = query[job.tokens[rows, items]].float()
@@ -124,10 +124,7 @@ def _choose_each(
     logits += _bias(valid)[:, None, :, None, :]
     probs = logits.softmax(-1).mean(3).transpose(1, 2)  # [rows, tokens, kv_heads, blocks]
     tile = tile_of.flatten()
-    kept = _select(probs.flatten(0, 1), valid.flatten(0, 1), tile, plan)
-    union = torch.zeros(chosen.shape[0], kv_heads, width, device=chosen.device)
-    union.index_add_(0, tile, kept.float())
-    chosen[..., :width] |= union > 0
+    chosen[tile, :, :width] = _select(probs.flatten(0, 1), valid.flatten(0, 1), tile, plan)
 
 
 def _bias(valid: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""The model variant itself: vision in pieces, every size, and what a pipeline stage needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from engine.engines import SPARSE, ask, clip, engine, last_reports, video_prompt
+
+pytestmark = pytest.mark.engine
+
+# (hidden, heads, kv_heads, intermediate, tied embeddings) of the published Qwen2.5-VL sizes
+SIZES = {
+    "3B": (2048, 16, 2, 11008, True),
+    "7B": (3584, 28, 4, 18944, False),
+    "32B": (5120, 40, 8, 27648, False),
+    "72B": (8192, 64, 8, 29568, False),
+}
+
+
+def encode_whole_and_in_pieces(model) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Two videos through the vision tower at once and in pieces; patches of each piece."""
+    torch.manual_seed(0)
+    grids = [[7, 10, 12], [4, 8, 6]]
+    patches = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(patches, 3 * 2 * 14 * 14)
+    with torch.inference_mode():
+        whole = model.visual(pixels, grid_thw=grids)
+        model.runtime.config = model.runtime.config.override({"encoder_patches": 300})
+        sizes: list[int] = []
+        forward = model.visual.forward
+
+        def recording(x, grid_thw):
+            sizes.append(len(x))
+            return forward(x, grid_thw)
+
+        model.visual.forward = recording
+        pieces = torch.cat(model._encode_in_pieces(pixels, grids))
+    return whole, pieces, sizes
+
+
+def test_vision_in_pieces_equals_whole(checkpoint) -> None:
+    with engine(checkpoint, SPARSE) as llm:
+        ((whole, pieces, sizes),) = llm.apply_model(encode_whole_and_in_pieces)
+    assert whole.shape == pieces.shape
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+    assert len(sizes) > 2 and max(sizes) <= 300, "memory is bounded by the piece, not the video"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_runs(checkpoint, tmp_path, size) -> None:
+    """The published shapes, one layer each, with dummy weights: prefill and decode, sparse."""
+    hidden, heads, kv_heads, intermediate, tied = SIZES[size]
+    folder = tmp_path / size
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    shape = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+        "max_window_layers": 1,
+        "tie_word_embeddings": tied,
+    }
+    shape["rope_parameters"] = config["text_config"]["rope_parameters"] | {
+        "mrope_section": [16, 24, 24]
+    }
+    config["text_config"] |= shape
+    config["tie_word_embeddings"] = tied
+    config["vision_config"]["out_hidden_size"] = hidden
+    path.write_text(json.dumps(config))
+    options = {"load_format": "dummy", "dtype": "bfloat16", "max_model_len": 2048}
+    with engine(folder, SPARSE, max_num_batched_tokens=2048, **options) as llm:
+        (answer,) = ask(llm, [video_prompt(clip(36))], max_tokens=3)
+        (report,) = last_reports(llm)
+    assert len(answer.ids) == 3
+    assert report["attention_density"] < 1 and report["ffn_density"] < 0.6
