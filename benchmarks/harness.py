@@ -48,9 +48,11 @@ class PagedLayer:
         self.heads, self.kv_heads, self.head_size, self.dtype = heads, kv_heads, head_size, dtype
         self.kv_cache_dtype = kv_cache_dtype
         self.runtime = Runtime(config)
+        self.runtime.expect_video()
         isa = cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
         self.layer = SimpleNamespace(
             isa=isa,
+            _q_scale_float=1.0,
             _k_scale_float=1.0,
             _v_scale_float=1.0,
             adaspark=self.runtime,
@@ -84,7 +86,8 @@ class PagedLayer:
 
     def begin(self, rows: StepRows, words: torch.Tensor) -> None:
         """Plan and metadata, which all layers of a step share."""
-        self.runtime.begin_step(rows, words, len(self.kv_cache), self.block_size)
+        table = torch.from_numpy(rows.block_table)
+        self.runtime.begin_step(rows, words, table, len(self.kv_cache), self.block_size)
         row = np.repeat(np.arange(len(rows.seq_lens)), rows.query_lens)
         position = np.arange(len(row)) + (rows.computed - rows.query_start[:-1])[row]
         block = rows.block_table[row, position // self.block_size].astype(np.int64)

@@ -135,18 +135,18 @@ class AdaSparkConfig:
                 f"({type(settings).__name__})"
             )
         known = {spec.name: spec for spec in fields(self)}
+        settable = [name for name, spec in known.items() if spec.metadata["request"] or not request]
         for key in settings:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
+                close = difflib.get_close_matches(str(key), settable, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise AdaSparkConfigError(
-                    f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(known)}"
+                    f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(settable)}"
                 )
-            if request and not known[key].metadata["request"]:
-                allowed = [name for name, s in known.items() if s.metadata["request"]]
+            if key not in settable:
                 raise AdaSparkConfigError(
                     f"{source}: {key!r} is a server setting and cannot be set per request; "
-                    f"allowed: {', '.join(allowed)}"
+                    f"allowed: {', '.join(settable)}"
                 )
         try:
             changed = dataclasses.replace(self, **settings)

@@ -18,8 +18,9 @@ float64 stays.  Not covered: RoPE (queries and keys come rotated), batching, the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -161,21 +162,18 @@ def tile_attention(
     group = heads // kv_heads
     scale = d**-0.5 if scale is None else scale
 
-    blocks = [range(b, b + block_size) for b in range(0, end, block_size)]  # last may pass the end
-    cubes = [b for b, at in enumerate(blocks) if at.stop <= end and _all(is_video, at)]
-    mean_keys = {b: k[blocks[b].start : blocks[b].stop].mean(0) for b in cubes}  # [kv_heads, d]
+    cubes = {
+        block: at
+        for block, at in enumerate(_by_block((0, end), block_size))
+        if _is_cube(is_video, at, block_size)
+    }
+    mean_keys = {b: k[at.start : at.stop].mean(0) for b, at in cubes.items()}  # [kv_heads, d]
 
     out = torch.empty_like(q)
-    tiles, work = [], []
-    for block in range(start // block_size, len(blocks)):
-        here = range(max(start, blocks[block].start), min(end, blocks[block].stop))
-        candidates = [b for b in cubes if b < block]
-        whole = block in cubes and here == blocks[block]
-        work += [(block, here, "video", candidates)] if whole else [
-            (block, run, kind, candidates) for run, kind in _runs(is_video, here)
-        ]
-    for block, tokens, kind, candidates in work:
+    tiles = []
+    for block, tokens, kind in _in_tiles(is_video, chunk, block_size):
         rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
+        candidates = [b for b in cubes if b < block]
         dense = (
             kind == "cut"
             or (kind == "text" and config.text_queries == "dense")
@@ -200,7 +198,7 @@ def tile_attention(
             visible = at <= torch.tensor(tokens)[:, None]  # [m, end]
             for b, keep in zip(candidates, kept[kv_head].tolist(), strict=True):
                 if not keep:
-                    visible[:, blocks[b].start : blocks[b].stop] = False
+                    visible[:, cubes[b].start : cubes[b].stop] = False
             keys, values = k[:, kv_head], v[:, kv_head]
             for head in range(kv_head * group, (kv_head + 1) * group):
                 out[rows, head] = _attend(q[rows, head], keys, values, visible, scale)
@@ -234,18 +232,46 @@ def tile_ffn(
     x, h = _wide(x), _wide(h)
     branch = torch.empty_like(h[start:end])
     active = torch.ones(end - start, dtype=torch.bool)
-    for first in range(start - start % block_size, end, block_size):
-        tokens = range(max(start, first), min(end, first + block_size))
+    for tokens in _by_block(chunk, block_size):
         at = slice(tokens.start, tokens.stop)  # of x and h
         rows = slice(tokens.start - start, tokens.stop - start)  # of branch and active
-        whole_cube = len(tokens) == block_size and _all(is_video, tokens)
-        if config.sparse_ffn and whole_cube and layer >= config.dense_layers:
+        may_skip = config.sparse_ffn and layer >= config.dense_layers
+        if may_skip and _is_cube(is_video, tokens, block_size):
             branch[rows], active[rows] = _sparse_ffn(
                 x[at], h[at], ffn, config.p_ffn, config.compensation
             )
         else:
             branch[rows] = ffn(h[at])
     return branch, active
+
+
+def _in_tiles(
+    is_video: torch.Tensor, chunk: tuple[int, int], block_size: int
+) -> Iterator[tuple[int, range, str]]:
+    """A chunk's tokens, tile by tile: block, tokens and kind."""
+    for here in _by_block(chunk, block_size):
+        block = here.start // block_size
+        if _is_cube(is_video, here, block_size):
+            yield block, here, "video"
+            continue
+        for video, run in groupby(here, key=lambda token: bool(is_video[token])):
+            tokens = list(run)
+            if video:
+                yield block, range(tokens[0], tokens[-1] + 1), "cut"
+            else:
+                yield from ((block, range(token, token + 1), "text") for token in tokens)
+
+
+def _by_block(chunk: tuple[int, int], block_size: int) -> Iterator[range]:
+    """The tokens of a chunk, block by block; the first and the last may be parts of one."""
+    start, end = chunk
+    for first in range(start - start % block_size, end, block_size):
+        yield range(max(start, first), min(end, first + block_size))
+
+
+def _is_cube(is_video: torch.Tensor, tokens: range, block_size: int) -> bool:
+    """Whether these tokens of one block are all of it, and video."""
+    return len(tokens) == block_size and bool(is_video[tokens.start : tokens.stop].all())
 
 
 def _logits(q: torch.Tensor, mean_keys: torch.Tensor, scale: float) -> torch.Tensor:
@@ -325,23 +351,6 @@ def _mask(n: int, indices: list[int]) -> torch.Tensor:
     mask = torch.zeros(n, dtype=torch.bool)
     mask[indices] = True
     return mask
-
-
-def _runs(is_video: torch.Tensor, tokens: range) -> list[tuple[range, str]]:
-    """Tokens of a block that is no whole cube: text one by one, video in runs."""
-    runs: list[tuple[range, str]] = []
-    for token in tokens:
-        if not is_video[token]:
-            runs.append((range(token, token + 1), "text"))
-        elif runs and runs[-1][1] == "cut":
-            runs[-1] = (range(runs[-1][0].start, token + 1), "cut")
-        else:
-            runs.append((range(token, token + 1), "cut"))
-    return runs
-
-
-def _all(is_video: torch.Tensor, tokens: range) -> bool:
-    return bool(is_video[tokens.start : tokens.stop].all())
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ One per model and worker, made by the model and handed to its layers, so there i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -15,33 +17,48 @@ from .config import AdaSparkConfig
 
 
 class Runtime:
-    """Holds ``plan``, the current step's plan, or None when the step is dense throughout."""
+    """Holds ``plan``, the current step's plan, or None when the step is dense throughout.
+
+    ``rows`` are the current step's requests, also when it has no plan; None in profiling runs.
+    """
 
     def __init__(self, config: AdaSparkConfig) -> None:
         self.config = config
         self.plan: StepPlan | None = None
-        self.rows: StepRows | None = None  # of the current step, also when it has no plan
+        self.rows: StepRows | None = None
+        self._videos_seen = False
         self._block_tags: BlockTags | None = None
 
+    def expect_video(self) -> None:
+        """A request with a video has arrived; until then steps cost nothing and never wait."""
+        self._videos_seen = True
+
     def begin_step(
-        self, rows: StepRows | None, words: torch.Tensor, num_blocks: int, block_size: int
+        self,
+        rows: StepRows | None,
+        words: torch.Tensor,
+        block_table: torch.Tensor | None = None,
+        num_blocks: int = 0,
+        block_size: int = 0,
     ) -> None:
-        """Make the step's plan.
+        """Make the step's plan.  On a GPU this waits once for the tags, per step, not per layer.
 
         Args:
             rows: the step's requests; None in profiling runs, which have no KV cache.
             words: ``[tokens or more]`` int64 tag words on any device; padding is ignored.
+            block_table: ``[rows, blocks]`` on any device.
             num_blocks: physical KV blocks in the cache.
             block_size: tokens in a KV block.
         """
         self.plan, self.rows = None, rows
-        if rows is None:
+        if rows is None or not self._videos_seen:
             return
         if self._block_tags is None or len(self._block_tags.is_cube) != num_blocks:
             self._block_tags = BlockTags(num_blocks, block_size)
         num_tokens = int(rows.query_start[-1])
+        self.rows = replace(rows, block_table=block_table.cpu().numpy())
         self.plan = build_plan(
-            rows,
+            self.rows,
             words[:num_tokens].cpu().numpy().astype(np.int64, copy=False),
             self._block_tags,
             dense_below=self.config.dense_below,

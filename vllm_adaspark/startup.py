@@ -22,6 +22,8 @@ logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 SERVER_KEY = "adaspark"  # in --additional-config
 CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
 BLOCK_SIZES = (32, 64, 128)  # cube volumes that are tested
+# What adapters can read head by head: no scales per token, no packing.
+CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 class StartupCheck(VerifyAndUpdateConfig):
@@ -35,6 +37,7 @@ class StartupCheck(VerifyAndUpdateConfig):
         refuse_unsupported(vllm_config)
         _split_graphs_at_ffn(vllm_config)
         _report_requests(vllm_config)
+        _use_video_loader(vllm_config)
         # The request processor and the model see the model's config, not ours: it travels there.
         vllm_config.model_config.hf_config.adaspark_resolved = config.to_dict()
         logger.info("AdaSpark: %s", config)
@@ -83,25 +86,31 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         (
             vllm_config.kv_transfer_config is not None or bool(cache.kv_offloading_size),
-            "KV connectors and KV offloading: blocks that come from elsewhere lack their cube state",
+            "--kv-transfer-config and --kv-offloading-size: blocks that come from elsewhere lack "
+            "their cube state; leave them out",
         ),
-        (vllm_config.speculative_config is not None, "--speculative-config"),
-        (vllm_config.lora_config is not None, "--enable-lora: adapters are mapped by token index"),
+        (vllm_config.speculative_config is not None, "--speculative-config; leave it out"),
+        (
+            vllm_config.lora_config is not None,
+            "--enable-lora: adapters are mapped by token index; merge the adapter into the weights",
+        ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-            "context parallelism (--decode-context-parallel-size, --prefill-context-parallel-size)",
+            "--decode-context-parallel-size and --prefill-context-parallel-size; leave them out",
         ),
-        (parallel.enable_dbo, "--enable-dbo"),
-        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        (parallel.enable_dbo, "--enable-dbo; leave it out"),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill; leave it out"),
         (
-            str(cache.cache_dtype) not in ("auto", "bfloat16", "float16", "float32")
-            and not (str(cache.cache_dtype).startswith("fp8") and "token" not in cache.cache_dtype),
+            str(cache.cache_dtype) not in CACHE_DTYPES,
             f"--kv-cache-dtype {cache.cache_dtype}; use auto or fp8",
         ),
-        (bool(getattr(text, "use_sliding_window", False)), "sliding-window attention"),
+        (
+            bool(getattr(text, "use_sliding_window", False)),
+            "use_sliding_window in the model's config; set it to false",
+        ),
         (
             getattr(text, "dual_chunk_attention_config", None) is not None,
-            "dual chunk attention",
+            "dual_chunk_attention_config in the model's config; leave it out",
         ),
         (
             SERVER_KEY in mm_kwargs,
@@ -110,7 +119,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         (
             model.max_model_len > MAX_POSITION,
-            f"--max-model-len {model.max_model_len}; at most {MAX_POSITION} positions can be tagged",
+            f"--max-model-len {model.max_model_len}; use at most {MAX_POSITION}",
         ),
         (model.runner_type != "generate", f"--runner {model.runner_type}; use generate"),
     ]
@@ -148,3 +157,14 @@ def _report_requests(vllm_config: VllmConfig) -> None:
         parallel.worker_cls = f"vllm_adaspark.worker.AdaSpark{kind}Worker"
     else:
         logger.warning("AdaSpark: no per-request report with --worker-cls %s", parallel.worker_cls)
+
+
+def _use_video_loader(vllm_config: VllmConfig) -> None:
+    """Read videos with our loader, unless the user chose one in --media-io-kwargs."""
+    from .video import LOADER
+
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
+        media = multimodal.media_io_kwargs
+        video = {"video_backend": LOADER} | media.get("video", {})
+        multimodal.media_io_kwargs = media | {"video": video}

@@ -38,7 +38,7 @@ class SparseBackend(AttentionBackend):
 
 
 class SparseMetadataBuilder:
-    """Attaches the step's rows, on the host, to the stock metadata as ``adaspark_rows``."""
+    """Attaches what the host knows of the step to the stock metadata, as ``adaspark_rows``."""
 
     # Which cubes a step keeps depends on the data, so the attention op must run outside CUDA
     # graphs; the pieces between attention ops are still captured.
@@ -68,7 +68,7 @@ def _host_rows(common: CommonAttentionMetadata) -> StepRows:
     return StepRows(
         query_start=common.query_start_loc_cpu.numpy().astype("int64"),
         seq_lens=seq_lens.numpy().astype("int64"),
-        block_table=common.block_table_tensor.cpu().numpy(),
+        block_table=None,  # on the device; fetched by the runtime once there are videos
     )
 
 
@@ -137,7 +137,9 @@ class SparseImpl:
         assert self._key_sums is not None, "cubes to choose from, but no keys were written"
         blocks, kv_heads, block_size, content = kv_cache.shape
         query = query[: plan.num_tokens]
-        chosen = choose_cubes(query, self._key_sums, plan, self.scale, layer.adaspark_layer)
+        # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
+        scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
+        chosen = choose_cubes(query, self._key_sums, plan, scale, layer.adaspark_layer)
         batch = build_tables(chosen, plan, block_size, _shared_query_start(plan, kv_heads))
         step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
 

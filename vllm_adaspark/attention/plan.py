@@ -136,8 +136,6 @@ def build_plan(
         device: where the layers run.
     """
     block_tags.write(rows, words)
-    if not block_tags.any_video:
-        return None
     size = block_tags.block_size
     width = max(1, int(-(-rows.seq_lens.max(initial=1) // size)))
     table = rows.block_table[:, :width]

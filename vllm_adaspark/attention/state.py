@@ -21,12 +21,13 @@ class StepRows:
     Attributes:
         query_start: ``[rows + 1]`` first token of each row in the step; empty rows are padding.
         seq_lens: ``[rows]`` tokens of each request once this step is done.
-        block_table: ``[rows, blocks]`` physical block of each logical block.
+        block_table: ``[rows, blocks]`` physical block of each logical block; None until a plan
+            needs it.
     """
 
     query_start: np.ndarray
     seq_lens: np.ndarray
-    block_table: np.ndarray
+    block_table: np.ndarray | None
 
     @property
     def query_lens(self) -> np.ndarray:
@@ -46,7 +47,6 @@ class BlockTags:
         self.is_cube = np.zeros(num_blocks, bool)
         self.word = np.zeros(num_blocks, np.int64)
         self._video_slots = np.zeros((num_blocks, block_size), bool)
-        self.any_video = False  # false until the first video: text-only servers pay nothing
 
     def write(self, rows: StepRows, words: np.ndarray) -> None:
         """Record the tokens this step writes.
@@ -55,9 +55,6 @@ class BlockTags:
             rows: the step's requests.
             words: ``[tokens]`` tag words, 0 for text (see tags.py).
         """
-        self.any_video |= bool(words.any())
-        if not self.any_video:
-            return
         lens = rows.query_lens
         row = np.repeat(np.arange(len(lens)), lens)
         position = np.arange(len(row)) + np.repeat(rows.computed - rows.query_start[:-1], lens)

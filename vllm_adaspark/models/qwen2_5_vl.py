@@ -230,16 +230,17 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         """Stock positions ``[3, tokens]``; each video's in cube order and tagged."""
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
         positions = positions.clone()
-        for video, tokens, walk, word in self._videos(mm_features):
+        for tokens, walk, word in self._videos(mm_features):
             if walk is not None:
                 positions[:, tokens] = positions[:, tokens][:, walk]
             add_tags(positions, word, tokens)
+            self.runtime.expect_video()
         return positions, delta
 
     def _videos(
         self, mm_features: list[MultiModalFeatureSpec]
-    ) -> Iterator[tuple[MultiModalFeatureSpec, slice, torch.Tensor | None, int]]:
-        """(feature, its tokens, its walk, its tag word) of every video in a prompt."""
+    ) -> Iterator[tuple[slice, torch.Tensor | None, int]]:
+        """(its tokens, its walk, its tag word) of every video in a prompt."""
         merge = self.config.vision_config.spatial_merge_size
         for feature in mm_features:
             if feature.modality != "video":
@@ -247,7 +248,7 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
             settings = feature.data[FIELD].data.tolist()
             walk = _walk(feature.data["video_grid_thw"].data.tolist(), settings, merge)
             start, length = feature.mm_position.offset, feature.mm_position.length
-            yield feature, slice(start, start + length), walk, settings[0]
+            yield slice(start, start + length), walk, settings[0]
 
     def forward(
         self,
@@ -264,13 +265,14 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
 
     def _begin_step(self, words: torch.Tensor) -> None:
         metadata = get_forward_context().attn_metadata
-        rows, num_blocks, block_size = None, 0, 0
-        if metadata:  # none in profiling runs
-            name, of_layer = next(iter(metadata.items()))
-            rows = of_layer.adaspark_rows
-            cache = get_forward_context().no_compile_layers[name].kv_cache
-            num_blocks, _, block_size, _ = cache.shape
-        self.runtime.begin_step(rows, words, num_blocks, block_size)
+        if not metadata:  # a profiling run
+            self.runtime.begin_step(None, words)
+            return
+        name, of_layer = next(iter(metadata.items()))
+        num_blocks, _, block_size, _ = get_forward_context().no_compile_layers[name].kv_cache.shape
+        self.runtime.begin_step(
+            of_layer.adaspark_rows, words, of_layer.block_table, num_blocks, block_size
+        )
 
 
 def _walk(grid: list[int], settings: list[int], merge: int) -> torch.Tensor | None:
