@@ -28,6 +28,7 @@ BLOCK = 64
 UNALIGNED = 41  # video tokens before the first block edge
 SHARED = "#dddddd"  # a block the video shares with text
 P = 0.8
+QUESTION_ROW = 0.25  # height of a text token's row, where a cube's is 1
 
 
 def main() -> None:
@@ -62,8 +63,8 @@ def draw_order() -> plt.Figure:
         middle = column.get_position(figure)
         middle = (middle.x0 + middle.x1) / 2
         figure.text(middle, 0.95, title, ha="center", fontsize=12.5)
-        caption = f"mean squared spread inside a block: {spread:.2f}"
-        caption += " (grey: shared with text)" if phase else ""
+        caption = f"mean squared spread of a block: {spread:.2f}"
+        caption += " (grey: shares text)" if phase else ""
         figure.text(middle, 0.91, caption, ha="center", fontsize=10, color="#555555")
     return figure
 
@@ -76,7 +77,7 @@ def draw_selection() -> plt.Figure:
     _, tiles = tile_attention(x.q, x.k, x.v, x.is_video, inputs.BLOCK, (0, n), config)
     cubes = int(x.cube_of.max()) + 1
     first = inputs.TEXT_BEFORE // inputs.BLOCK  # block of the first cube
-    tiles = tiles[first:]
+    tiles = [tile for tile in tiles if tile.block >= first]  # a tile per cube, then the question's
 
     nothing, left_out, one, both, dense, own, text = range(7)
     matrix = np.full((len(tiles), 1 + cubes), nothing)
@@ -99,20 +100,28 @@ def draw_selection() -> plt.Figure:
     by_value = dict(zip((own, both, one, left_out, dense, text), legend.values(), strict=True))
     palette = ListedColormap(["white", *(by_value[value] for value in range(1, 7))])
 
-    figure, axis = plt.subplots(figsize=(8.6, 7.6), layout="constrained")
-    axis.imshow(matrix, cmap=palette, vmin=0, vmax=6)
-    axis.set_xticks(np.arange(-0.5, 1 + cubes), minor=True)
-    axis.set_yticks(np.arange(-0.5, len(tiles)), minor=True)
-    axis.grid(which="minor", color="white", lw=1.2)
-    axis.tick_params(which="both", length=0)
-    axis.set_xticks([0, *range(5, cubes + 1, 4)], labels=["text", *range(5, cubes + 1, 4)])
-    rows = [*range(0, cubes, 4), len(tiles) - 1]
-    axis.set_yticks(rows, labels=[*(f"cube {row + 1}" for row in rows[:-1]), "question"])
+    figure, axis = plt.subplots(figsize=(8.6, 8.8), layout="constrained")
+    heights = [1 if tile.kind == "video" else QUESTION_ROW for tile in tiles]
+    edges = np.cumsum([0, *heights])
+    style = {"cmap": palette, "vmin": 0, "vmax": 6, "edgecolor": "white"}
+    axis.pcolormesh(np.arange(cubes + 2), edges[: cubes + 1], matrix[:cubes], lw=1.2, **style)
+    axis.pcolormesh(np.arange(cubes + 2), edges[cubes:], matrix[cubes:], lw=0.25, **style)
+    axis.set(aspect="equal", ylim=(edges[-1], 0))
+    axis.tick_params(length=0)
+    axis.set_xticks(
+        [0.5, *np.arange(5, cubes + 1, 4) + 0.5], labels=["text", *range(5, cubes + 1, 4)]
+    )
+    shown = range(0, cubes, 4)
+    axis.set_yticks(
+        [*(row + 0.5 for row in shown), (edges[cubes] + edges[-1]) / 2],
+        labels=[*(f"cube {row + 1}" for row in shown), f"question,\n{inputs.QUESTION} tokens"],
+    )
     axis.spines[:].set_visible(False)
-    axis.set(xlabel="cube (= KV block) attended", ylabel="query tile")
+    axis.set(xlabel="cube (= KV block) attended", ylabel="query tile: a cube, or a text token")
     sparse = [tile for tile in tiles if not tile.dense]
-    kept = sum(int(tile.kept.sum()) for tile in sparse) / sum(t.kept.numel() for t in sparse)
-    axis.set_title(f"Cubes kept at p = {P:g}: {kept:.0%} of those a sparse tile could attend")
+    kept = sum(len(tile.tokens) * int(tile.kept.sum()) for tile in sparse)
+    of = sum(len(tile.tokens) * tile.kept.numel() for tile in sparse)
+    axis.set_title(f"Cubes kept at p = {P:g}: {kept / of:.0%} of those a sparse query could attend")
     axis.legend(
         handles=[Patch(color=colour, label=label) for label, colour in legend.items()],
         loc="upper right",

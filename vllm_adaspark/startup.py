@@ -74,12 +74,18 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise on every option that AdaSpark does not support yet; see the README's table."""
+    from vllm.platforms import current_platform
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
     multimodal = model.multimodal_config
     mm_kwargs: dict[str, Any] = (multimodal.mm_processor_kwargs if multimodal else None) or {}
     text = model.hf_text_config
     refused = [
+        (
+            not (current_platform.is_cpu() or current_platform.is_cuda_alike()),
+            f"the platform {current_platform.device_name}; it runs on CPUs and CUDA GPUs",
+        ),
         (
             multimodal is not None and (multimodal.video_pruning_rate or 0) > 0,
             "--video-pruning-rate: EVS drops the tokens that cubes are made of; leave it out",

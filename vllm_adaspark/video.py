@@ -21,6 +21,8 @@ class VideoLoader(Qwen2VLVideoBackend):
 
     @classmethod
     def load_bytes(cls, data: bytes, *args: Any, **kwargs: Any):
+        if not data:
+            raise ValueError("the video is empty: 0 bytes")
         frames, metadata = super().load_bytes(data, *args, **kwargs)
         if not len(frames):
             raise ValueError(

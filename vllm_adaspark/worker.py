@@ -20,6 +20,8 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from .accounting import Account, ModelShape, count_step
+from .attention.plan import StepPlan
+from .attention.state import StepRows
 from .runtime import Runtime
 
 logger = init_logger("vllm.adaspark")
@@ -35,12 +37,18 @@ class RequestAccounts:
         self._running: dict[str, Account] = {}
         self._finished: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._total = Account(shape, layers)
+        self._pending: tuple[list[str], StepRows, StepPlan | None] | None = None
 
-    def add_step(self, request_ids: list[str]) -> None:
-        """Account for the step that just ran; ``request_ids`` in row order."""
-        rows, plan = self._runtime.rows, self._runtime.plan
-        if rows is None:
+    def remember_step(self, request_ids: list[str]) -> None:
+        """Note the step that was just launched; ``request_ids`` in row order."""
+        if self._runtime.rows is not None:
+            self._pending = (list(request_ids), self._runtime.rows, self._runtime.plan)
+
+    def settle(self) -> None:
+        """Account for the noted step.  One step late, so that a GPU need not be waited for."""
+        if self._pending is None:
             return
+        (request_ids, rows, plan), self._pending = self._pending, None
         counts = count_step(rows, plan, self._layers)
         for row, request_id in enumerate(request_ids):
             account = self._running.get(request_id)
@@ -85,6 +93,7 @@ class RequestAccounts:
 
     def report(self) -> dict[str, Any]:
         """All requests together, and each of the last ones: the finished, then the running."""
+        self.settle()
         total = Account(self._shape, self._layers)
         for account in (self._total, *self._running.values()):
             total.merge(account)
@@ -125,10 +134,11 @@ class AccountingWorker:
     def execute_model(self, scheduler_output: Any) -> Any:
         accounts = self._accounts
         if accounts is not None:
+            accounts.settle()
             accounts.finish(scheduler_output.finished_req_ids)
         output = super().execute_model(scheduler_output)
         if accounts is not None and scheduler_output.total_num_scheduled_tokens > 0:
-            accounts.add_step(self._request_ids())
+            accounts.remember_step(self._request_ids())
         return output
 
     def _request_ids(self) -> list[str]:

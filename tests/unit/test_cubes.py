@@ -20,6 +20,15 @@ def strip_height(rows, h):
     return -(-rows // max(1, round(rows / h)))
 
 
+def slab_lengths(grid, cube):
+    """Frames of each slab, in order, found where the walk leaves all earlier frames behind."""
+    frames = coordinates(grid, cube)[:, 0]
+    latest = np.maximum.accumulate(frames)
+    earliest_to_come = np.minimum.accumulate(frames[::-1])[::-1]
+    last = latest[:-1][latest[:-1] < earliest_to_come[1:]]
+    return np.diff([-1, *last, grid[0] - 1]).tolist()
+
+
 def test_every_token_is_visited_once():
     rng = random.Random(0)
     for _ in range(200):
@@ -34,6 +43,40 @@ def test_a_walk_by_hand():
     # Two slabs of one frame, two strips of two rows: there and back, then the same way back.
     walk = cube_order((2, 4, 2), (1, 2, 2))
     assert walk.tolist() == [0, 2, 1, 3, 5, 7, 4, 6, 14, 12, 15, 13, 11, 9, 10, 8]
+
+
+@pytest.mark.parametrize(
+    ("cube", "frames", "slabs"),
+    [
+        ((4, 4, 4), 3, [3]),
+        ((4, 4, 4), 4, [4]),
+        ((4, 4, 4), 5, [5]),
+        ((4, 4, 4), 6, [3, 3]),
+        ((4, 4, 4), 7, [4, 3]),
+        ((4, 4, 4), 9, [4, 5]),
+        ((4, 4, 4), 16, [4, 4, 4, 4]),
+        ((4, 4, 4), 17, [4, 4, 5, 4]),
+        ((4, 4, 4), 30, [4, 4, 3, 4, 4, 3, 4, 4]),
+        ((2, 4, 4), 7, [2, 3, 2]),
+        ((8, 4, 4), 9, [4, 5]),  # one slab of 9 would be less compact
+        ((8, 4, 4), 24, [8, 8, 8]),
+        ((4, 4, 8), 7, [7]),  # 7 x 4 x 4.6, not 3.5 x 4 x 9.1
+    ],
+    ids=str,
+)
+def test_slabs_are_near_equal(cube, frames, slabs):
+    assert slab_lengths((frames, 8, 12), cube) == slabs
+
+
+@pytest.mark.parametrize("cube", [(4, 4, 4), (8, 4, 4), (2, 4, 4), (4, 4, 8)])
+def test_slabs_add_no_thin_rest(cube):
+    for frames in range(1, 70):
+        lengths = slab_lengths((frames, 5, 6), cube)
+        assert sum(lengths) == frames
+        assert max(lengths) - min(lengths) <= 1
+        if frames % cube[0] == 0:
+            assert lengths == [cube[0]] * (frames // cube[0])
+        assert len(lengths) in (frames // cube[0], -(-frames // cube[0]))
 
 
 @pytest.mark.parametrize("cube", [(4, 4, 4), (8, 4, 4), (2, 4, 4), (4, 8, 4), (1, 8, 8), (2, 2, 8)])
@@ -56,7 +99,11 @@ def test_ideal_box_has_the_ideal_spread():
 
 @pytest.mark.parametrize(
     "grid",
-    [(32, 8, 8), (32, 9, 16), (32, 12, 22), (30, 13, 23), (32, 16, 28), (32, 18, 32)],
+    [
+        *[(32, 8, 8), (32, 9, 16), (32, 12, 22), (32, 16, 28), (32, 18, 32)],
+        # Frames that do not divide.
+        *[(5, 9, 16), (9, 12, 22), (17, 12, 22), (30, 13, 23), (31, 9, 16)],
+    ],
 )
 def test_blocks_are_compact_wherever_the_video_starts(grid):
     phases = np.random.default_rng(0).integers(0, 64, 12)
@@ -71,13 +118,13 @@ def test_blocks_are_compact_wherever_the_video_starts(grid):
 @pytest.mark.parametrize("cube", [(4, 4, 4), (8, 4, 4), (2, 4, 4)])
 def test_neighbours_in_the_sequence_are_neighbours_in_the_video(cube):
     rng = random.Random(1)
-    t, h, _ = cube
+    h = cube[1]
     for _ in range(50):
         grid = tuple(rng.randint(1, n) for n in (17, 24, 32))
         steps = np.abs(np.diff(coordinates(grid, cube), axis=0))
         if len(steps) == 0:
             continue
-        assert steps[:, 0].max() <= t
+        assert steps[:, 0].max() <= max(slab_lengths(grid, cube))
         assert steps[:, 1].max() <= max(1, strip_height(grid[1], h) - 1)
         assert steps[:, 2].max() <= 1
 

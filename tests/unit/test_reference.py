@@ -152,12 +152,13 @@ def test_the_question_by_hand(p, kept, margin):
     q, k, v = hand_qkv()
     config = AdaSparkConfig(p_attn=p, dense_below=0)
     out, tiles = tile_attention(q, k, v, HAND_CUBE_OF >= 0, 2, (0, 12), config, scale=1.0)
-    question = tiles[-1]
-    assert (question.block, question.tokens, question.kind) == (5, range(10, 12), "text")
-    assert not question.dense
-    assert question.candidates == [1, 2, 3, 4]
-    assert question.kept.tolist() == [[cube in kept for cube in range(4)]]
-    assert question.margin == pytest.approx(margin, abs=1e-12)
+    for question, token in zip(tiles[-2:], (10, 11), strict=True):
+        assert (question.block, question.kind) == (5, "text")
+        assert question.tokens == range(token, token + 1)
+        assert not question.dense
+        assert question.candidates == [1, 2, 3, 4]
+        assert question.kept.tolist() == [[cube in kept for cube in range(4)]]
+        assert question.margin == pytest.approx(margin, abs=1e-12)
 
     blocks = [0, *(cube + 1 for cube in kept)]
     by_hand = torch.stack([hand_output(blocks, 5, 1), hand_output(blocks, 5, 2)])
@@ -172,11 +173,12 @@ def test_a_cubes_own_tokens_by_hand():
     q, k, v = hand_qkv()
     config = AdaSparkConfig(p_attn=0.6, dense_below=0)
     out, tiles = tile_attention(q, k, v, HAND_CUBE_OF >= 0, 2, (0, 12), config, scale=1.0)
-    assert [tile.kind for tile in tiles] == ["text", *["video"] * 4, "text"]
-    assert [tile.candidates for tile in tiles[:4]] == [[], [], [1], [1, 2]]
+    assert [tile.kind for tile in tiles] == ["text"] * 2 + ["video"] * 4 + ["text"] * 2
+    assert [tile.candidates for tile in tiles[:5]] == [[], [], [], [1], [1, 2]]
     # Cube 2 (block 3): 5/8 for cube 0 reach .6, cube 1 is left out.
-    assert tiles[3].kept.tolist() == [[True, False]]
-    assert tiles[3].margin == pytest.approx(0.625 - 0.6)
+    assert tiles[4].tokens == range(6, 8)
+    assert tiles[4].kept.tolist() == [[True, False]]
+    assert tiles[4].margin == pytest.approx(0.625 - 0.6)
     assert_close(out[6, 0, 0], hand_output([0, 1], 3, 1))
     assert_close(out[7, 0, 0], hand_output([0, 1], 3, 2))
     by_paper, _ = paper_attention(q, k, v, HAND_CUBE_OF, 0.6, 1.0)
@@ -203,25 +205,50 @@ def test_other_rules_by_hand(settings, kept):
     assert tiles[-1].kept.tolist() == [[cube in kept for cube in range(4)]]
 
 
-def test_who_averages_and_who_unites():
-    # Two cubes of keys (1, 0) and (0, 1), then a tile of two tokens that seek one each.
-    is_video = torch.tensor([True] * 6)
+def test_video_averages_over_tokens_and_heads_and_text_over_heads_only():
+    # Two cubes of keys (9, 0) and (0, 9), then two tokens: one seeks the first cube, the other,
+    # less hard, the second.
     k = torch.tensor([[9.0, 0], [9, 0], [0, 9], [0, 9], [0, 0], [0, 0]])[:, None]
-    q = torch.zeros(6, 1, 2)
-    q[4:, 0] = torch.tensor([[1.0, 0.0], [0.0, 0.9]])
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.9])
     config = AdaSparkConfig(p_attn=0.5, dense_below=0)
 
-    def last(q, is_video):
-        return tile_attention(q, k, k, is_video, 2, (0, 6), config, scale=1.0)[1][-1]
+    def tiles_of(token_4, token_5, video):
+        """The tiles of the last block; a token is given as its query heads."""
+        q = torch.zeros(6, len(token_4), 2)
+        q[4], q[5] = torch.stack(token_4), torch.stack(token_5)
+        is_video = torch.tensor([True] * 4 + [video] * 2)
+        _, tiles = tile_attention(q, k, k, is_video, 2, (0, 6), config, scale=1.0)
+        assert [(tile.kind, len(tile.tokens)) for tile in tiles[2:]] == (
+            [("video", 2)] if video else [("text", 1)] * 2
+        )
+        return tiles[2:]
 
-    video, text = last(q, is_video), last(q, torch.tensor([True] * 5 + [False]))
-    assert (video.kind, text.kind) == ("video", "text")
-    assert video.kept.tolist() == [[True, False]]  # the mean of the two: .5 and a bit
-    assert text.kept.tolist() == [[True, True]]  # one each
-    # Heads of a GQA group average in either kind: the token that seeks cube 0 harder wins.
-    heads = torch.stack([q[4:, 0], q[4:, 0].flip(0)], dim=1)  # [2, 2, d]
-    q2 = torch.cat([torch.zeros(4, 2, 2), heads])
-    assert last(q2, torch.tensor([True] * 5 + [False])).kept.tolist() == [[True, False]]
+    def choices(*args, **kwargs):
+        return [tile.kept.tolist() for tile in tiles_of(*args, **kwargs)]
+
+    # One head: a cube decides as one.  The tokens give the first cube 1 / (1 + e^-9) = .999877 and
+    # 1 / (1 + e^8.1) = .000303, the mean is .500090.  Every text token decides for itself.
+    assert tiles_of([first], [second], video=True)[0].margin == pytest.approx(9.0e-5, abs=1e-6)
+    assert choices([first], [second], video=True) == [[[True, False]]]
+    assert choices([first], [second], video=False) == [[[True, False]], [[False, True]]]
+    # Two heads of a GQA group average in either kind: the head that seeks harder wins.
+    assert choices([second, first], [second, second], video=False) == [
+        [[True, False]],
+        [[False, True]],
+    ]
+    assert choices([second, first], [second, second], video=True) == [[[False, True]]]
+
+
+def test_kv_heads_choose_on_their_own():
+    k = torch.tensor([[9.0, 0], [9, 0], [0, 9], [0, 9], [0, 0], [0, 0]])[:, None].expand(6, 2, 2)
+    q = torch.zeros(6, 2, 2)
+    q[4:] = torch.eye(2)  # head 0 seeks the first cube, head 1 the second
+    config = AdaSparkConfig(p_attn=0.5, dense_below=0)
+    for kind in ("video", "text"):
+        is_video = torch.tensor([True] * 4 + [kind == "video"] * 2)
+        _, tiles = tile_attention(q, k, k, is_video, 2, (0, 6), config, scale=1.0)
+        assert tiles[-1].kind == kind
+        assert tiles[-1].kept.tolist() == [[True, False], [False, True]]
 
 
 # Kinds of tiles
@@ -231,11 +258,16 @@ def test_kinds_candidates_and_cubes():
     q, k, v = random_qkv(10 * B)
     _, tiles = run(q, k, v, PROMPT, CONFIG)
     # Block 0 is text, block 1 mixed, blocks 2 to 7 cubes, block 8 mixed, block 9 text.
-    assert [tile.kind for tile in tiles] == ["text"] * 2 + ["video"] * 6 + ["text"] * 2
-    assert [tile.block for tile in tiles] == list(range(10))
-    assert [tile.candidates for tile in tiles] == [
-        [b for b in range(2, 8) if b < block] for block in range(10)
+    assert [(tile.block, tile.kind, len(tile.tokens)) for tile in tiles] == [
+        *[(0, "text", 1)] * B,
+        *[(1, "text", 1)] * 3,
+        (1, "cut", B - 3),
+        *[(block, "video", B) for block in range(2, 8)],
+        (8, "cut", 2),
+        *[(8, "text", 1)] * (B - 2),
+        *[(9, "text", 1)] * B,
     ]
+    assert all(tile.candidates == [b for b in range(2, 8) if b < tile.block] for tile in tiles)
     assert all(tile.kept.shape == (KV_HEADS, len(tile.candidates)) for tile in tiles)
     assert [t for tile in tiles for t in tile.tokens] == list(range(10 * B))
 
@@ -255,9 +287,31 @@ def test_tiles_at_chunk_edges():
     ]
     # The video tokens of a block shared with text: cut, because the block is no cube.
     assert kinds(B + 3, 2 * B) == [(1, B + 3, 2 * B, "cut")]
-    assert kinds(B + 2, 2 * B) == [(1, B + 2, 2 * B, "text")]
+    assert kinds(B + 2, 2 * B) == [(1, B + 2, B + 3, "text"), (1, B + 3, 2 * B, "cut")]
+    assert kinds(8 * B - 1, 8 * B + 4) == [
+        (7, 8 * B - 1, 8 * B, "cut"),
+        (8, 8 * B, 8 * B + 2, "cut"),
+        (8, 8 * B + 2, 8 * B + 3, "text"),
+        (8, 8 * B + 3, 8 * B + 4, "text"),
+    ]
     # One generated token.
     assert kinds(9 * B + 5, 9 * B + 6) == [(9, 9 * B + 5, 9 * B + 6, "text")]
+
+
+def test_text_between_videos_parts_the_video_tokens_of_a_block():
+    q, k, v = random_qkv(3 * B)
+    is_video = layout((True, B), (True, 2), (False, 1), (True, 3), (False, 2), (True, B))
+    _, tiles = run(q, k, v, is_video, CONFIG)
+    assert [(tile.block, tile.tokens.start - B, len(tile.tokens), tile.kind) for tile in tiles] == [
+        (0, -B, B, "video"),
+        (1, 0, 2, "cut"),
+        (1, 2, 1, "text"),
+        (1, 3, 3, "cut"),
+        (1, 6, 1, "text"),
+        (1, 7, 1, "text"),
+        (2, B, B, "video"),
+    ]
+    assert [tile.dense for tile in tiles] == [tile.kind == "cut" for tile in tiles]
 
 
 def test_a_block_cut_by_the_chunks_end_becomes_a_cube_later():
@@ -272,9 +326,11 @@ def test_a_block_cut_by_the_chunks_end_becomes_a_cube_later():
 def test_dense_tiles():
     q, k, v = random_qkv(10 * B)
     _, tiles = run(q, k, v, PROMPT, replace(CONFIG, dense_below=3))
-    assert [tile.dense for tile in tiles] == [len(tile.candidates) < 3 for tile in tiles]
+    assert [tile.dense for tile in tiles] == [
+        len(tile.candidates) < 3 or tile.kind == "cut" for tile in tiles
+    ]
     _, tiles = run(q, k, v, PROMPT, replace(CONFIG, text_queries="dense"))
-    assert [tile.dense for tile in tiles] == [tile.kind == "text" for tile in tiles]
+    assert [tile.dense for tile in tiles] == [tile.kind != "video" for tile in tiles]
     assert all(tile.margin == math.inf for tile in tiles if tile.dense)
 
 
@@ -282,15 +338,10 @@ def test_dense_tiles():
 
 
 def test_tile_rule_is_the_paper_where_a_tile_agrees():
-    # One query head per KV head, all queries of a cube alike, one text token at the end.
-    cube_of = torch.cat(
-        [torch.tensor([-1, 0, 1, 2, 3, 4]).repeat_interleave(B), torch.tensor([-1])]
-    )
-    n = len(cube_of)
+    # One query head per KV head, all queries of a cube alike; every question token asks its own.
+    cube_of = torch.tensor([-1, 0, 1, 2, 3, 4, -1]).repeat_interleave(B)
     q, k, v = random_qkv(7 * B, heads=KV_HEADS)
-    q = q[: n - 1 : B].repeat_interleave(B, 0)[:n]
-    q = torch.cat([q, q[:1] + 1])
-    k, v = k[:n], v[:n]
+    q[: 6 * B] = q[: 6 * B : B].repeat_interleave(B, 0)
     differ = False
     for p in (0.3, 0.6, 0.9):
         by_paper, kept = paper_attention(q, k, v, cube_of, p, D**-0.5)
@@ -299,7 +350,8 @@ def test_tile_rule_is_the_paper_where_a_tile_agrees():
         for tile in tiles:
             for token in tile.tokens:
                 assert torch.equal(kept[token, :, : len(tile.candidates)], tile.kept)
-        differ |= any(not tile.kept.all() for tile in tiles)
+        question = torch.stack([tile.kept for tile in tiles[-B:]])
+        differ |= len(question.unique(dim=0)) > 1
     assert differ
 
 
@@ -321,11 +373,13 @@ def test_aligned_chunks_change_nothing(edges):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_chunk_edges_inside_a_cube_only_make_more_be_computed(seed):
+def test_chunk_edges_add_to_a_cut_cube_and_leave_all_else(seed):
     n = 10 * B
     q, k, v = random_qkv(n, seed)
     generator = torch.Generator().manual_seed(seed)
-    edges = sorted(set(torch.randint(1, n, (4,), generator=generator).tolist()))
+    inside_a_late_cube = 6 * B + 3
+    edges = torch.randint(1, n, (4,), generator=generator).tolist()
+    edges = sorted({*edges, inside_a_late_cube})
 
     def seen(tiles):
         """``[n, kv_heads, blocks]`` bool, the cubes each token attends to."""
@@ -335,9 +389,37 @@ def test_chunk_edges_inside_a_cube_only_make_more_be_computed(seed):
                 kept[tile.tokens.start : tile.tokens.stop, :, block] = tile.kept[:, at]
         return kept
 
-    _, whole = run(q, k, v, PROMPT, CONFIG)
-    _, parts = in_chunks(q, k, v, PROMPT, CONFIG, edges)
-    assert not (seen(whole) & ~seen(parts))[PROMPT].any()
+    whole_out, tiles = run(q, k, v, PROMPT, CONFIG)
+    parts_out, part_tiles = in_chunks(q, k, v, PROMPT, CONFIG, edges)
+    whole, parts = seen(tiles), seen(part_tiles)
+    assert not (whole & ~parts).any()
+
+    cut = torch.zeros(n, dtype=torch.bool)  # cubes with an edge inside
+    for edge in edges:
+        if edge % B and edge // B in range(2, 8):
+            cut[edge // B * B : (edge // B + 1) * B] = True
+    assert torch.equal(whole[~cut], parts[~cut])
+    assert_close(parts_out[~cut], whole_out[~cut])
+    # A cut cube attends to every cube before it.
+    assert whole[cut].sum() < parts[cut].sum()
+    assert parts[cut].sum(-1).T.tolist() == [(cut.nonzero().flatten() // B - 2).tolist()] * KV_HEADS
+
+
+@pytest.mark.parametrize("chunk", [1, 3, B + 1])
+def test_what_text_chooses_does_not_depend_on_chunks(chunk):
+    q, k, v = random_qkv(10 * B)
+
+    def text(tiles):
+        return [
+            (t.tokens, t.dense, t.candidates, t.kept.tolist()) for t in tiles if t.kind == "text"
+        ]
+
+    whole_out, whole = run(q, k, v, PROMPT, CONFIG)
+    out, tiles = in_chunks(q, k, v, PROMPT, CONFIG, list(range(chunk, 10 * B, chunk)))
+    assert text(tiles) == text(whole)
+    assert len(text(whole)) == int((~PROMPT).sum())
+    assert any(not tile.kept.all() for tile in whole if tile.kind == "text")
+    assert_close(out[~PROMPT], whole_out[~PROMPT])
 
 
 def test_nan_in_blocks_left_out_reaches_no_output():
@@ -453,6 +535,20 @@ def test_ffn_is_dense_at_p_1_and_when_disabled():
     y, active = paper_ffn(x, square, torch.where(PROMPT, 0, -1), 1.0)
     assert active.all()
     assert_close(y, x + square(x))
+
+
+def test_dense_layers_run_the_ffn_dense():
+    x = torch.randn(10 * B, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    config = replace(CONFIG, dense_layers=4)
+    chunk = (0, 10 * B)
+    dense, active = tile_ffn(x, x, square, PROMPT, B, chunk, config, layer=3)
+    assert active.all()
+    assert_close(dense, square(x))
+    out, active = tile_ffn(x, x, square, PROMPT, B, chunk, config, layer=4)
+    expected, expected_active = tile_ffn(x, x, square, PROMPT, B, chunk, CONFIG)
+    assert not active.all()
+    assert torch.equal(active, expected_active)
+    assert torch.equal(out, expected)
 
 
 def test_tile_ffn_is_the_paper_on_whole_cubes():

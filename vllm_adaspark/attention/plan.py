@@ -5,7 +5,8 @@ Built once per step on the host with NumPy, then used by every layer.  The step'
 
 * ``VIDEO``: a complete cube, all of it in this step.  Its tokens choose cubes together.
 * ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
-  choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits).
+  choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits),
+  save that a request's text runs dense in a chunk with more than MAX_TEXT_TILES such tokens.
 * ``DENSE``: a run of tokens that attend to everything: those before or without cubes, of requests
   with p >= 1, and video tokens whose cube is not whole in this step.  A chunk edge inside a cube
   may thus only make more be computed.
