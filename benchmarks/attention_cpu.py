@@ -1,9 +1,9 @@
-"""Attention alone on the CPU: our path, selection and tables included, against the same kernel dense.
+"""Attention alone on the CPU: our path, selection included, against the same kernel dense.
 
     python benchmarks/attention_cpu.py --tokens 16384 --share 0.2
 
-Both run in one process in turn, several times; the medians' ratio is what counts.  The head shape is
-Qwen2.5-VL-7B's.  Density is set by ``top_k`` so that it is exact, and checked from the accounting.
+Both run in one process in turn, several times; the medians' ratio is what counts.  The head shape
+is Qwen2.5-VL-7B's.  Density is set by ``top_k`` so that it is exact, and checked from the accounts.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
 
 
 def _causal_pairs(queries: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """Pairs of ``queries`` tokens at the end of ``context`` tokens, each seeing itself and before."""
+    """Pairs of the last ``queries`` of ``context`` tokens, each seeing itself and all before."""
     return queries * (context - queries) + queries * (queries + 1) / 2
 
 

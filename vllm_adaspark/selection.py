@@ -46,7 +46,7 @@ def top_k(
 
 
 def uniform(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) -> torch.Tensor:
-    """``ceil(share * n_valid)`` entries spread evenly over the valid ones, the last one included."""
+    """``ceil(share * n_valid)`` entries, evenly spread over the valid ones; the last is one."""
     count = _count(valid, share, min_keep).unsqueeze(-1)
     number = valid.sum(-1, keepdim=True).clamp(min=1)
     nth = valid.cumsum(-1)  # 1-based among the valid

@@ -54,8 +54,6 @@ def make_server(options: argparse.Namespace, model: Path | str, video: Path) -> 
     arguments = [
         *("--served-model-name", "demo"),
         *("--allowed-local-media-path", str(video.parent)),
-        # vLLM by default takes 32 frames of any video, however long; take two a second instead.
-        *("--media-io-kwargs", json.dumps({"video": {"num_frames": -1, "fps": 2}})),
         # A video's tokens must fit one step: the encoder cache has this size.
         *("--max-num-batched-tokens", "16384"),
         *("--max-model-len", "32768"),

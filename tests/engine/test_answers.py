@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from engine.engines import (
     RASTER_DENSE,
     SPARSE,
@@ -18,7 +19,6 @@ from engine.engines import (
     video_prompt,
 )
 from engine.twin import TwinModel
-
 from vllm_adaspark.config import AdaSparkConfig
 
 pytestmark = pytest.mark.engine

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+
 from engine.engines import SPARSE, ask, clip, engine, last_reports, video_prompt
 
 pytestmark = pytest.mark.engine

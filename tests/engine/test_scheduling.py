@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from engine.engines import SPARSE, ask, clip, engine, five_prompts, last_reports, video_prompt
 
 pytestmark = pytest.mark.engine
@@ -14,7 +15,8 @@ RAGGED = 0.5
 
 
 def prompts() -> list[dict]:
-    return [video_prompt(clip(60, seed=1), question="Which digit is shown?"), *five_prompts().values()]
+    long_video = video_prompt(clip(60, seed=1), question="Which digit is shown?")
+    return [long_video, *five_prompts().values()]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,8 @@ def test_preemption_and_resume(checkpoint) -> None:
         alone = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
         assert preemptions(llm) == 0
     # Four prompts of 10 blocks each fit, their answers of up to two blocks more do not.
-    with engine(checkpoint, SPARSE, num_gpu_blocks_override=43, max_model_len=2048, **options) as llm:
+    options |= {"num_gpu_blocks_override": 43, "max_model_len": 2048}
+    with engine(checkpoint, SPARSE, **options) as llm:
         together = ask(llm, batch, max_tokens=100)
         assert preemptions(llm) > 0
     for got, want in zip(together, alone, strict=True):

@@ -30,7 +30,7 @@ class TwinModel:
 
     @torch.inference_mode()
     def logprobs(self, prompt: str, video, answer: list[int]) -> list[torch.Tensor]:
-        """Log-probabilities ``[vocab]`` before each token of ``answer``, given the tokens before."""
+        """Log-probabilities ``[vocab]`` of each token of ``answer``, given the tokens before."""
         embeddings, positions, is_video = self._prompt(prompt, video)
         caches = [None] * len(self.text.layers)
         result = []

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from harness import PagedLayer
+
 from kernels.scenes import Request, gather, random_request, relative_rms, rows_of
 from kernels.test_fast_path import check_step, chosen_by_tile, record_choices
-
 from vllm_adaspark.attention.state import BlockTags, StepRows
 from vllm_adaspark.config import AdaSparkConfig
 

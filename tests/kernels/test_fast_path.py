@@ -1,7 +1,7 @@
 """The fast path on vLLM's CPU kernel against the naive twin, on random batches.
 
 Selected sets must be exactly equal and outputs equal to rounding (issue: >= 200 random cases).
-Where two choices lie closer together than float32 can tell (the twin's ``margin``), either is right.
+Where two choices lie closer than float32 can tell (the twin's ``margin``), either is right.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from harness import PagedLayer
-from kernels.scenes import Request, gather, random_request, relative_rms, rows_of
 
+from kernels.scenes import Request, gather, random_request, relative_rms, rows_of
 from vllm_adaspark.attention import backend
 from vllm_adaspark.attention.plan import DENSE
 from vllm_adaspark.config import AdaSparkConfig

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from harness import PagedLayer
-from kernels.scenes import gather, random_request, relative_rms, rows_of
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
+from kernels.scenes import gather, random_request, relative_rms, rows_of
 from vllm_adaspark.attention.adapters import SUPPORTED, adapter_for
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.runtime import Runtime
@@ -26,7 +26,7 @@ CONFIG = AdaSparkConfig(p_attn=0.6, dense_below=1)
 def naive_paged(
     *, q, k, v, out, cu_seqlens_q, seqused_k, block_table, softmax_scale, causal, **ignored
 ) -> None:
-    """What flash_attn_varlen_func and unified_attention compute; caches ``[blocks, B, heads, d]``."""
+    """As flash_attn_varlen_func and unified_attention; caches ``[blocks, B, heads, d]``."""
     assert causal is True
     size = k.shape[1]
     for i, length in enumerate(seqused_k.tolist()):
@@ -133,6 +133,6 @@ def test_other_backends_are_refused_with_the_fix() -> None:
         def get_name() -> str:
             return "FLASHINFER"
 
-    with pytest.raises(ValueError, match="FLASHINFER.*--attention-backend") as error:
+    with pytest.raises(ValueError, match=r"FLASHINFER.*--attention-backend") as error:
         adapter_for(Other)
     assert all(name in str(error.value) for name in SUPPORTED)

@@ -1,4 +1,4 @@
-"""A later pipeline stage has no embeddings, no token ids and no videos: only positions and metadata.
+"""A later pipeline stage has no embeddings, token ids or videos: only positions and metadata.
 
 Stock vLLM 0.32.0 fails with pipeline parallelism on the CPU, so this is tested below the engine:
 two stages, each with its own runtime and caches, must plan and attend alike.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from harness import PagedLayer
-from kernels.scenes import gather, random_request, rows_of
 
+from kernels.scenes import gather, random_request, rows_of
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.tags import add_tags, split_tags, tag_word
 

@@ -1,7 +1,7 @@
 """The per-step plan: query tiles, their candidate cubes, and whole cubes for the FFN.
 
-Built once per step on the host with NumPy, then used by every layer.  The step's tokens are cut into
-*query tiles*, of three kinds:
+Built once per step on the host with NumPy, then used by every layer.  The step's tokens are cut
+into *query tiles*, of three kinds:
 
 * ``VIDEO``: a complete cube, all of it in this step.  Its tokens choose cubes together.
 * ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
@@ -141,7 +141,8 @@ def build_plan(
     width = max(1, int(-(-rows.seq_lens.max(initial=1) // size)))
     table = rows.block_table[:, :width]
     in_use = np.arange(width) < -(-rows.seq_lens[:, None] // size)
-    row_cubes = block_tags.is_cube[table] & in_use & (rows.query_lens > 0)[:, None]  # [rows, blocks]
+    in_use &= (rows.query_lens > 0)[:, None]
+    row_cubes = block_tags.is_cube[table] & in_use  # [rows, blocks]
     if not row_cubes.any() and not words.any():
         return None
     # A request's settings are those of its first cube; all its videos share them.
@@ -174,9 +175,7 @@ class _Tokens:
     in_whole_cube: np.ndarray
 
     @classmethod
-    def of(
-        cls, rows: StepRows, is_video: np.ndarray, row_cubes: np.ndarray, size: int
-    ) -> _Tokens:
+    def of(cls, rows: StepRows, is_video: np.ndarray, row_cubes: np.ndarray, size: int) -> _Tokens:
         lens = rows.query_lens
         row = np.repeat(np.arange(len(lens)), lens)
         position = np.arange(len(row)) + (rows.computed - rows.query_start[:-1])[row]
@@ -312,9 +311,7 @@ def _ffn_plan(
     )
 
 
-def _key_writes(
-    tokens: _Tokens, table: np.ndarray, size: int, device: torch.device
-) -> KeyWrites:
+def _key_writes(tokens: _Tokens, table: np.ndarray, size: int, device: torch.device) -> KeyWrites:
     def to(array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.ascontiguousarray(array)).to(device, torch.int64)
 

@@ -1,8 +1,8 @@
 """From kept blocks to a paged kernel's own arguments.
 
-Every (tile, KV head) becomes a *virtual sequence* of a model with one KV head: its block table lists
-the kept blocks and, last, the tile's own block.  The head-major cache ``[blocks, kv_heads, ...]`` is
-viewed as ``[blocks * kv_heads, 1, ...]``, in which block b of head h is ``b * kv_heads + h``.
+Every (tile, KV head) becomes a *virtual sequence* of a model with one KV head: its block table
+lists the kept blocks and, last, the tile's own block.  The head-major cache ``[blocks, kv_heads,
+...]`` is viewed as ``[blocks * kv_heads, 1, ...]``, where block b of head h is ``b * kv_heads + h``.
 Virtual sequences are ordered head by head, so queries need one transposition and no index.
 """
 
@@ -55,7 +55,7 @@ def build_tables(
 
 
 def virtual_query_start(plan: AttentionPlan, kv_heads: int) -> torch.Tensor:
-    """``[kv_heads * tiles + 1]`` int32 first query of each virtual sequence; same for all layers."""
+    """``[kv_heads * tiles + 1]`` int32 first query of each virtual sequence, as in all layers."""
     head = torch.arange(kv_heads, dtype=torch.int32, device=plan.query_start.device)
     starts = plan.query_start[:-1] + head[:, None] * plan.num_tokens
     return torch.cat([starts.view(-1), plan.query_start[-1:] * kv_heads])
@@ -64,7 +64,8 @@ def virtual_query_start(plan: AttentionPlan, kv_heads: int) -> torch.Tensor:
 def to_virtual(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """``[tokens, heads, d]`` to ``[kv_heads * tokens, heads / kv_heads, d]``, head by head."""
     tokens, heads, size = query.shape
-    return query.view(tokens, kv_heads, -1, size).transpose(0, 1).reshape(-1, heads // kv_heads, size)
+    by_head = query.view(tokens, kv_heads, -1, size).transpose(0, 1)
+    return by_head.reshape(-1, heads // kv_heads, size)
 
 
 def from_virtual(output: torch.Tensor, kv_heads: int) -> torch.Tensor:

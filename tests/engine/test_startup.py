@@ -1,0 +1,225 @@
+"""What a server refuses at start, and what it settles: each by making vLLM's configuration only.
+
+One refusal also runs through the real command line, because a message there must not be buried.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+from server import VllmServer  # examples/demo
+from vllm import EngineArgs
+
+from engine.engines import SPARSE
+from vllm_adaspark import ARCHITECTURE
+from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
+
+pytestmark = pytest.mark.engine
+REFUSED_SECONDS = 120  # it takes about 12
+
+
+def start(checkpoint, settings=None, overrides: dict | None = None, **options):
+    """vLLM's configuration of a server with our architecture."""
+    arguments = EngineArgs(
+        model=str(checkpoint),
+        hf_overrides={"architectures": [ARCHITECTURE]} | (overrides or {}),
+        additional_config={} if settings is None else {"adaspark": settings},
+        **{"max_model_len": 8192} | options,
+    )
+    return arguments.create_engine_config()
+
+
+def refusal(checkpoint, *args, **options) -> str:
+    """The message of a start that must fail."""
+    with pytest.raises(ValueError) as caught:
+        start(checkpoint, *args, **options)
+    message = str(caught.value)
+    cause = caught.value.errors()[0]["ctx"]["error"]  # pydantic's wrapping keeps ours
+    assert isinstance(cause, AdaSparkConfigError), message
+    # Ours opens the message: second line, after pydantic's "1 validation error for VllmConfig".
+    assert message.splitlines()[1].strip().startswith(f"Value error, {cause}"[:60])
+    return str(cause)
+
+
+BAD_SETTINGS = {
+    "p 0": ({"p_attn": 0}, ["p_attn=0", "above 0 and at most 1"]),
+    "p 1.5": ({"p_attn": 1.5}, ["p_attn=1.5", "above 0 and at most 1"]),
+    "p text": ({"p_attn": "x"}, ["p_attn='x'", "expected a number"]),
+    "p_ffn 0": ({"p_ffn": 0}, ["p_ffn=0", "above 0 and at most 1"]),
+    "unknown key": ({"p_atn": 0.5}, ["unknown key 'p_atn'", "did you mean 'p_attn'?", "p_ffn"]),
+    "choice": ({"order": "hilbert"}, ["order='hilbert'", "'cube', 'raster'"]),
+    "cube of two": ({"cube": [4, 4]}, ["cube=[4, 4]", "three integers [t, h, w]"]),
+    "no object": (3, ["must be an object of settings", "got 3 (int)"]),
+}
+
+
+@pytest.mark.parametrize("settings, words", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_server_setting(checkpoint, settings, words) -> None:
+    message = refusal(checkpoint, settings)
+    for word in ["--additional-config adaspark", *words]:
+        assert word in message
+
+
+@pytest.mark.parametrize("cube", [[4, 4, 1], [3, 4, 4], [8, 8, 4]], ids=["16", "48", "256"])
+def test_cube_of_an_untested_volume(checkpoint, cube) -> None:
+    message = refusal(checkpoint, {"cube": cube})
+    volume = cube[0] * cube[1] * cube[2]
+    for word in [f"cube={cube}", f"{volume} tokens", "allowed volumes: 32, 64, 128", "[4, 4, 4]"]:
+        assert word in message
+
+
+def test_cube_that_is_not_the_block_size(checkpoint) -> None:
+    message = refusal(checkpoint, {"cube": [8, 4, 4]}, block_size=64)
+    for word in ["--block-size 64", "cube=[8, 4, 4]", "128 tokens", "leave --block-size out"]:
+        assert word in message
+
+
+UNSUPPORTED = {
+    "EVS": ({"video_pruning_rate": 0.3}, "--video-pruning-rate"),
+    "KV connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "--kv-transfer-config",
+    ),
+    "KV offloading": ({"kv_offloading_size": 1}, "--kv-offloading-size"),
+    "speculation": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "--speculative-config",
+    ),
+    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "context parallelism": (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+        "--decode-context-parallel-size",
+    ),
+    "microbatches": ({"enable_dbo": True}, "--enable-dbo"),
+    "fast prefill": ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    "fp8 per token": ({"kv_cache_dtype": "fp8_per_token_head"}, "--kv-cache-dtype fp8_per_token"),
+    "int4 per token": (
+        {"kv_cache_dtype": "int4_per_token_head"},
+        "--kv-cache-dtype int4_per_token",
+    ),
+    "nvfp4": ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4"),
+    "server settings in the wrong option": (
+        {"mm_processor_kwargs": {"adaspark": {"p_attn": 0.5}}},
+        "--mm-processor-kwargs adaspark",
+    ),
+    "pooling": ({"runner": "pooling"}, "--runner pooling"),
+    "sliding window": (
+        {
+            "overrides": {
+                "text_config": {
+                    "use_sliding_window": True,
+                    "sliding_window": 64,
+                    "max_window_layers": 1,
+                }
+            }
+        },
+        "use_sliding_window",
+    ),
+    "too long": (
+        {
+            "overrides": {"text_config": {"max_position_embeddings": 2_000_000}},
+            "max_model_len": 1_500_000,
+        },
+        "--max-model-len 1500000",
+    ),
+}
+
+
+@pytest.mark.parametrize("options, name", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_option(checkpoint, options, name) -> None:
+    """The message names the option and ends with what to do instead."""
+    what, _, fix = refusal(checkpoint, **options).rpartition("; ")
+    assert what.startswith("AdaSpark does not support ") and name in what
+    assert fix.startswith(
+        ("leave ", "use ", "set it to ", "merge ", "server-wide settings go into")
+    )
+
+
+def test_supported_kv_cache_types(checkpoint) -> None:
+    for dtype in ("auto", "bfloat16", "fp8", "fp8_e5m2"):
+        assert start(checkpoint, kv_cache_dtype=dtype).cache_config.cache_dtype == dtype
+
+
+@pytest.mark.parametrize("cube, size", [([2, 4, 4], 32), (None, 64), ([8, 4, 4], 128)])
+def test_block_size_follows_the_cube(checkpoint, cube, size) -> None:
+    settings = {"cube": cube} if cube else None
+    for options in ({}, {"block_size": size}):
+        assert start(checkpoint, settings, **options).cache_config.block_size == size
+
+
+def test_worker_is_ours_unless_the_user_has_one(checkpoint) -> None:
+    ours = start(checkpoint).parallel_config.worker_cls
+    assert ours.startswith("vllm_adaspark.worker.AdaSpark")
+    mine = start(checkpoint, worker_cls="my.Worker").parallel_config.worker_cls
+    assert mine == "my.Worker"
+
+
+def test_video_loader_is_ours_unless_the_user_has_one(checkpoint) -> None:
+    def video(**options) -> dict:
+        config = start(checkpoint, **options)
+        return config.model_config.multimodal_config.media_io_kwargs["video"]
+
+    assert video() == {"video_backend": "adaspark"}
+    assert video(media_io_kwargs={"video": {"fps": 1}}) == {"video_backend": "adaspark", "fps": 1}
+    chosen = {"video": {"video_backend": "opencv"}}
+    assert video(media_io_kwargs=chosen) == chosen["video"]
+
+
+def test_settings_travel_on_the_models_config(checkpoint) -> None:
+    config = start(checkpoint, SPARSE)
+    resolved = config.model_config.hf_config.adaspark_resolved
+    assert AdaSparkConfig().override(resolved) == AdaSparkConfig().override(SPARSE)
+
+
+@pytest.fixture
+def own_settings(checkpoint, tmp_path):
+    """Makes a copy of the checkpoint whose config.json has an ``adaspark_config``."""
+
+    def make(settings) -> str:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(checkpoint, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["adaspark_config"] = settings
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    return make
+
+
+def test_checkpoint_overrides_the_server(own_settings) -> None:
+    config = start(own_settings({"p_attn": 0.7, "cube": [2, 4, 4]}), {"p_attn": 0.5, "p_ffn": 0.4})
+    resolved = config.model_config.hf_config.adaspark_resolved
+    assert (resolved["p_attn"], resolved["p_ffn"]) == (0.7, 0.4)
+    assert config.cache_config.block_size == 32
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"p_attn": 7}, ["p_attn=7", "above 0 and at most 1"]),
+        ({"p_atn": 0.5}, ["unknown key 'p_atn'", "did you mean 'p_attn'?"]),
+        ("sparse", ["must be an object of settings", "got 'sparse' (str)"]),
+    ],
+    ids=["value", "key", "no object"],
+)
+def test_bad_checkpoint_setting(own_settings, settings, words) -> None:
+    message = refusal(own_settings(settings))
+    for word in ["config.json adaspark_config", *words]:
+        assert word in message
+
+
+@pytest.mark.timeout(REFUSED_SECONDS + 30)
+def test_command_line_ends_with_the_message(checkpoint, tmp_path) -> None:
+    arguments = [
+        *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
+        *("--additional-config", json.dumps({"adaspark": {"p_attn": 1.5}})),
+    ]
+    started = time.monotonic()
+    with VllmServer(checkpoint, *arguments, log=tmp_path / "server.log") as server:
+        status = server.process.wait(REFUSED_SECONDS)
+    assert status not in (0, None), f"after {time.monotonic() - started:.0f} s"
+    message = "--additional-config adaspark: p_attn=1.5: expected a number above 0 and at most 1"
+    assert message in server.log_tail(lines=4)

@@ -1,0 +1,71 @@
+"""One real server for all tests here, and videos good and bad."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import checkpoint as demo_checkpoint  # examples/demo
+import cv2
+import openai
+import pytest
+import video as demo_video  # examples/demo
+from server import VllmServer  # examples/demo
+from serving import SETTINGS, Served
+
+from vllm_adaspark import ARCHITECTURE
+
+START_SECONDS = 240  # it takes about 20
+ANSWER_SECONDS = 60  # it takes less than one
+MAX_MODEL_LEN = 4096
+MAX_BATCHED_TOKENS = 2048  # also the encoder cache: a video must fit
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory) -> Path:
+    """The folder the server may read: a good clip, and files that are not quite videos."""
+    folder = tmp_path_factory.mktemp("media")
+    clip = demo_video.write_mp4(folder / "clip.mp4", seconds=10, width=168, height=140)
+    demo_video.write_mp4(folder / "other.mp4", seconds=8, width=168, height=140, seed=1)
+    demo_video.write_mp4(folder / "one-frame.mp4", seconds=0.125, width=168, height=140)
+    # Past the encoder cache, and past the context.
+    demo_video.write_mp4(folder / "long.mp4", seconds=90, fps=2, width=168, height=140)
+    demo_video.write_mp4(folder / "longer.mp4", seconds=240, fps=2, width=168, height=140)
+    (folder / "garbage.mp4").write_bytes(os.urandom(4096))
+    (folder / "empty.mp4").touch()
+    data = clip.read_bytes()
+    (folder / "cut.mp4").write_bytes(data[: len(data) // 2])
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    (folder / "damaged.mp4").write_bytes(data[:start] + bytes(end - start) + data[end:])
+    frame = next(demo_video.frames(seconds=1, fps=1, width=168, height=140))
+    assert cv2.imwrite(str(folder / "frame.png"), frame)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(media, tmp_path_factory):
+    """A server with AdaSpark; the last test of test_http.py ends it."""
+    folder = tmp_path_factory.mktemp("server")
+    checkpoint = demo_checkpoint.build(folder / "checkpoint", dtype="float32", seed=3)
+    report_file = folder / "report.jsonl"
+    settings = {**SETTINGS, "report_file": str(report_file)}
+    arguments = [
+        *("--served-model-name", "tiny"),
+        *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
+        *("--additional-config", json.dumps({"adaspark": settings})),
+        "--trust-request-mm-kwargs",  # without it vLLM refuses every mm_processor_kwargs
+        *("--allowed-local-media-path", str(media)),
+        *("--dtype", "float32"),
+        *("--max-model-len", str(MAX_MODEL_LEN)),
+        *("--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)),
+        "--enforce-eager",
+    ]
+    # Not what engine tests set for engines inside the test process.
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=env) as server:
+        server.wait_until_ready(START_SECONDS)
+        client = openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0
+        )
+        yield Served(server, client, report_file)

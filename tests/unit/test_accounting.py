@@ -1,0 +1,335 @@
+"""FLOPs and densities against numbers worked out by hand.
+
+The hand-made request, in KV blocks of 32 tokens: one block of text, three cubes, a question of
+eight tokens (136 tokens, blocks 0 to 4).  With ``dense_below`` 1 its tiles are::
+
+    tile     kind    tokens     own block   candidates
+    0        DENSE   0 .. 63    1           none (text, and the first cube has none before it)
+    1        VIDEO   64 .. 95   2           block 1
+    2        VIDEO   96 .. 127  3           blocks 1, 2
+    3 .. 10  TEXT    128 .. 135 4           blocks 1, 2, 3
+
+Causal pairs of n tokens at the end of c tokens: n * (c - n) + n * (n + 1) / 2.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_adaspark.accounting import Account, ModelShape, count_step
+from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan, build_plan
+from vllm_adaspark.attention.state import BlockTags, StepRows
+from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.tags import tag_word
+
+BLOCK = 32
+LAYERS = range(2)
+WORD = tag_word(AdaSparkConfig(cube=(2, 4, 4)))
+IS_VIDEO = np.arange(136) // BLOCK % 4 != 0  # blocks 1, 2, 3
+TINY = ModelShape(layers=2, hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
+QWEN_7B = ModelShape(
+    layers=28, hidden=3584, heads=28, kv_heads=4, head_size=128, intermediate=18944
+)
+
+# Layer 0 runs dense attention, and 16, 20 and 32 tokens of the three cubes run its FFN.  In layer 1
+# the tiles keep so many blocks per KV head (DENSE: all), and ten tokens of each cube run.
+KEPT = {1: torch.tensor([[2, 3, 3] + 8 * [3], [2, 3, 4] + 8 * [4]])}
+ACTIVE = {0: torch.tensor([16, 20, 32]), 1: torch.tensor([10, 10, 10])}
+
+
+def step(*requests: tuple[int, int, int], tags: BlockTags | None = None) -> tuple:
+    """(rows, plan) of a step; each request is (first token, tokens, first physical block).
+
+    Every request is the hand-made one.  ``tags`` carries block state from step to step.
+    """
+    tags = tags or BlockTags(64, BLOCK)
+    done, count, block = np.array(requests).T
+    rows = StepRows(
+        query_start=np.append(0, np.cumsum(count)),
+        seq_lens=done + count,
+        block_table=block[:, None] + np.arange(8),
+    )
+    words = np.concatenate([WORD * IS_VIDEO[a : a + n] for a, n, _ in requests])
+    plan = build_plan(rows, words, tags, dense_below=1, device=torch.device("cpu"))
+    return rows, plan
+
+
+def keep_everything(plan: StepPlan) -> None:
+    """Leave the counts that dense layers would leave, had they counted."""
+    everything = torch.as_tensor(plan.attention.tiles.block + 1)
+    plan.kept_blocks = {layer: everything.expand(2, -1) for layer in LAYERS}
+    if plan.ffn is not None:
+        cubes = len(plan.ffn.tokens)
+        plan.ffn_active = {layer: torch.full((cubes,), BLOCK) for layer in LAYERS}
+
+
+@pytest.fixture
+def whole():
+    """The hand-made request in one step, layers run."""
+    rows, plan = step((0, 136, 5))
+    plan.kept_blocks, plan.ffn_active = dict(KEPT), dict(ACTIVE)
+    return rows, plan
+
+
+def account_of(rows: StepRows, plan: StepPlan | None, row: int = 0) -> Account:
+    account = Account(TINY, LAYERS)
+    account.add(count_step(rows, plan, LAYERS), row)
+    return account
+
+
+# -- shapes -------------------------------------------------------------------------------------
+
+
+def test_flops_of_qwen_7b() -> None:
+    # Q and O: 3584 x 3584 each; K and V: 3584 x 512 each; a multiply-add is two FLOPs.
+    assert QWEN_7B.qkvo_flops_per_token == 2 * (2 * 12_845_056 + 2 * 1_835_008) == 58_720_256
+    # Gate, up, down: 3584 x 18944 each.
+    assert QWEN_7B.ffn_flops_per_token == 2 * 3 * 67_895_296 == 407_371_776
+    # QK and PV: 28 heads of 128 numbers each.
+    assert QWEN_7B.attention_flops_per_pair == 2 * 2 * 3584
+    assert QWEN_7B.score_flops_per_pair == 2 * 3584
+    # All layers: the 6.5 billion weights of a 7B model's layers, twice per token.
+    per_token = QWEN_7B.qkvo_flops_per_token + QWEN_7B.ffn_flops_per_token
+    assert QWEN_7B.layers * per_token == 13_050_576_896
+
+
+def test_flops_of_the_tiny_shape() -> None:
+    assert TINY.qkvo_flops_per_token == 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8) == 384
+    assert TINY.attention_flops_per_pair == 32
+    assert TINY.score_flops_per_pair == 16
+    assert TINY.ffn_flops_per_token == 768
+
+
+# -- one step by hand ---------------------------------------------------------------------------
+
+
+def test_the_tiles_are_those_of_the_table_above(whole) -> None:
+    tiles = whole[1].attention.tiles
+    assert tiles.kind.tolist() == [DENSE, VIDEO, VIDEO] + 8 * [TEXT]
+    assert tiles.length.tolist() == [64, 32, 32] + 8 * [1]
+    assert tiles.block.tolist() == [1, 2, 3] + 8 * [4]
+    assert tiles.candidates.sum(axis=1).tolist() == [0, 1, 2] + 8 * [3]
+
+
+def test_counts_of_the_hand_made_step(whole) -> None:
+    counts = count_step(*whole, LAYERS)
+    assert counts.tokens.tolist() == [136] and counts.video_tokens.tolist() == [96]
+    assert counts.dense_pairs.tolist() == [136 * 137 / 2]
+    # Second cube: 32 tokens see one cube, third: 32 see two, question: 8 see three.
+    assert counts.cubes_seen.tolist() == [32 + 64 + 24]
+    # Layer 1.  Tile 2 keeps 3.5 blocks on average, 112 tokens: 32 * 80 + 528 pairs.  Question token
+    # i keeps 3.5 blocks but 31 - i slots of the last one are not there yet: 81 + i pairs.
+    tile_pairs = [64 * 65 / 2, 32 * 64 + 528, 32 * 80 + 528, 8 * 81 + 28]
+    assert counts.pairs[:, 0].tolist() == [9316, sum(tile_pairs)] == [9316, 8420]
+    # Half a block left out for 32 tokens, 1.5 blocks for 8.
+    assert counts.cubes_attended[:, 0].tolist() == [120, 120 - 16 - 12]
+    assert counts.scored[:, 0].tolist() == [0, 32 + 64 + 24]
+    assert counts.ffn_skipped[:, 0].tolist() == [16 + 12 + 0, 3 * 22]
+
+
+def test_report_of_the_hand_made_step(whole) -> None:
+    report = account_of(*whole).report()
+    assert (report["tokens"], report["video_tokens"], report["cached_tokens"]) == (136, 96, 0)
+    dense, executed = report["flops"]["dense"], report["flops"]["executed"]
+    assert dense == {
+        "qkvo": 136 * 2 * 384,
+        "attention": 2 * 9316 * 32,
+        "ffn": 136 * 2 * 768,
+        "total": 104_448 + 596_224 + 208_896,
+    }
+    assert executed == {
+        "qkvo": 104_448,
+        "attention": (9316 + 8420) * 32,
+        "selection": 120 * 16,
+        "ffn": 208_896 - (28 + 66) * 768,
+        "total": 104_448 + 567_552 + 1_920 + 136_704,
+    }
+    assert report["flops_ratio"] == pytest.approx(810_624 / 909_568)
+    assert report["attention_density"] == pytest.approx((1 + 92 / 120) / 2)
+    assert report["ffn_density"] == pytest.approx(1 - (28 + 66) / (2 * 96))
+    assert report["layers"] == [
+        {
+            "layer": 0,
+            "cubes_seen": 120,
+            "cubes_attended": 120,
+            "attention_density": 1.0,
+            "ffn_tokens": 96,
+            "ffn_active": 68,
+            "ffn_density": pytest.approx(68 / 96),
+        },
+        {
+            "layer": 1,
+            "cubes_seen": 120,
+            "cubes_attended": 92,
+            "attention_density": pytest.approx(92 / 120),
+            "ffn_tokens": 96,
+            "ffn_active": 30,
+            "ffn_density": pytest.approx(30 / 96),
+        },
+    ]
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_later_pipeline_stage_counts_its_own_layers(whole) -> None:
+    rows, plan = whole
+    plan.kept_blocks, plan.ffn_active = {3: KEPT[1]}, {2: ACTIVE[0], 3: ACTIVE[1]}
+    account = Account(TINY, range(2, 4))
+    account.add(count_step(rows, plan, range(2, 4)), 0)
+    report = account.report()
+    assert [entry["layer"] for entry in report["layers"]] == [2, 3]
+    assert [entry["cubes_attended"] for entry in report["layers"]] == [120, 92]
+    assert [entry["ffn_active"] for entry in report["layers"]] == [68, 30]
+
+
+def test_dense_step() -> None:
+    """Text only: nothing to leave out, in decode as in prefill."""
+    rows = StepRows(np.array([0, 1, 11]), np.array([50, 10]), np.zeros((2, 2), int))
+    counts = count_step(rows, None, LAYERS)
+    assert counts.dense_pairs.tolist() == [50, 55]
+    assert counts.pairs.tolist() == [[50, 55], [50, 55]]
+    report = account_of(rows, None, row=1).report()
+    assert report["attention_density"] == report["ffn_density"] == report["flops_ratio"] == 1.0
+    assert report["flops"]["executed"] == report["flops"]["dense"] | {"selection": 0.0}
+    assert report["flops"]["dense"]["attention"] == 2 * 55 * 32
+
+
+def test_account_of_nothing() -> None:
+    report = Account(TINY, LAYERS).report()
+    assert report["flops"]["dense"]["total"] == 0
+    assert report["attention_density"] == report["ffn_density"] == report["flops_ratio"] == 1.0
+
+
+def test_decode_step() -> None:
+    """One answer token, at position 136: it sees 137 tokens and three cubes."""
+    tags = BlockTags(64, BLOCK)
+    step((0, 136, 5), tags=tags)
+    rows = StepRows(np.array([0, 1]), np.array([137]), 5 + np.arange(8)[None])
+    plan = build_plan(rows, np.zeros(1, int), tags, dense_below=1, device=torch.device("cpu"))
+    plan.kept_blocks = {1: torch.tensor([[3], [4]])}
+    counts = count_step(rows, plan, LAYERS)
+    assert counts.dense_pairs.tolist() == [137]
+    assert counts.pairs[:, 0].tolist() == [137, 137 - 1.5 * BLOCK]
+    assert counts.cubes_seen.tolist() == [3] and counts.scored[:, 0].tolist() == [0, 3]
+    assert counts.cubes_attended[:, 0].tolist() == [3, 1.5]
+    assert counts.video_tokens.tolist() == [0] and not counts.ffn_skipped.any()
+
+
+# -- requests, steps, sums ----------------------------------------------------------------------
+
+
+def test_requests_of_a_batch_are_counted_apart(whole) -> None:
+    """The hand-made request between a text-only one and one that has nothing to do."""
+    tags = BlockTags(64, BLOCK)
+    rows = StepRows(
+        query_start=np.array([0, 20, 156, 156]),
+        seq_lens=np.array([20, 136, 0]),
+        block_table=np.stack([np.arange(8) + 40, np.arange(8) + 5, np.zeros(8, int)]),
+    )
+    words = np.concatenate([np.zeros(20, int), WORD * IS_VIDEO])
+    plan = build_plan(rows, words, tags, dense_below=1, device=torch.device("cpu"))
+    own = {1: torch.cat([torch.tensor([[1], [1]]), KEPT[1]], dim=1)}  # the text request is a tile
+    plan.kept_blocks, plan.ffn_active = own, dict(ACTIVE)
+    alone = account_of(*whole).report()
+    assert account_of(rows, plan, row=1).report() == alone
+    text = account_of(rows, plan, row=0).report()
+    assert text["flops_ratio"] == 1.0 and text["flops"]["dense"]["attention"] == 2 * 210 * 32
+    assert account_of(rows, plan, row=2).report()["flops"]["dense"]["total"] == 0
+
+
+@pytest.mark.parametrize("edge", [32, 64, 70, 128, 135])
+def test_two_chunks_cost_what_one_does_dense(whole, edge) -> None:
+    tags = BlockTags(64, BLOCK)
+    chunked = Account(TINY, LAYERS)
+    for first, count in ((0, edge), (edge, 136 - edge)):
+        rows, plan = step((first, count, 5), tags=tags)
+        chunked.add(count_step(rows, plan, LAYERS), 0)
+    got, want = chunked.report()["flops"]["dense"], account_of(*whole).report()["flops"]["dense"]
+    assert got == want
+    assert chunked.dense_pairs == 9316
+    assert chunked.video_tokens == 96
+
+
+@pytest.mark.parametrize("edge", [32, 64, 128])
+def test_chunks_at_block_edges_see_the_same_cubes(whole, edge) -> None:
+    tags = BlockTags(64, BLOCK)
+    seen = 0
+    for first, count in ((0, edge), (edge, 136 - edge)):
+        rows, plan = step((first, count, 5), tags=tags)
+        seen += count_step(rows, plan, LAYERS).cubes_seen[0]
+    assert seen == 120
+
+
+def test_merge_adds_everything(whole) -> None:
+    total = Account(TINY, LAYERS)
+    one, two = account_of(*whole), account_of(*whole)
+    one.cached_tokens, two.cached_tokens = 7, 30
+    dense = account_of(StepRows(np.array([0, 10]), np.array([10]), np.zeros((1, 1), int)), None)
+    for account in (one, two, dense):
+        total.merge(account)
+    report, alone = total.report(), one.report()
+    assert report["tokens"] == 2 * 136 + 10 and report["cached_tokens"] == 37
+    for kind in ("dense", "executed"):
+        for part, flops in report["flops"][kind].items():
+            expected = 2 * alone["flops"][kind][part] + dense.report()["flops"][kind][part]
+            assert flops == pytest.approx(expected)
+    # The dense request has no cubes and no video: it does not water the densities down.
+    assert report["attention_density"] == pytest.approx(alone["attention_density"])
+    assert report["ffn_density"] == pytest.approx(alone["ffn_density"])
+    assert alone == account_of(*whole).report() | {"cached_tokens": 7}  # merging changed no source
+
+
+# -- what holds for every step ------------------------------------------------------------------
+
+
+def random_step(rng: np.random.Generator) -> tuple[StepRows, StepPlan]:
+    """One to three copies of the hand-made request, each with a random chunk of it in the step.
+
+    The first chunk reaches into the question, so there is always a tile that chooses.
+    """
+    tags = BlockTags(64, BLOCK)
+    chunks = [sorted(rng.choice(137, 2, replace=False)) for _ in range(rng.integers(0, 3))]
+    chunks.insert(0, [rng.integers(0, 129), rng.integers(129, 137)])
+    blocks = [1 + 8 * number for number in range(len(chunks))]
+    earlier = [(0, first, block) for (first, _), block in zip(chunks, blocks) if first]
+    if earlier:
+        step(*earlier, tags=tags)
+    now = [(first, last - first, block) for (first, last), block in zip(chunks, blocks)]
+    return step(*now, tags=tags)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_keeping_everything_is_dense(seed) -> None:
+    rows, plan = random_step(np.random.default_rng(seed))
+    keep_everything(plan)
+    counts = count_step(rows, plan, LAYERS)
+    np.testing.assert_allclose(counts.pairs, np.tile(counts.dense_pairs, (2, 1)))
+    np.testing.assert_allclose(counts.cubes_attended, np.tile(counts.cubes_seen, (2, 1)))
+    assert not counts.ffn_skipped.any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_executed_is_at_most_dense(seed) -> None:
+    rng = np.random.default_rng(seed)
+    rows, plan = random_step(rng)
+    tiles = plan.attention.tiles
+    least = tiles.block + 1 - np.maximum(tiles.candidates.sum(axis=1) - 1, 0)
+    for layer in LAYERS:
+        kept = rng.integers(least, tiles.block + 2, (2, len(tiles)))
+        plan.kept_blocks[layer] = torch.as_tensor(kept)
+        if plan.ffn is not None:
+            active = rng.integers(1, BLOCK + 1, len(plan.ffn.tokens))
+            plan.ffn_active[layer] = torch.as_tensor(active)
+    for row in range(len(rows.seq_lens)):
+        report = account_of(rows, plan, row).report()
+        dense, executed = report["flops"]["dense"], report["flops"]["executed"]
+        for part in ("qkvo", "attention", "ffn"):
+            assert 0 <= executed[part] <= dense[part]
+        assert executed["selection"] >= 0
+        assert executed["total"] == pytest.approx(
+            sum(executed[part] for part in ("qkvo", "attention", "selection", "ffn"))
+        )
+        assert 0 < report["attention_density"] <= 1 and 0 <= report["ffn_density"] <= 1
