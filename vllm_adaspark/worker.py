@@ -1,8 +1,8 @@
 """vLLM's workers with an account per request: a log line, a report file, and collective_rpc.
 
 The model knows rows, the worker knows which request is which row; here the two meet.  When a
-request ends, the first tensor-parallel rank logs what it cost and, with ``report_file`` set, appends
-one JSON line.  Offline: ``llm.collective_rpc("adaspark_report")``.
+request ends, the first tensor-parallel rank logs what it cost and, with ``report_file`` set, adds
+one JSON line to that file.  Offline: ``llm.collective_rpc("adaspark_report")``.
 
 With tensor parallelism the densities are those of the rank's own KV heads; with pipeline
 parallelism each stage reports its own layers.
