@@ -11,7 +11,7 @@ from harness import PagedLayer
 
 from kernels.scenes import Request, gather, random_request, relative_rms, rows_of
 from kernels.test_fast_path import check_step, chosen_by_tile, record_choices
-from vllm_adaspark.attention.state import BlockTags, StepRows
+from vllm_adaspark.attention.state import BlockTags, KeySums, StepRows
 from vllm_adaspark.config import AdaSparkConfig
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
@@ -199,6 +199,21 @@ def test_poison_in_a_selected_block_is_seen(seen: list) -> None:
     kept = int(seen[-1][0, 0].nonzero()[0])
     layer.kv_cache[request.blocks[kept], 0] = float("nan")
     assert layer.attend(gather(step, "q")).isnan().any()
+
+
+def test_stale_key_sums_of_anchor_blocks_do_not_matter(seen: list) -> None:
+    """A block that is no cube may hold NaN sums of an earlier owner; no choice may notice."""
+    request = make(14, list(range(1, 40)))
+    want_out, want = run_all(new_layer(), request, 10_000, seen)
+    layer = new_layer()
+    again = make(14, list(range(1, 40)))
+    run(layer, again, 1)  # allocates the key sums
+    layer.impl._key_sums = KeySums(64, 2, 32, BLOCK, torch.device("cpu"))
+    layer.impl._key_sums._sums.fill_(float("nan"))
+    again.done = 0
+    out, choices = run_all(layer, again, 10_000, seen)
+    assert choices.keys() == want.keys() and all(torch.equal(choices[at], want[at]) for at in want)
+    assert torch.equal(out, want_out)
 
 
 def test_text_queries_dense_leaves_video_tiles_sparse(seen: list) -> None:

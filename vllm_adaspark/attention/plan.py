@@ -79,6 +79,7 @@ class AttentionPlan:
     always: torch.Tensor  # [tiles, blocks] bool: attended without being chosen
     blocks: torch.Tensor  # [tiles, blocks] int32 physical blocks
     row_blocks: torch.Tensor  # [rows, blocks] int64 physical blocks
+    row_cubes: torch.Tensor  # [rows, blocks] bool: which of them are cubes
     tail_gap: torch.Tensor  # [tiles] int32
     query_start: torch.Tensor  # [tiles + 1] int32
     share: torch.Tensor  # [sparse] fp32
@@ -153,7 +154,7 @@ def build_plan(
     tokens = _Tokens.of(rows, words != 0, row_cubes, size)
     tiles = _tiles(tokens, row_cubes, settings, size, dense_below)
     return StepPlan(
-        attention=_attention_plan(rows, tiles, table, settings, size, device),
+        attention=_attention_plan(rows, tiles, table, row_cubes, settings, size, device),
         ffn=_ffn_plan(tokens, settings, size, device),
         key_writes=_key_writes(tokens, table, size, device),
         video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=len(word)),
@@ -219,6 +220,7 @@ def _attention_plan(
     rows: StepRows,
     tiles: Tiles,
     table: np.ndarray,
+    row_cubes: np.ndarray,
     settings: tags.Tags,
     size: int,
     device: torch.device,
@@ -241,6 +243,7 @@ def _attention_plan(
         always=to(up_to_own & ~tiles.candidates, torch.bool),
         blocks=to(table[tiles.row], torch.int32),
         row_blocks=to(table, torch.int64),
+        row_cubes=to(row_cubes, torch.bool),
         tail_gap=to(tiles.tail_gap, torch.int32),
         query_start=to(np.append(tiles.start, rows.query_start[-1]), torch.int32),
         share=to(settings.attn_share[sparse_row] / SHARE_STEPS, torch.float32),

@@ -44,9 +44,12 @@ def choose_cubes(
         choose = _choose_together if job.kind == VIDEO else _choose_each
         for rows, items in _slabs(job, heads):
             width = int(job.own_block[rows, items].max())
-            means = key_sums.means(plan.row_blocks[job.row[rows], :width])  # [rows, blocks, kv, d]
+            row = job.row[rows]
+            means = key_sums.means(plan.row_blocks[row, :width])  # [rows, blocks, kv_heads, d]
+            # Sums of blocks that are no cubes are stale; a NaN in one must not reach a softmax.
             # The scale goes into the means: there are far fewer of them than of queries.
-            choose(chosen, query, means * scale, plan, job, rows, items)
+            means = torch.where(plan.row_cubes[row, :width, None, None], means * scale, 0.0)
+            choose(chosen, query, means, plan, job, rows, items)
     if layer < plan.dense_layers_range[1]:
         chosen = torch.where((plan.dense_layers > layer)[:, None, None], candidates, chosen)
     return chosen

@@ -2,7 +2,7 @@
 
 Every (tile, KV head) becomes a *virtual sequence* of a model with one KV head: its block table
 lists the kept blocks and, last, the tile's own block.  The head-major cache ``[blocks, kv_heads,
-...]`` is viewed as ``[blocks * kv_heads, 1, ...]``; there block b of head h is ``b * kv_heads + h``.
+...]`` is viewed as ``[blocks * kv_heads, 1, ...]``: block b of head h becomes ``b * kv_heads + h``.
 Virtual sequences are ordered head by head, so queries need one transposition and no index.
 """
 
