@@ -17,7 +17,8 @@ import torch
 from harness import PagedLayer, one_request
 
 from vllm_adaspark.accounting import count_step
-from vllm_adaspark.attention import backend, score
+from vllm_adaspark.attention import score
+from vllm_adaspark.attention.tables import build_tables, to_virtual
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.tags import tag_word
 
@@ -29,6 +30,7 @@ def measure(tokens: int, share: float, rule: str, repeats: int, threads: int) ->
     config = AdaSparkConfig(selection=rule, keep=share, p_attn=share)
     torch.manual_seed(0)
     query = torch.randn(tokens, 28, 128, dtype=torch.bfloat16)
+    output = torch.empty_like(query)
     key, value = torch.randn(2, tokens, 4, 128, dtype=torch.bfloat16)
     rows = one_request(tokens, config.cube_volume, shuffle_seed=0)
     words = torch.full((tokens,), tag_word(config))
@@ -44,22 +46,19 @@ def measure(tokens: int, share: float, rule: str, repeats: int, threads: int) ->
         if name == "sparse":
             times["plan"].append(time.perf_counter() - start)
         layer.write(key, value)
-        layer.attend(query)  # warm up
+        layer.attend(query, output)  # warm up
     sparse = layers["sparse"]
     plan = sparse.runtime.plan
+    shared = plan.attention.shared
+    by_head = to_virtual(query, shared.query)
     for _ in range(repeats):
         for name, layer in layers.items():
             start = time.perf_counter()
-            layer.attend(query)
+            layer.attend(query, output)
             times[name].append(time.perf_counter() - start)
         start = time.perf_counter()
-        chosen = score.choose_cubes(query, sparse.impl._key_sums, plan.attention, 128**-0.5, 0)
-        backend.build_tables(
-            chosen,
-            plan.attention,
-            config.cube_volume,
-            backend._shared_query_start(plan.attention, 4),
-        )
+        chosen = score.choose_cubes(by_head, sparse.impl._key_sums, plan.attention, 128**-0.5, 0)
+        build_tables(chosen, plan.attention, config.cube_volume, shared.query_start)
         times["selection"].append(time.perf_counter() - start)
     counts = count_step(rows, plan, range(1))
     median = {name: statistics.median(samples) for name, samples in times.items()}

@@ -124,9 +124,10 @@ class PagedLayer:
         """Put keys and values into the cache (and, if sparse, into the key sums)."""
         self.impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, self._slots)
 
-    def attend(self, query: torch.Tensor) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
         """Attention of one layer: selection, tables and kernel."""
-        output = torch.full_like(query, float("nan"))
+        if output is None:
+            output = torch.full_like(query, float("nan"))  # all of it must be written
         self.impl.forward(self.layer, query, None, None, self.kv_cache, self._metadata, output)
         return output
 

@@ -66,7 +66,7 @@ def paper_attention(
     group = heads // k.shape[1]
     members = [(cube_of == j).nonzero().flatten() for j in range(int(cube_of.max()) + 1)]
     mean_keys = torch.stack([k[tokens].mean(0) for tokens in members])  # [cubes, kv_heads, d]
-    logits = _logits(q, mean_keys, scale)  # [n, heads, cubes]
+    logits = _logits(q, scale * mean_keys)  # [n, heads, cubes]
 
     kept = torch.zeros(n, heads, len(members), dtype=torch.bool)
     for token in range(n):
@@ -137,7 +137,8 @@ def tile_attention(
     The chunk's tokens form *tiles*:
 
     * ``"video"``: a cube wholly in the chunk.  Its tokens and the heads of a GQA group average
-      their probabilities and choose once per KV head.
+      their probabilities and choose once per KV head.  Its logits, and the scaled mean keys in
+      them, are rounded to the inputs' dtype.
     * ``"text"``: one token that is not video.  The heads of a GQA group average and choose once.
     * ``"cut"``: the video tokens of any other block.  They attend to everything.
 
@@ -156,6 +157,7 @@ def tile_attention(
         ``[end - start, heads, d]`` output and the tiles in sequence order.
     """
     start, end = chunk
+    dtype = q.dtype
     q, k, v = _wide(q[start:end]), _wide(k[:end]), _wide(v[:end])
     _, heads, d = q.shape
     kv_heads = k.shape[1]
@@ -185,8 +187,12 @@ def tile_attention(
         kept = torch.ones(kv_heads, len(candidates), dtype=torch.bool)
         margin = math.inf
         if not dense and candidates:
-            means = torch.stack([mean_keys[b] for b in candidates])
-            probs = _logits(q[rows], means, scale).softmax(-1)  # [m, heads, candidates]
+            means = scale * torch.stack([mean_keys[b] for b in candidates])
+            if kind == "video":  # products in the inputs' dtype, see attention/score.py
+                logits = _logits(q[rows], means.to(dtype).to(q.dtype)).to(dtype).to(q.dtype)
+            else:
+                logits = _logits(q[rows], means)
+            probs = logits.softmax(-1)  # [m, heads, candidates]
             probs = probs.unflatten(1, (kv_heads, group)).mean(2)  # [m, kv_heads, candidates]
             probs = probs.mean(0)  # over the tile's tokens; a text tile has one
             for kv_head in range(kv_heads):
@@ -274,10 +280,10 @@ def _is_cube(is_video: torch.Tensor, tokens: range, block_size: int) -> bool:
     return len(tokens) == block_size and bool(is_video[tokens.start : tokens.stop].all())
 
 
-def _logits(q: torch.Tensor, mean_keys: torch.Tensor, scale: float) -> torch.Tensor:
+def _logits(q: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:
     """``[m, heads, d]`` x ``[cubes, kv_heads, d]`` to ``[m, heads, cubes]``."""
     group = q.shape[1] // mean_keys.shape[1]
-    return torch.einsum("mhd,chd->mhc", q, mean_keys.repeat_interleave(group, dim=1)) * scale
+    return torch.einsum("mhd,chd->mhc", q, mean_keys.repeat_interleave(group, dim=1))
 
 
 def _attend(

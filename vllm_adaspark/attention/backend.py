@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from .plan import AttentionPlan
 from .score import choose_cubes
 from .state import KeySums, StepRows
-from .tables import VirtualBatch, build_tables, from_virtual, to_virtual, virtual_query_start
+from .tables import SharedTensors, VirtualBatch, build_tables, to_virtual
 
 
 class SparseBackend(AttentionBackend):
@@ -136,26 +136,28 @@ class SparseImpl:
         assert output_scale is None and output_block_scale is None, "no fused output quantization"
         assert self._key_sums is not None, "cubes to choose from, but no keys were written"
         blocks, kv_heads, block_size, content = kv_cache.shape
-        query = query[: plan.num_tokens]
+        shared = _shared(plan, query, kv_heads)
+        by_head = to_virtual(query[: plan.num_tokens], shared.query)
         # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
         scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
-        chosen = choose_cubes(query, self._key_sums, plan, scale, layer.adaspark_layer)
-        batch = build_tables(chosen, plan, block_size, _shared_query_start(plan, kv_heads))
+        chosen = choose_cubes(by_head, self._key_sums, plan, scale, layer.adaspark_layer)
+        batch = build_tables(chosen, plan, block_size, shared.query_start)
         step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
 
-        virtual_query = to_virtual(query, kv_heads)
-        virtual_output = torch.empty_like(virtual_query, dtype=output.dtype)
+        virtual_output = shared.output
+        if virtual_output.dtype != output.dtype:  # fp8 queries
+            virtual_output = torch.empty_like(virtual_output, dtype=output.dtype)
         self._virtual.forward(
             layer,
-            virtual_query,
+            by_head.flatten(0, 1),
             None,
             None,
             kv_cache.view(blocks * kv_heads, 1, block_size, content),
             self._virtual_metadata(layer, attn_metadata, batch, plan, query.dtype),
-            virtual_output,
+            virtual_output.flatten(0, 1),
         )
-        by_head = output[: plan.num_tokens].unflatten(1, (kv_heads, -1))
-        by_head.copy_(from_virtual(virtual_output, kv_heads))
+        real_output = output[: plan.num_tokens].unflatten(1, (kv_heads, -1))
+        real_output.copy_(virtual_output.transpose(0, 1))
         return output
 
     def _virtual_metadata(
@@ -179,9 +181,8 @@ class SparseImpl:
         )
 
 
-def _shared_query_start(plan: AttentionPlan, kv_heads: int) -> torch.Tensor:
-    """Virtual query starts are the same for every layer of a step: made once, kept on the plan."""
-    cached = plan.cache.get(kv_heads)
-    if cached is None:
-        cached = plan.cache[kv_heads] = virtual_query_start(plan, kv_heads)
-    return cached
+def _shared(plan: AttentionPlan, query: torch.Tensor, kv_heads: int) -> SharedTensors:
+    """Made by the first layer of a step, used by all: layers run one after the other."""
+    if plan.shared is None:
+        plan.shared = SharedTensors.make(plan, query, kv_heads)
+    return plan.shared

@@ -18,6 +18,7 @@ own are always attended: anchor blocks (any token that is not video) and the own
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class ScoreJob:
     first_token: int | None  # if all tokens are consecutive: the first
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionPlan:
     """What every layer needs to choose cubes and build tables; tensors on the device.
 
@@ -91,7 +92,7 @@ class AttentionPlan:
     max_query_len: int
     max_seq_len: int
     num_tokens: int
-    cache: dict = field(default_factory=dict)  # what the first layer derives for the others
+    shared: Any = None  # tables.SharedTensors, made by the first layer that needs them
 
 
 @dataclass(frozen=True)

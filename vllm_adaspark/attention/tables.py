@@ -34,7 +34,7 @@ def build_tables(
         chosen: ``[sparse, kv_heads, blocks]`` bool, from score.choose_cubes.
         plan: the step's plan.
         block_size: tokens in a KV block.
-        query_start: from :func:`virtual_query_start`.
+        query_start: ``[kv_heads * tiles + 1]``, from :class:`SharedTensors`.
     """
     kv_heads = chosen.shape[1]
     tiles, width = plan.always.shape
@@ -54,20 +54,27 @@ def build_tables(
     return VirtualBatch(query_start, seq_lens.view(-1), table.flatten(0, 1), kept_blocks)
 
 
-def virtual_query_start(plan: AttentionPlan, kv_heads: int) -> torch.Tensor:
-    """``[kv_heads * tiles + 1]`` int32 first query of each virtual sequence, as in all layers."""
-    head = torch.arange(kv_heads, dtype=torch.int32, device=plan.query_start.device)
-    starts = plan.query_start[:-1] + head[:, None] * plan.num_tokens
-    return torch.cat([starts.view(-1), plan.query_start[-1:] * kv_heads])
+@dataclass(frozen=True)
+class SharedTensors:
+    """What the layers of a step share: they run one after the other, so buffers can be used again.
+
+    On a CPU this saves the page faults of two large allocations per layer.
+    """
+
+    query_start: torch.Tensor  # [kv_heads * tiles + 1] int32 first query of each virtual sequence
+    query: torch.Tensor  # [kv_heads, tokens, group, d]
+    output: torch.Tensor  # the same
+
+    @classmethod
+    def make(cls, plan: AttentionPlan, query: torch.Tensor, kv_heads: int) -> SharedTensors:
+        """For queries like ``query [tokens, heads, d]``."""
+        head = torch.arange(kv_heads, dtype=torch.int32, device=query.device)
+        starts = plan.query_start[:-1] + head[:, None] * plan.num_tokens
+        query_start = torch.cat([starts.view(-1), plan.query_start[-1:] * kv_heads])
+        shape = (kv_heads, plan.num_tokens, query.shape[1] // kv_heads, query.shape[2])
+        return cls(query_start, query.new_empty(shape), query.new_empty(shape))
 
 
-def to_virtual(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """``[tokens, heads, d]`` to ``[kv_heads * tokens, heads / kv_heads, d]``, head by head."""
-    tokens, heads, size = query.shape
-    by_head = query.view(tokens, kv_heads, -1, size).transpose(0, 1)
-    return by_head.reshape(-1, heads // kv_heads, size)
-
-
-def from_virtual(output: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """The inverse of :func:`to_virtual`, as a view ``[tokens, kv_heads, group, d]``."""
-    return output.unflatten(0, (kv_heads, -1)).transpose(0, 1)
+def to_virtual(query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``[tokens, heads, d]`` into ``out [kv_heads, tokens, heads / kv_heads, d]``."""
+    return out.copy_(query.unflatten(1, (len(out), -1)).transpose(0, 1))
