@@ -9,9 +9,12 @@ is Qwen2.5-VL-7B's.  Density is set by ``top_k`` so that it is exact, and checke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from harness import PagedLayer, one_request
@@ -76,6 +79,16 @@ def measure(tokens: int, share: float, rule: str, repeats: int, threads: int) ->
     }
 
 
+def machine(threads: int) -> dict:
+    """What the samples were taken on."""
+    cpu = "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    versions = {name: version(name) for name in ("torch", "vllm")}
+    return {"cpu": cpu, "threads": threads, **versions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384])
@@ -100,7 +113,7 @@ def main() -> None:
             )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "rows": results}, file, indent=1)
+            json.dump({"machine": machine(args.threads), "rows": results}, file, indent=1)
 
 
 if __name__ == "__main__":
