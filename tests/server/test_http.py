@@ -179,7 +179,7 @@ BAD_SETTINGS = {
     "p null": ({"p_ffn": None}, ["p_ffn=None", "expected a number"]),
     "unknown key": ({"p_atn": 0.5}, ["unknown key 'p_atn'", "did you mean 'p_attn'?", "p_ffn"]),
     "server's key": ({"dense_below": 3}, ["'dense_below' is a server setting", "p_attn"]),
-    "server's file": ({"report_file": "/tmp/x"}, ["'report_file' is a server setting"]),
+    "server's file": ({"report_file": "x.jsonl"}, ["'report_file' is a server setting"]),
     "cube of another volume": ({"cube": [8, 4, 4]}, ["cube=[8, 4, 4]", "128", "64"]),
     "cube of two": ({"cube": [4, 4]}, ["cube=[4, 4]", "three integers [t, h, w]"]),
     "choice": ({"order": "hilbert"}, ["order='hilbert'", "'cube', 'raster'"]),

@@ -81,7 +81,6 @@ class KeySums:
     def __init__(
         self, num_blocks: int, kv_heads: int, head_size: int, block_size: int, device: torch.device
     ) -> None:
-        self.kv_heads = kv_heads
         self.block_size = block_size
         self._sums = torch.zeros(num_blocks, kv_heads, head_size, device=device)
 
