@@ -18,7 +18,8 @@ from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.reference import Tile, tile_attention
 
 CASES = 240
-TIE = 2e-6
+# A bf16 logit may round the other way on another CPU, which moves a pooled probability a little.
+TIE = {torch.float32: 2e-6, torch.bfloat16: 2e-4}
 CUBES = {32: (2, 4, 4), 64: (4, 4, 4), 128: (8, 4, 4)}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
@@ -81,7 +82,7 @@ def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
         output = layer.step(
             rows_of(step), *(gather(step, name) for name in ("words", "q", "k", "v"))
         )
-        check_step(step, output, layer, seen, layer_index, TOLERANCE[dtype])
+        check_step(step, output, layer, seen, layer_index, TOLERANCE[dtype], TIE[dtype])
         for request, count in step:
             request.done += count
 
@@ -121,6 +122,7 @@ def check_step(
     seen: list[torch.Tensor],
     layer_index: int,
     tolerance: float,
+    tie: float = TIE[torch.float32],
 ) -> None:
     """Compare one step with the twin, request by request."""
     chosen = chosen_by_tile(layer, seen)
@@ -138,20 +140,20 @@ def check_step(
         )
         tied = False
         for tile in tiles:
-            tied |= check_tile(tile, chosen.get((row, tile.tokens.start)))
+            tied |= check_tile(tile, chosen.get((row, tile.tokens.start)), tie)
         if not tied:
             assert relative_rms(output[first : first + count], expected) < tolerance
         first += count
     assert first == len(output)
 
 
-def check_tile(tile: Tile, got: torch.Tensor | None) -> bool:
+def check_tile(tile: Tile, got: torch.Tensor | None, tie: float) -> bool:
     """Same choice as the twin's; True if it was a tie that rounding may break either way."""
     if got is None:  # this tile was not sparse in the plan
         assert tile.dense or not tile.candidates, f"{tile} should have been sparse"
         return False
     got = got[:, tile.candidates]
-    if tile.margin < TIE:
+    if tile.margin < tie:
         return not torch.equal(got, tile.kept)
     assert torch.equal(got, tile.kept), f"{tile}: fast path kept {got}"
     assert got.any(dim=1).all(), "always at least one cube"
