@@ -88,10 +88,9 @@ class PagedLayer:
         """Plan and metadata, which all layers of a step share."""
         table = torch.from_numpy(rows.block_table)
         self.runtime.begin_step(rows, words, table, len(self.kv_cache), self.block_size)
-        row = np.repeat(np.arange(len(rows.seq_lens)), rows.query_lens)
-        position = np.arange(len(row)) + (rows.computed - rows.query_start[:-1])[row]
-        block = rows.block_table[row, position // self.block_size].astype(np.int64)
-        self._slots = torch.from_numpy(block * self.block_size + position % self.block_size)
+        nth_block, offset = np.divmod(rows.token_position, self.block_size)
+        block = rows.block_table[rows.token_row, nth_block].astype(np.int64)
+        self._slots = torch.from_numpy(block * self.block_size + offset)
         query_start = torch.from_numpy(rows.query_start.astype(np.int32))
         seq_lens = torch.from_numpy(rows.seq_lens.astype(np.int32))
         schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
@@ -110,7 +109,7 @@ class PagedLayer:
             kv_cache_dtype=self.kv_cache_dtype,
         )
         self._metadata = cpu_attn.CPUAttentionMetadata(
-            num_actual_tokens=len(row),
+            num_actual_tokens=len(rows.token_row),
             max_query_len=int(rows.query_lens.max()),
             query_start_loc=query_start,
             max_seq_len=int(rows.seq_lens.max()),

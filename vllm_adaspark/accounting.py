@@ -17,12 +17,13 @@ import torch
 from .attention.plan import StepPlan
 from .attention.state import StepRows
 
+PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The language model's sizes, over all tensor-parallel ranks."""
+    """Sizes of one layer of the language model, over all tensor-parallel ranks."""
 
-    layers: int
     hidden: int
     heads: int
     kv_heads: int
@@ -141,7 +142,7 @@ class Account:
     ffn_skipped: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "scored", "cubes_attended", "ffn_skipped"):
+        for name in PER_LAYER:
             setattr(self, name, np.zeros(len(self.layers)))
 
     def add(self, counts: StepCounts, row: int) -> None:
@@ -150,14 +151,14 @@ class Account:
         self.video_tokens += int(counts.video_tokens[row])
         self.dense_pairs += float(counts.dense_pairs[row])
         self.cubes_seen += float(counts.cubes_seen[row])
-        for name in ("pairs", "scored", "cubes_attended", "ffn_skipped"):
+        for name in PER_LAYER:
             getattr(self, name)[:] += getattr(counts, name)[:, row]
 
     def merge(self, other: Account) -> None:
         """Add another account's counts to these."""
         for name in ("tokens", "video_tokens", "cached_tokens", "dense_pairs", "cubes_seen"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("pairs", "scored", "cubes_attended", "ffn_skipped"):
+        for name in PER_LAYER:
             getattr(self, name)[:] += getattr(other, name)
 
     def report(self) -> dict[str, Any]:

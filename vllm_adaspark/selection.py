@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .config import SELECTIONS
+from .config import SELECTIONS, SHARE_STEPS
 
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
 
@@ -95,5 +95,6 @@ def _count(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) -> 
     """Entries to keep per row: ``ceil(share * n)``, at least ``min_keep``, at most all."""
     number = valid.sum(-1)
     # Shares are exact thousandths: rounding first keeps 0.1 * 30 from becoming 4.
-    wanted = torch.div(number * (share * 1000).round().long() + 999, 1000, rounding_mode="floor")
+    steps = number * (share * SHARE_STEPS).round().long()
+    wanted = torch.div(steps + SHARE_STEPS - 1, SHARE_STEPS, rounding_mode="floor")
     return torch.minimum(torch.maximum(wanted, min_keep.expand_as(wanted)), number)

@@ -120,7 +120,6 @@ class AccountingWorker:
         if runtime is not None:
             text = self.vllm_config.model_config.hf_text_config
             shape = ModelShape(
-                layers=text.num_hidden_layers,
                 hidden=text.hidden_size,
                 heads=text.num_attention_heads,
                 kv_heads=text.num_key_value_heads,

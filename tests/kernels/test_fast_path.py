@@ -168,6 +168,6 @@ def chosen_by_tile(
         return {}
     tiles, rows = layer.runtime.plan.attention.tiles, layer.runtime.rows
     sparse = tiles.kind != DENSE
-    first = tiles.start[sparse] + (rows.computed - rows.query_start[:-1])[tiles.row[sparse]]
+    first = rows.token_position[tiles.start[sparse]]
     keys = zip(tiles.row[sparse].tolist(), first.tolist(), strict=True)
     return dict(zip(keys, seen[-1], strict=True))

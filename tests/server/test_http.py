@@ -54,14 +54,18 @@ def test_file_base64_and_streaming_agree(served: Served, media: Path) -> None:
     assert {(a.prompt_tokens, a.tokens) for a in answers.values()} == {(PROMPT_TOKENS, 16)}
 
 
-def test_streaming_comes_in_pieces(served: Served, media: Path) -> None:
-    stream = served.client.chat.completions.create(
+def open_stream(served: Served, clip: Path, max_tokens: int):
+    return served.client.chat.completions.create(
         model="tiny",
-        messages=about(media / "clip.mp4"),
-        max_tokens=16,
+        messages=about(clip),
+        max_tokens=max_tokens,
         stream=True,
         extra_body={"ignore_eos": True},
     )
+
+
+def test_streaming_comes_in_pieces(served: Served, media: Path) -> None:
+    stream = open_stream(served, media / "clip.mp4", max_tokens=16)
     chunks = list(stream)
     served.answered.append(chunks[0].id)
     assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks if chunk.choices) > 4
@@ -158,13 +162,7 @@ def test_image(served: Served, media: Path) -> None:
 
 
 def test_client_that_goes_away(served: Served, media: Path, still_serves) -> None:
-    stream = served.client.chat.completions.create(
-        model="tiny",
-        messages=about(media / "clip.mp4"),
-        max_tokens=3000,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
+    stream = open_stream(served, media / "clip.mp4", max_tokens=3000)
     served.answered.append(next(iter(stream)).id)
     stream.close()
     assert len(served.reports(len(served.answered))) == len(served.answered)

@@ -136,7 +136,9 @@ class SparseImpl:
         assert output_scale is None and output_block_scale is None, "no fused output quantization"
         assert self._key_sums is not None, "cubes to choose from, but no keys were written"
         blocks, kv_heads, block_size, content = kv_cache.shape
-        shared = _shared(plan, query, kv_heads)
+        if plan.shared is None:  # made by the first layer of a step, used by all
+            plan.shared = SharedTensors.make(plan, query, output, kv_heads)
+        shared = plan.shared
         by_head = to_virtual(query[: plan.num_tokens], shared.query)
         # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
         scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
@@ -144,9 +146,6 @@ class SparseImpl:
         batch = build_tables(chosen, plan, block_size, shared.query_start)
         step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
 
-        virtual_output = shared.output
-        if virtual_output.dtype != output.dtype:  # fp8 queries
-            virtual_output = torch.empty_like(virtual_output, dtype=output.dtype)
         self._virtual.forward(
             layer,
             by_head.flatten(0, 1),
@@ -154,10 +153,10 @@ class SparseImpl:
             None,
             kv_cache.view(blocks * kv_heads, 1, block_size, content),
             self._virtual_metadata(layer, attn_metadata, batch, plan, query.dtype),
-            virtual_output.flatten(0, 1),
+            shared.output.flatten(0, 1),
         )
         real_output = output[: plan.num_tokens].unflatten(1, (kv_heads, -1))
-        real_output.copy_(virtual_output.transpose(0, 1))
+        real_output.copy_(shared.output.transpose(0, 1))
         return output
 
     def _virtual_metadata(
@@ -179,10 +178,3 @@ class SparseImpl:
             block_table=batch.block_table,
             scheduler_metadata=None,
         )
-
-
-def _shared(plan: AttentionPlan, query: torch.Tensor, kv_heads: int) -> SharedTensors:
-    """Made by the first layer of a step, used by all: layers run one after the other."""
-    if plan.shared is None:
-        plan.shared = SharedTensors.make(plan, query, kv_heads)
-    return plan.shared

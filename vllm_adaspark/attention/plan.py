@@ -178,9 +178,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, rows: StepRows, is_video: np.ndarray, row_cubes: np.ndarray, size: int) -> _Tokens:
-        lens = rows.query_lens
-        row = np.repeat(np.arange(len(lens)), lens)
-        position = np.arange(len(row)) + (rows.computed - rows.query_start[:-1])[row]
+        row, position = rows.token_row, rows.token_position
         block = position // size
         fits = position + size <= rows.seq_lens[row]
         whole = np.flatnonzero((position % size == 0) & fits & row_cubes[row, block])

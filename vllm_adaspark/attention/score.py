@@ -12,8 +12,6 @@ another score (design, section 5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from .. import selection
@@ -44,14 +42,16 @@ def choose_cubes(
     probs = torch.zeros(sparse, kv_heads, blocks, device=query.device)
     for job in plan.jobs:
         score = _score_together if job.kind == VIDEO else _score_each
-        for rows, items in _slabs(job, kv_heads * group):
-            width = int(job.own_block[rows, items].max())
-            row = job.row[rows]
+        row_slabs, item_slabs = _slabs(job, kv_heads * group)
+        for rows in row_slabs:
+            row, width = job.row[rows], int(job.own_block[rows].max())
             means = key_sums.means(plan.row_blocks[row, :width])  # [rows, blocks, kv_heads, d]
             # Sums of blocks that are no cubes are stale; a NaN in one must not reach a softmax.
             # The scale goes into the means: there are far fewer of them than of queries.
             means = torch.where(plan.row_cubes[row, :width, None, None], means * scale, 0.0)
-            score(probs, query, means, plan, job, rows, items)
+            for items in item_slabs:
+                width = int(job.own_block[rows, items].max())
+                score(probs, query, means[:, :width], plan, job, rows, items)
 
     candidates = plan.candidates.unsqueeze(1).expand_as(probs)
     rule, share, least = (
@@ -64,17 +64,16 @@ def choose_cubes(
     return chosen
 
 
-def _slabs(job: ScoreJob, heads: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a job, by rows or else by tiles or tokens, so that logits fit in SLAB_LOGITS."""
+def _slabs(job: ScoreJob, heads: int) -> tuple[list[slice], list[slice]]:
+    """Slabs of rows and of tiles or tokens, one of them whole, whose logits fit in SLAB_LOGITS."""
     rows, items = job.own_block.shape
     queries = heads * job.tokens.shape[1] // items  # of one item
     width = int(job.own_block.max())
     per_slab = max(1, SLAB_LOGITS // (queries * width))
     if rows > 1:
         per_slab = max(1, per_slab // items)
-        yield from ((slice(i, i + per_slab), slice(None)) for i in range(0, rows, per_slab))
-    else:
-        yield from ((slice(None), slice(i, i + per_slab)) for i in range(0, items, per_slab))
+        return [slice(i, i + per_slab) for i in range(0, rows, per_slab)], [slice(None)]
+    return [slice(None)], [slice(i, i + per_slab) for i in range(0, items, per_slab)]
 
 
 def cube_logits(query: torch.Tensor, mean_key: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ first token.  Tags live on the host, where the plan is made; key sums live on th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,6 +39,17 @@ class StepRows:
         """Tokens of each request that earlier steps (or the prefix cache) provided."""
         return self.seq_lens - self.query_lens
 
+    @cached_property
+    def token_row(self) -> np.ndarray:
+        """``[tokens]`` row of each token of the step."""
+        return np.repeat(np.arange(len(self.seq_lens)), self.query_lens)
+
+    @cached_property
+    def token_position(self) -> np.ndarray:
+        """``[tokens]`` position of each token of the step in its request."""
+        first = self.computed - self.query_start[:-1]
+        return np.arange(len(self.token_row)) + first[self.token_row]
+
 
 class BlockTags:
     """Which physical blocks are complete video cubes, and the tag word they carry.  Host only."""
@@ -55,11 +67,8 @@ class BlockTags:
             rows: the step's requests.
             words: ``[tokens]`` tag words, 0 for text (see tags.py).
         """
-        lens = rows.query_lens
-        row = np.repeat(np.arange(len(lens)), lens)
-        position = np.arange(len(row)) + np.repeat(rows.computed - rows.query_start[:-1], lens)
-        block = rows.block_table[row, position // self.block_size]
-        offset = position % self.block_size
+        nth_block, offset = np.divmod(rows.token_position, self.block_size)
+        block = rows.block_table[rows.token_row, nth_block]
 
         fresh = block[offset == 0]
         self._video_slots[fresh] = False

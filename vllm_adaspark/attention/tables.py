@@ -63,16 +63,18 @@ class SharedTensors:
 
     query_start: torch.Tensor  # [kv_heads * tiles + 1] int32 first query of each virtual sequence
     query: torch.Tensor  # [kv_heads, tokens, group, d]
-    output: torch.Tensor  # the same
+    output: torch.Tensor  # the same, in the output's dtype
 
     @classmethod
-    def make(cls, plan: AttentionPlan, query: torch.Tensor, kv_heads: int) -> SharedTensors:
-        """For queries like ``query [tokens, heads, d]``."""
+    def make(
+        cls, plan: AttentionPlan, query: torch.Tensor, output: torch.Tensor, kv_heads: int
+    ) -> SharedTensors:
+        """For queries like ``query`` and outputs like ``output``, ``[tokens, heads, d]``."""
         head = torch.arange(kv_heads, dtype=torch.int32, device=query.device)
         starts = plan.query_start[:-1] + head[:, None] * plan.num_tokens
         query_start = torch.cat([starts.view(-1), plan.query_start[-1:] * kv_heads])
         shape = (kv_heads, plan.num_tokens, query.shape[1] // kv_heads, query.shape[2])
-        return cls(query_start, query.new_empty(shape), query.new_empty(shape))
+        return cls(query_start, query.new_empty(shape), output.new_empty(shape))
 
 
 def to_virtual(query: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

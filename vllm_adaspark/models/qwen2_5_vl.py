@@ -11,7 +11,7 @@ stock weights of every size load unchanged.  Three things happen to a video on i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -230,25 +230,19 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         """Stock positions ``[3, tokens]``; each video's in cube order and tagged."""
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
         positions = positions.clone()
-        for tokens, walk, word in self._videos(mm_features):
-            if walk is not None:
-                positions[:, tokens] = positions[:, tokens][:, walk]
-            add_tags(positions, word, tokens)
-            self.runtime.expect_video()
-        return positions, delta
-
-    def _videos(
-        self, mm_features: list[MultiModalFeatureSpec]
-    ) -> Iterator[tuple[slice, torch.Tensor | None, int]]:
-        """(its tokens, its walk, its tag word) of every video in a prompt."""
         merge = self.config.vision_config.spatial_merge_size
         for feature in mm_features:
             if feature.modality != "video":
                 continue
+            start, length = feature.mm_position.offset, feature.mm_position.length
+            tokens = slice(start, start + length)
             settings = feature.data[FIELD].data.tolist()
             walk = _walk(feature.data["video_grid_thw"].data.tolist(), settings, merge)
-            start, length = feature.mm_position.offset, feature.mm_position.length
-            yield slice(start, start + length), walk, settings[0]
+            if walk is not None:
+                positions[:, tokens] = positions[:, tokens][:, walk]
+            add_tags(positions, settings[0], tokens)
+            self.runtime.expect_video()
+        return positions, delta
 
     def forward(
         self,
