@@ -6,6 +6,9 @@ Three sources, in rising priority (design, section 2):
 2. the checkpoint:  ``"adaspark_config": {...}`` in its ``config.json``
 3. the request:     ``mm_processor_kwargs={"adaspark": {...}}``
 
+``{"off": true}``, or ``"off"`` for the whole object, is short for ``{"enabled": false, "order":
+"raster"}``: dense, and token for token what the stock model computes.
+
 Unknown keys, wrong types and values out of range are errors that name the key, the value and what
 is allowed: at start for the first two, HTTP 400 for the last.  This module imports nothing but the
 standard library, so a client can use it to check settings before it sends them.
@@ -23,6 +26,9 @@ ORDERS = ("cube", "raster")
 SELECTIONS = ("top_p", "top_k", "uniform")
 COMPENSATIONS = ("mean", "bypass")
 TEXT_QUERIES = ("sparse", "dense")
+
+OFF = "off"
+REPLACED_BY_FLOPS = ("p_attn", "p_ffn", "keep")
 
 # Shares travel to the layers in ten bits per token (see tags.py): a thousandth is the resolution.
 SHARE_STEPS = 1000
@@ -56,6 +62,11 @@ class AdaSparkConfig:
     p_ffn: float = _setting(
         0.8, "share of a cube's token-norm mass that runs the FFN (1: dense)", share=True
     )
+    flops: float | None = _setting(
+        None,
+        "budget: spend at most this share of the dense FLOPs; chooses p (null: none)",
+        budget=True,
+    )
     selection: str = _setting(
         "top_p", "how cubes are chosen: by mass, by rank or evenly", choices=SELECTIONS
     )
@@ -74,6 +85,7 @@ class AdaSparkConfig:
         (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
     )
     order: str = _setting("cube", "order of a video's tokens in the prompt", choices=ORDERS)
+    trace: bool = _setting(False, "record what was chosen, for the viewer")
     dense_below: int = _setting(
         8,
         "a query with fewer preceding cubes attends to all",
@@ -88,6 +100,9 @@ class AdaSparkConfig:
         low=1,
         high=1 << 24,
     )
+    trace_mb: int = _setting(
+        64, "megabytes a worker keeps of traces (0: none)", request=False, low=0, high=65536
+    )
     report_file: str | None = _setting(
         None, "append one JSON line per finished request to this file", request=False
     )
@@ -96,6 +111,12 @@ class AdaSparkConfig:
         for spec in fields(self):
             value = getattr(self, spec.name)
             object.__setattr__(self, spec.name, _checked(spec, value))
+
+        if self.flops is not None and self.selection != "top_p":
+            raise AdaSparkConfigError(
+                f"flops={self.flops!r} chooses p, so selection={self.selection!r} cannot be kept: "
+                "leave selection out or set it to 'top_p', or set keep instead of flops"
+            )
 
     @property
     def cube_volume(self) -> int:
@@ -106,21 +127,31 @@ class AdaSparkConfig:
     @property
     def sparse_attention(self) -> bool:
         """Whether some query may leave cubes out."""
-        share = self.p_attn if self.selection == "top_p" else self.keep
+        if self.flops is not None:
+            share = self.flops
+        else:
+            share = self.p_attn if self.selection == "top_p" else self.keep
         return self.enabled and share < 1.0
 
     @property
     def sparse_ffn(self) -> bool:
         """Whether some token may skip the FFN."""
-        return self.enabled and self.p_ffn < 1.0
+        share = self.p_ffn if self.flops is None else self.flops
+        return self.enabled and share < 1.0
 
     def override(
-        self, settings: Mapping[str, Any] | None, *, source: str = "adaspark", request: bool = False
+        self,
+        settings: Mapping[str, Any] | str | None,
+        *,
+        source: str = "adaspark",
+        request: bool = False,
     ) -> AdaSparkConfig:
         """This config with ``settings`` laid over it.
 
         Args:
-            settings: keys of this class; ``None`` changes nothing.
+            settings: keys of this class, ``"off"``, or ``None``, which changes nothing.  A budget
+                (``flops``) and the settings it replaces (``p_attn``, ``p_ffn``, ``keep``) cannot
+                both be named; of two sources, the later decides which of them counts.
             source: where the settings came from, for the error message.
             request: whether they came from a request, which may not set server-wide keys.
 
@@ -129,15 +160,18 @@ class AdaSparkConfig:
         """
         if settings is None:
             return self
+        if settings == OFF:
+            settings = {OFF: True}
         if not isinstance(settings, Mapping):
             raise AdaSparkConfigError(
-                f"{source} must be an object of settings, got {settings!r} "
+                f"{source} must be an object of settings or {OFF!r}, got {settings!r} "
                 f"({type(settings).__name__})"
             )
         known = {spec.name: spec for spec in fields(self)}
         settable = [name for name, spec in known.items() if spec.metadata["request"] or not request]
+        settable.append(OFF)
         for key in settings:
-            if key not in known:
+            if key not in known and key != OFF:
                 close = difflib.get_close_matches(str(key), settable, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise AdaSparkConfigError(
@@ -149,7 +183,7 @@ class AdaSparkConfig:
                     f"allowed: {', '.join(settable)}"
                 )
         try:
-            changed = dataclasses.replace(self, **settings)
+            changed = dataclasses.replace(self, **_plain(settings))
         except AdaSparkConfigError as error:
             raise AdaSparkConfigError(f"{source}: {error}") from None
         if request and changed.cube_volume != self.cube_volume:
@@ -161,8 +195,32 @@ class AdaSparkConfig:
         return changed
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy; ``AdaSparkConfig().override(d)`` gives the config back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        """A JSON-ready copy of the settings that count; ``override`` takes it back.
+
+        A budget leaves out what it replaces.
+        """
+        unused = REPLACED_BY_FLOPS if self.flops is not None else ()
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+        return {key: value for key, value in plain.items() if key not in unused}
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with ``off`` spelt out, and with a budget where it counts."""
+    plain = {key: value for key, value in settings.items() if key != OFF}
+    off = settings.get(OFF, False)
+    if not isinstance(off, bool):
+        raise AdaSparkConfigError(f"{OFF}={off!r}: expected true or false")
+    if off:
+        plain |= {"enabled": False, "order": "raster"}
+    replaced = [key for key in REPLACED_BY_FLOPS if key in plain]
+    if replaced and plain.get("flops") is not None:
+        raise AdaSparkConfigError(
+            f"flops={plain['flops']!r} and {replaced[0]}={plain[replaced[0]]!r}: a budget chooses "
+            f"{replaced[0]} itself; leave one of them out"
+        )
+    if replaced:
+        plain["flops"] = None
+    return plain
 
 
 def _checked(spec: dataclasses.Field, value: Any) -> Any:
@@ -176,9 +234,14 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
                 f"{problem}: expected three integers [t, h, w], each 1 to 64, e.g. [4, 4, 4]"
             )
         return tuple(parts)
-    if "share" in rule:
+    if "budget" in rule and value is None:
+        return None
+    if "share" in rule or "budget" in rule:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-            raise AdaSparkConfigError(f"{problem}: expected a number above 0 and at most 1")
+            or_null = ", or null" if "budget" in rule else ""
+            raise AdaSparkConfigError(
+                f"{problem}: expected a number above 0 and at most 1{or_null}"
+            )
         # Never round down to nothing, and never quietly up to dense.
         highest = SHARE_STEPS - 1 if value < 1 else SHARE_STEPS
         steps = min(max(round(value * SHARE_STEPS), 1), highest)
@@ -194,7 +257,7 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
                 f"{problem}: expected an integer from {rule['low']} to {rule['high']}"
             )
         return value
-    if spec.name == "enabled":
+    if isinstance(spec.default, bool):
         if not isinstance(value, bool):
             raise AdaSparkConfigError(f"{problem}: expected true or false")
         return value

@@ -1,7 +1,8 @@
 """AdaS-FFN: inside a cube only the tokens that matter run the FFN.
 
 A token matters by the L2 norm of its residual stream *before* the post-attention norm (after
-RMSNorm all norms are nearly alike); Top-p over the cube's normalised norms picks the active tokens.
+RMSNorm all norms are nearly alike); Top-p over the cube's normalised norms picks the active tokens,
+with a budget at the p that keeps its share of all tokens of the request's cubes in the step.
 A token that skips gets the mean of the active tokens' FFN outputs, or nothing ("bypass").  Only
 cubes that lie wholly in a step take part; a cube cut by a chunk edge, and all text, run dense.
 
@@ -64,6 +65,8 @@ class SparseMLP(Qwen2MLP):
             # difference in an all-reduce must not be able to hang the next one.
             active = get_tp_group().broadcast(active.to(torch.uint8), src=0).bool()
         step.ffn_active[self.adaspark_layer] = active.sum(1)
+        if step.trace is not None:
+            step.trace.tokens(self.adaspark_layer, active)
         return sparse_ffn(x, super().forward, active, plan)
 
 
@@ -80,6 +83,9 @@ def active_tokens(residual: torch.Tensor, plan: FFNPlan, layer: int) -> torch.Te
     everywhere = torch.ones_like(importance, dtype=torch.bool)
     least = torch.ones_like(plan.dense_layers)
     active = selection.top_p(importance, everywhere, plan.share, least)
+    if plan.budget:
+        limited = selection.under_budget(importance, everywhere, least, plan.budget)
+        active = torch.where(plan.by_budget[:, None], limited, active)
     if layer < plan.dense_layers_range[1]:
         active |= (plan.dense_layers > layer)[:, None]
     return active

@@ -11,8 +11,9 @@ Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and
 How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
 
 Written for reading, not for speed: loops, one request at a time, and a choice by Python's
-``sorted`` that shares no line with selection.py.  Half-precision inputs are widened to float32;
-float64 stays.  Not covered: RoPE (queries and keys come rotated), batching, the KV cache.
+``sorted`` (reference_choice.py).  Half-precision inputs are widened to float32; float64 stays.  Not
+covered: RoPE (queries and keys come rotated), batching, the KV cache.  ``config.flops`` is taken as
+the share of cubes and tokens to keep, which budget.py works out for a whole request.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from itertools import groupby
 import torch
 
 from .config import AdaSparkConfig
+from .reference_choice import choose, choose_under_budget, top_p
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def paper_attention(
         preceding = own if own >= 0 else ended  # how many; cubes count in sequence order
         for head in range(heads if preceding else 0):
             probs = logits[token, head, :preceding].softmax(-1)
-            kept[token, head, :preceding] = _top_p(probs, p, min_keep=1)[0]
+            kept[token, head, :preceding] = top_p(probs, p, min_keep=1)[0]
 
     at = torch.arange(n)
     out = torch.empty_like(q)
@@ -113,7 +115,9 @@ def paper_ffn(
     y[active] = x[active] + ffn(x[active])
     for cube in range(int(cube_of.max()) + 1):
         tokens = (cube_of == cube).nonzero().flatten()
-        branch, runs = _sparse_ffn(x[tokens], x[tokens], ffn, p, compensation)
+        norms = x[tokens].norm(dim=-1)
+        runs, _ = top_p(norms / norms.sum(), p, min_keep=1)
+        branch = _ffn_of(x[tokens], ffn, runs, compensation)
         y[tokens] = x[tokens] + branch
         active[tokens] = runs
     return y, active
@@ -171,8 +175,7 @@ def tile_attention(
     }
     mean_keys = {b: k[at.start : at.stop].mean(0) for b, at in cubes.items()}  # [kv_heads, d]
 
-    out = torch.empty_like(q)
-    tiles = []
+    asked = []  # (block, tokens, kind, dense, candidates, probs [kv_heads, candidates] or None)
     for block, tokens, kind in _in_tiles(is_video, chunk, block_size):
         rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
         candidates = [b for b in cubes if b < block]
@@ -183,9 +186,7 @@ def tile_attention(
             or layer < config.dense_layers
             or not config.sparse_attention
         )
-
-        kept = torch.ones(kv_heads, len(candidates), dtype=torch.bool)
-        margin = math.inf
+        probs = None
         if not dense and candidates:
             means = scale * torch.stack([mean_keys[b] for b in candidates])
             if kind == "video":  # products in the inputs' dtype, see attention/score.py
@@ -195,10 +196,16 @@ def tile_attention(
             probs = logits.softmax(-1)  # [m, heads, candidates]
             probs = probs.unflatten(1, (kv_heads, group)).mean(2)  # [m, kv_heads, candidates]
             probs = probs.mean(0)  # over the tile's tokens; a text tile has one
-            for kv_head in range(kv_heads):
-                kept[kv_head], slack = _choose(probs[kv_head], config)
-                margin = min(margin, slack)
+        asked.append((block, tokens, kind, dense, candidates, probs))
 
+    out = torch.empty_like(q)
+    tiles = []
+    choices = _choose_in_tiles([(kind, probs) for *_, kind, _, _, probs in asked], config)
+    for (block, tokens, kind, dense, candidates, _), choice in zip(asked, choices, strict=True):
+        rows = slice(tokens.start - start, tokens.stop - start)
+        kept, margin = torch.ones(kv_heads, len(candidates), dtype=torch.bool), math.inf
+        if choice is not None:
+            kept, margin = choice
         at = torch.arange(end)
         for kv_head in range(kv_heads):
             visible = at <= torch.tensor(tokens)[:, None]  # [m, end]
@@ -210,6 +217,36 @@ def tile_attention(
                 out[rows, head] = _attend(q[rows, head], keys, values, visible, scale)
         tiles.append(Tile(block, tokens, kind, dense, candidates, kept, margin))
     return out, tiles
+
+
+def _choose_in_tiles(
+    asked: list[tuple[str, torch.Tensor | None]], config: AdaSparkConfig
+) -> list[tuple[torch.Tensor, float] | None]:
+    """Kept cubes ``[kv_heads, candidates]`` and margin of each (kind, probabilities) of a chunk.
+
+    With a budget the video tiles of the chunk share one p, and each text tile has its own.
+    """
+    if config.flops is None:
+        groups = [[i] for i in range(len(asked))]
+    else:
+        groups = [[i for i, (kind, probs) in enumerate(asked) if kind == "video"]]
+        groups += [[i] for i, (kind, probs) in enumerate(asked) if kind == "text"]
+    result: list[tuple[torch.Tensor, float] | None] = [None] * len(asked)
+    for group in groups:
+        group = [i for i in group if asked[i][1] is not None]
+        rows = [(i, head) for i in group for head in range(len(asked[i][1]))]
+        if not rows:
+            continue
+        probs = [asked[i][1][head] for i, head in rows]
+        if config.flops is None:
+            kept, margins = zip(*(choose(row, config) for row in probs), strict=True)
+        else:
+            kept, margin = choose_under_budget(probs, config.flops, config.min_cubes)
+            margins = [margin]
+        for i in group:
+            mine = [k for (owner, _), k in zip(rows, kept, strict=True) if owner == i]
+            result[i] = torch.stack(mine), min(margins)
+    return result
 
 
 def tile_ffn(
@@ -236,18 +273,23 @@ def tile_ffn(
     """
     start, end = chunk
     x, h = _wide(x), _wide(h)
-    branch = torch.empty_like(h[start:end])
+    branch = ffn(h[start:end])
     active = torch.ones(end - start, dtype=torch.bool)
-    for tokens in _by_block(chunk, block_size):
-        at = slice(tokens.start, tokens.stop)  # of x and h
+    if not config.sparse_ffn or layer < config.dense_layers:
+        return branch, active
+    cubes = [at for at in _by_block(chunk, block_size) if _is_cube(is_video, at, block_size)]
+    norms = [x[at.start : at.stop].norm(dim=-1) for at in cubes]
+    importance = [norm / norm.sum() for norm in norms]
+    if config.flops is None:
+        runs = [top_p(share, config.p_ffn, min_keep=1)[0] for share in importance]
+    elif cubes:
+        runs, _ = choose_under_budget(importance, config.flops, min_keep=1)
+    else:
+        runs = []
+    for tokens, which in zip(cubes, runs, strict=True):
         rows = slice(tokens.start - start, tokens.stop - start)  # of branch and active
-        may_skip = config.sparse_ffn and layer >= config.dense_layers
-        if may_skip and _is_cube(is_video, tokens, block_size):
-            branch[rows], active[rows] = _sparse_ffn(
-                x[at], h[at], ffn, config.p_ffn, config.compensation
-            )
-        else:
-            branch[rows] = ffn(h[at])
+        h_cube = h[tokens.start : tokens.stop]
+        branch[rows], active[rows] = _ffn_of(h_cube, ffn, which, config.compensation), which
     return branch, active
 
 
@@ -295,68 +337,18 @@ def _attend(
     return logits.softmax(-1) @ v[seen]
 
 
-def _sparse_ffn(
-    x: torch.Tensor,
+def _ffn_of(
     h: torch.Tensor,
     ffn: Callable[[torch.Tensor], torch.Tensor],
-    p: float,
+    active: torch.Tensor,
     compensation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One cube: importance by ``x [m, hidden]``, FFN on ``h``; its output and active set."""
-    norms = x.norm(dim=-1)
-    active, _ = _top_p(norms / norms.sum(), p, min_keep=1)
+) -> torch.Tensor:
+    """FFN outputs of one cube's ``h [m, hidden]``: its ``active [m]`` tokens run."""
     branch = torch.zeros_like(h)
     branch[active] = ffn(h[active])
     if compensation == "mean":
         branch[~active] = branch[active].mean(0)
-    return branch, active
-
-
-def _choose(probs: torch.Tensor, config: AdaSparkConfig) -> tuple[torch.Tensor, float]:
-    """``config``'s rule on ``probs [cubes]``: ``[cubes]`` bool and the choice's margin."""
-    n = len(probs)
-    if config.selection == "top_p":
-        return _top_p(probs, config.p_attn, config.min_cubes)
-    # The ceiling is taken in whole thousandths: 0.1 * 30 is 3, not 3.0000000000000004.
-    count = -(-n * round(config.keep * 1000) // 1000)
-    count = min(max(count, config.min_cubes), n)
-    if config.selection == "top_k":
-        ranked = _falling(probs)
-        return _mask(n, ranked[:count]), _gap(probs, ranked, count)
-    evenly = [-(-m * n // count) - 1 for m in range(1, count + 1)]  # the last cube is always one
-    return _mask(n, evenly), math.inf
-
-
-def _top_p(probs: torch.Tensor, p: float, min_keep: int) -> tuple[torch.Tensor, float]:
-    """The smallest prefix of the falling ``probs [n]`` whose mass reaches ``p``, and its margin."""
-    if p >= 1:
-        return torch.ones(len(probs), dtype=torch.bool), math.inf
-    ranked = _falling(probs)
-    mass, count, nearest = 0.0, 0, math.inf
-    while count < len(ranked) and (mass < p or count < min_keep):
-        mass += float(probs[ranked[count]])
-        nearest = min(nearest, abs(mass - p))
-        count += 1
-    return _mask(len(probs), ranked[:count]), min(nearest, _gap(probs, ranked, count))
-
-
-def _falling(probs: torch.Tensor) -> list[int]:
-    """Indices by falling probability; ties go to the earlier one."""
-    values = probs.tolist()
-    return sorted(range(len(values)), key=lambda j: -values[j])
-
-
-def _gap(probs: torch.Tensor, ranked: list[int], count: int) -> float:
-    """How far the last entry kept lies above the first one left out."""
-    if count == len(ranked):
-        return math.inf
-    return float(probs[ranked[count - 1]] - probs[ranked[count]])
-
-
-def _mask(n: int, indices: list[int]) -> torch.Tensor:
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[indices] = True
-    return mask
+    return branch
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,13 @@ and ``min_keep`` may differ from row to row, because a batch may mix requests wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from .config import SELECTIONS, SHARE_STEPS
+from .tags import BUDGET
 
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
 
@@ -53,6 +57,61 @@ def uniform(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) ->
     return valid & (nth * count // number > (nth - 1) * count // number)
 
 
+@dataclass(frozen=True)
+class BudgetGroups:
+    """Rows that share one p each group, and how much a group may keep."""
+
+    rows: torch.Tensor  # [groups, rows] int64
+    keep: np.ndarray  # [groups] entries that may be kept, per inner row (KV head); host, fraction
+    keep_there: torch.Tensor  # the same on the device of ``rows``
+
+    @classmethod
+    def of(cls, rows: np.ndarray, keep: np.ndarray, device: torch.device) -> BudgetGroups:
+        """From host arrays."""
+        there = torch.as_tensor(keep).to(device, torch.float64)
+        return cls(torch.as_tensor(rows).to(device), keep, there)
+
+
+def under_budget(
+    probs: torch.Tensor,
+    valid: torch.Tensor,
+    min_keep: torch.Tensor,
+    groups: tuple[BudgetGroups, ...],
+) -> torch.Tensor:
+    """Top-p with, for each group of rows, the p that keeps as many entries as its budget allows.
+
+    An entry is kept by top-p if the mass ranked before it is below p.  So p is a quantile of that
+    mass over all entries of a group: rows with a flat distribution keep more than peaked ones.
+
+    Args:
+        probs: ``[rows, ..., n]``; the inner dimensions (KV heads) of a row are one group with it.
+        valid: the same shape, bool, the entries there are.
+        min_keep: ``[rows, ...]`` or broadcastable, entries kept at the least; they count.
+        groups: disjoint rows; a group keeps less than all of its valid entries.
+
+    Returns:
+        ``[rows, ..., n]`` bool; nothing is kept in rows of no group.  (Issue 5: budget.)
+    """
+    falling, index = torch.where(valid, probs, -1.0).sort(dim=-1, descending=True, stable=True)
+    before = falling.cumsum(-1) - falling
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    before = torch.where(rank < min_keep.unsqueeze(-1), -1.0, before)
+    before = torch.empty_like(before).scatter_(-1, index, before)
+    before = torch.where(valid, before, torch.inf)
+    inner = probs[0, ..., 0].numel()
+    kept = torch.zeros_like(valid)
+    for group in groups:
+        mass = before[group.rows]  # [groups, rows, ..., n]
+        if len(group.keep) == 1:
+            count = int(group.keep[0] * inner)
+            p = mass.flatten().kthvalue(count + 1).values[None]
+        else:
+            count = (group.keep_there * inner).long()
+            p = mass.flatten(1).sort(dim=1).values.gather(1, count[:, None]).squeeze(1)
+        kept[group.rows] = (mass < p.view(-1, *[1] * (mass.ndim - 1))) | (mass < 0)
+    return kept
+
+
 def select(
     probs: torch.Tensor,
     valid: torch.Tensor,
@@ -60,15 +119,17 @@ def select(
     share: torch.Tensor,
     min_keep: torch.Tensor,
     rules: tuple[int, ...] = (TOP_P, TOP_K, UNIFORM),
+    groups: tuple[BudgetGroups, ...] = (),
 ) -> torch.Tensor:
     """Rows of different rules at once.
 
     Args:
         probs: ``[..., n]``, zero where not ``valid``.
         valid: ``[..., n]`` bool, the entries there are.
-        rule: ``[...]`` index into ``config.SELECTIONS``.
+        rule: ``[...]`` index into ``config.SELECTIONS``, or BUDGET.
         share, min_keep: ``[...]``, see :func:`top_p`.
         rules: the rules that occur, so that the others cost nothing.
+        groups: of the rows whose rule is BUDGET, see :func:`under_budget`.
 
     Returns:
         ``[..., n]`` bool; at least one valid entry is kept in every row that has one.
@@ -77,6 +138,7 @@ def select(
         TOP_P: lambda: top_p(probs, valid, share, min_keep),
         TOP_K: lambda: top_k(probs, valid, share, min_keep),
         UNIFORM: lambda: uniform(valid, share, min_keep),
+        BUDGET: lambda: under_budget(probs, valid, min_keep, groups),
     }
     kept = by_rule[rules[0]]()
     for other in rules[1:]:

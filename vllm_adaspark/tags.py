@@ -10,6 +10,9 @@ position and use the 11 bits above it in each of the three rows::
     row 2 (width)   bits 20-21: selection rule | bit 22: text queries sparse
                     bits 23-26: min_cubes - 1 | bits 27-30: dense_layers
 
+With a budget (``flops``) the rule is :data:`BUDGET`, and both shares say how much of the cubes and
+of the FFN tokens may be kept; the model sets them when it knows the whole prompt (budget.py).
+
 Only video tokens carry tags.  Text learns its request's settings from the KV blocks of the video
 before it (see attention/state.py), so tokens the model generates need none.  This file is the only
 place that packs or unpacks; it needs no vLLM.
@@ -25,8 +28,10 @@ from .config import COMPENSATIONS, SELECTIONS, SHARE_STEPS, TEXT_QUERIES, AdaSpa
 
 POSITION_BITS = 20
 MAX_POSITION = (1 << POSITION_BITS) - 1
+BUDGET = len(SELECTIONS)  # the selection rule of a request with a budget
 _FIELD_BITS = 11
 _FIELD_MASK = (1 << _FIELD_BITS) - 1
+_SHARE_BITS = (_FIELD_MASK & ~1) * (1 | 1 << _FIELD_BITS)
 
 
 class Tags(NamedTuple):
@@ -39,26 +44,38 @@ class Tags(NamedTuple):
     attn_share: torch.Tensor
     ffn_share: torch.Tensor
     mean_compensation: torch.Tensor
-    rule: torch.Tensor  # index into config.SELECTIONS
+    rule: torch.Tensor  # index into config.SELECTIONS, or BUDGET
     sparse_text: torch.Tensor
     min_cubes: torch.Tensor
     dense_layers: torch.Tensor
 
 
 def tag_word(config: AdaSparkConfig) -> int:
-    """The 33-bit word a video token carries under ``config``."""
-    share = config.p_attn if config.selection == "top_p" else config.keep
-    attn = round((share if config.enabled else 1.0) * SHARE_STEPS)
-    ffn = round((config.p_ffn if config.enabled else 1.0) * SHARE_STEPS)
-    time = 1 | attn << 1
-    height = COMPENSATIONS.index(config.compensation) ^ 1 | ffn << 1
+    """The 33-bit word a video token carries under ``config``.
+
+    A budget's shares are provisional: see :func:`with_shares`.
+    """
+    attn = config.p_attn if config.selection == "top_p" else config.keep
+    ffn = config.p_ffn
+    rule = SELECTIONS.index(config.selection)
+    if config.flops is not None:
+        attn, ffn, rule = config.flops, config.flops, BUDGET
+    if not config.enabled:
+        attn = ffn = 1.0
+    height = COMPENSATIONS.index(config.compensation) ^ 1
     width = (
-        SELECTIONS.index(config.selection)
+        rule
         | (TEXT_QUERIES.index(config.text_queries) ^ 1) << 2
         | (config.min_cubes - 1) << 3
         | config.dense_layers << 7
     )
-    return time | height << _FIELD_BITS | width << 2 * _FIELD_BITS
+    return with_shares(1 | height << _FIELD_BITS | width << 2 * _FIELD_BITS, attn, ffn)
+
+
+def with_shares(word: int, attn: float, ffn: float) -> int:
+    """``word`` with other shares, each above 0 and at most 1."""
+    shares = round(attn * SHARE_STEPS) << 1 | round(ffn * SHARE_STEPS) << _FIELD_BITS + 1
+    return word & ~_SHARE_BITS | shares
 
 
 def unpack(word: torch.Tensor) -> Tags:

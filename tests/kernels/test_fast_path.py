@@ -34,10 +34,12 @@ def random_layout(rng: np.random.Generator, block: int) -> list[tuple[str, int]]
 
 
 def random_config(rng: np.random.Generator, block: int) -> AdaSparkConfig:
+    selection = str(rng.choice(["top_p", "top_p", "top_k", "uniform", "budget"]))
     return AdaSparkConfig(
         enabled=bool(rng.random() > 0.05),
         p_attn=float(rng.choice([0.2, 0.5, 0.8, 0.95, 1.0])),
-        selection=str(rng.choice(["top_p", "top_p", "top_k", "uniform"])),
+        flops=float(rng.choice([0.15, 0.4, 0.8])) if selection == "budget" else None,
+        selection="top_p" if selection == "budget" else selection,
         keep=float(rng.choice([0.1, 0.3, 0.7])),
         min_cubes=int(rng.integers(1, 4)),
         dense_layers=int(rng.choice([0, 0, 1, 3])),

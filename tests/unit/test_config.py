@@ -7,7 +7,12 @@ import pytest
 
 from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
 
-SERVER_KEYS = {"dense_below": 4, "encoder_patches": 1024, "report_file": "report.jsonl"}
+SERVER_KEYS = {
+    "dense_below": 4,
+    "encoder_patches": 1024,
+    "trace_mb": 8,
+    "report_file": "report.jsonl",
+}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,10 @@ def test_settings_must_be_an_object(settings):
         ("p_attn", float("nan"), "above 0 and at most 1"),
         ("p_attn", float("inf"), "above 0 and at most 1"),
         ("p_ffn", 0.0, "above 0 and at most 1"),
+        ("flops", 0, "above 0 and at most 1, or null"),
+        ("flops", 1.2, "above 0 and at most 1, or null"),
+        ("trace", "yes", "true or false"),
+        ("trace_mb", -1, "an integer from 0"),
         ("keep", 2, "above 0 and at most 1"),
         ("selection", "topp", "'top_p', 'top_k', 'uniform'"),
         ("selection", 1, "'top_p', 'top_k', 'uniform'"),
@@ -159,6 +168,39 @@ def test_a_request_may_change_a_cubes_shape_but_not_its_volume():
     assert "cube=[2, 4, 4] holds 32 tokens" in message
     assert "hold 64" in message
     assert server.override({"cube": [2, 4, 4]}).cube_volume == 32  # the server may
+
+
+@pytest.mark.parametrize("off", ["off", {"off": True}, {"off": True, "p_attn": 0.5}])
+def test_off_is_dense_in_the_stock_models_order(off):
+    request = AdaSparkConfig().override(off, request=True)
+    assert not request.enabled
+    assert request.order == "raster"
+    assert not (request.sparse_attention or request.sparse_ffn)
+
+
+def test_off_false_changes_nothing_and_off_must_be_a_bool():
+    assert AdaSparkConfig().override({"off": False}) == AdaSparkConfig()
+    with pytest.raises(AdaSparkConfigError, match="off=1: expected true or false"):
+        AdaSparkConfig().override({"off": 1})
+
+
+def test_a_budget_and_the_p_it_replaces():
+    server = AdaSparkConfig().override({"flops": 0.5})
+    assert (server.flops, server.sparse_attention, server.sparse_ffn) == (0.5, True, True)
+    assert not AdaSparkConfig(flops=1).sparse_attention
+    for key in ("p_attn", "p_ffn", "keep"):
+        with pytest.raises(AdaSparkConfigError, match=f"flops=0.4 and {key}=0.3"):
+            AdaSparkConfig().override({"flops": 0.4, key: 0.3})
+        assert server.override({key: 0.3}).flops is None  # the later source decides
+    assert server.override({"flops": None}) == AdaSparkConfig()
+    assert server.override({"min_cubes": 2}).flops == 0.5
+    assert AdaSparkConfig(p_attn=0.3).override({"flops": 0.4}).flops == 0.4
+    assert AdaSparkConfig().override(server.to_dict()) == server
+
+
+def test_a_budget_chooses_p_so_it_needs_top_p():
+    with pytest.raises(AdaSparkConfigError, match="selection='uniform' cannot be kept"):
+        AdaSparkConfig().override({"flops": 0.4, "selection": "uniform"})
 
 
 def test_what_runs_sparse():

@@ -1,11 +1,23 @@
 """Selection: the vectorised rules against the twin's loops, and by hand."""
 
+import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark import reference
 from vllm_adaspark.config import SELECTIONS, AdaSparkConfig
-from vllm_adaspark.selection import TOP_K, TOP_P, UNIFORM, select, top_k, top_p, uniform
+from vllm_adaspark.reference_choice import choose, choose_under_budget
+from vllm_adaspark.selection import (
+    TOP_K,
+    TOP_P,
+    UNIFORM,
+    BudgetGroups,
+    select,
+    top_k,
+    top_p,
+    under_budget,
+    uniform,
+)
+from vllm_adaspark.tags import BUDGET
 
 
 def one_row(rule, probs, share, min_keep=1, valid=None):
@@ -32,7 +44,7 @@ def naive(probs, valid, rule, share, min_keep):
         )
         there = valid[row].nonzero().flatten()
         if len(there):
-            kept[row, there] = reference._choose(probs[row, there], config)[0]
+            kept[row, there] = choose(probs[row, there], config)[0]
     return kept
 
 
@@ -186,3 +198,74 @@ def test_top_p_mass_is_reached_and_smallest():
     assert (mass >= share - 1e-12).all()
     assert (mass - least < share + 1e-12).all()
     assert (least >= most_left_out).all()
+
+
+def budget_groups(rows, share, valid):
+    """One group over ``rows [groups, rows]``, each keeping ``share`` of its valid entries."""
+    heads = valid.shape[1]
+    keep = valid[torch.tensor(rows)].sum(dim=(1, 2, 3)).numpy() * share / heads
+    return (BudgetGroups.of(np.array(rows), keep, valid.device),)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_budget_equals_the_loops_exactly_with_ties(seed):
+    generator = torch.Generator().manual_seed(seed)
+    heads, n = 2, 24
+    probs, valid = dyadic_rows(12 * heads, n, generator)
+    valid[:, -1], probs[:, -1] = False, 0  # a tile's own block is no candidate
+    probs, valid = probs.view(12, heads, n), valid.view(12, heads, n)
+    valid[:] = valid[:, :1]  # all heads of a tile have the same candidates
+    probs = torch.where(valid, probs, 0.0)
+    least = torch.randint(1, 3, (1, 1), generator=generator).expand(12, heads)
+    share = float(torch.randint(1, 8, (), generator=generator)) / 8
+    together, each = list(range(5)), [[5], [6], [7]]
+    groups = budget_groups([together], share, valid) + budget_groups(each, share, valid)
+    kept = under_budget(probs, valid, least, groups)
+    assert not kept[8:].any()  # rows of no group
+    for group in [together, *each]:
+        rows = [(tile, head) for tile in group for head in range(heads)]
+        rows = [(tile, head) for tile, head in rows if valid[tile, head].any()]
+        if not rows:
+            continue
+        asked = [probs[tile, head][valid[tile, head]] for tile, head in rows]
+        expected, _ = choose_under_budget(asked, share, int(least[0, 0]))
+        for (tile, head), want in zip(rows, expected, strict=True):
+            assert torch.equal(kept[tile, head][valid[tile, head]], want), (tile, head)
+
+
+def test_a_budget_is_never_exceeded_and_goes_to_the_flat_rows():
+    generator = torch.Generator().manual_seed(0)
+    sharpness = torch.linspace(0.1, 8, 40)[:, None, None]
+    probs = (torch.randn(40, 2, 64, generator=generator) * sharpness).softmax(-1)
+    valid = torch.ones_like(probs, dtype=torch.bool)
+    least = torch.ones(40, 1, dtype=torch.long)
+    groups = (BudgetGroups.of(np.arange(40)[None], np.array([0.3 * 40 * 64]), probs.device),)
+    kept = under_budget(probs, valid, least, groups)
+    number = int(kept.sum())
+    assert 0.3 * kept.numel() - 2 <= number <= 0.3 * kept.numel()
+    assert kept.any(-1).all()
+    assert kept[:10].sum() > 3 * kept[-10:].sum()
+
+
+def test_a_budget_too_small_for_min_keep_keeps_that():
+    probs = torch.tensor([[[0.5, 0.25, 0.25, 0.0]], [[0.1, 0.2, 0.3, 0.4]]])
+    valid = torch.ones_like(probs, dtype=torch.bool)
+    groups = (BudgetGroups.of(np.array([[0, 1]]), np.array([0.08]), probs.device),)
+    kept = under_budget(probs, valid, torch.full((2, 1), 2), groups)
+    assert kept.squeeze(1).tolist() == [[True, True, False, False], [False, False, True, True]]
+
+
+def test_rows_with_and_without_a_budget_at_once():
+    generator = torch.Generator().manual_seed(3)
+    probs = torch.randn(6, 1, 16, generator=generator).softmax(-1)
+    valid = torch.ones_like(probs, dtype=torch.bool)
+    rule = torch.tensor([BUDGET, BUDGET, TOP_P, TOP_K, UNIFORM, TOP_P])[:, None]
+    share = torch.full((6, 1), 0.5)
+    least = torch.ones(6, 1, dtype=torch.long)
+    groups = (BudgetGroups.of(np.array([[0, 1]]), np.array([16.0]), probs.device),)
+    kept = select(probs, valid, rule, share, least, (TOP_P, TOP_K, UNIFORM, BUDGET), groups)
+    assert torch.equal(kept[:2], under_budget(probs, valid, least, groups)[:2])
+    assert kept[:2].sum() == 16
+    assert torch.equal(kept[2], top_p(probs, valid, share, least)[2])
+    assert torch.equal(kept[3], top_k(probs, valid, share, least)[3])
+    assert torch.equal(kept[4], uniform(valid, share, least)[4])

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from vllm_adaspark.config import COMPENSATIONS, SELECTIONS, TEXT_QUERIES, AdaSparkConfig
-from vllm_adaspark.tags import MAX_POSITION, Tags, add_tags, split_tags, tag_word, unpack
+from vllm_adaspark.tags import (
+    BUDGET,
+    MAX_POSITION,
+    Tags,
+    add_tags,
+    split_tags,
+    tag_word,
+    unpack,
+    with_shares,
+)
 
 HIGHEST = AdaSparkConfig(
     p_attn=1.0,
@@ -80,6 +89,24 @@ def random_config(rng: random.Random) -> AdaSparkConfig:
 def test_one_field_at_a_time_leaves_the_others_alone(base, settings):
     config = dataclasses.replace(base, **settings)
     assert unpacked(tag_word(config)) == expected(config)
+
+
+@pytest.mark.parametrize("base", [LOWEST, HIGHEST], ids=["lowest", "highest"])
+def test_a_budget_has_a_rule_of_its_own_and_settable_shares(base):
+    config = dataclasses.replace(base, flops=0.4, selection="top_p")
+    word = tag_word(config)
+    others = expected(config) | {"rule": BUDGET}
+    assert unpacked(word) == others | {"attn_share": 400, "ffn_share": 400}
+    assert unpacked(with_shares(word, 0.001, 1.0)) == others | {"attn_share": 1, "ffn_share": 1000}
+    assert unpacked(with_shares(word, 1.0, 0.123)) == others | {
+        "attn_share": 1000,
+        "ffn_share": 123,
+    }
+
+
+def test_a_budget_that_is_switched_off_runs_dense():
+    word = unpacked(tag_word(AdaSparkConfig(flops=0.4, enabled=False)))
+    assert word["attn_share"] == word["ffn_share"] == 1000
 
 
 def test_random_settings_and_positions_round_trip():

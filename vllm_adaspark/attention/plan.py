@@ -25,6 +25,7 @@ import torch
 
 from .. import tags
 from ..config import SHARE_STEPS
+from ..selection import BudgetGroups
 from .state import BlockTags, KeyWrites, StepRows
 
 DENSE, VIDEO, TEXT = range(3)
@@ -88,6 +89,7 @@ class AttentionPlan:
     rule: torch.Tensor  # [sparse] int64
     dense_layers: torch.Tensor  # [sparse] int64
     rules: tuple[int, ...]  # the selection rules that occur
+    budget: tuple[BudgetGroups, ...]  # over the sparse tiles of requests with a budget
     dense_layers_range: tuple[int, int]  # lowest and highest over the sparse tiles
     max_query_len: int
     max_seq_len: int
@@ -102,6 +104,8 @@ class FFNPlan:
     tokens: torch.Tensor  # [cubes, block_size] int64, index into the step
     share: torch.Tensor  # [cubes] fp32
     mean: torch.Tensor  # [cubes] bool: mean compensation, else bypass
+    by_budget: torch.Tensor  # [cubes] bool: of a request with a budget
+    budget: tuple[BudgetGroups, ...]  # over these
     dense_layers: torch.Tensor  # [cubes] int64
     row: np.ndarray  # [cubes], host
     dense_layers_range: tuple[int, int]
@@ -119,6 +123,7 @@ class StepPlan:
     block_size: int
     kept_blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [kv_heads, tiles]
     ffn_active: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [cubes]
+    trace: Any = None  # tracing.step.StepTrace, in steps with a traced request
 
 
 def build_plan(
@@ -250,11 +255,32 @@ def _attention_plan(
         rule=to(settings.rule[sparse_row], torch.int64),
         dense_layers=to(dense_layers, torch.int64),
         rules=tuple(np.unique(settings.rule[sparse_row]).tolist()),
+        budget=_attention_budget(tiles, sparse, settings, device),
         dense_layers_range=(int(dense_layers.min()), int(dense_layers.max())),
         max_query_len=int(tiles.length.max()),
         max_seq_len=int(rows.seq_lens.max()),
         num_tokens=int(rows.query_start[-1]),
     )
+
+
+def _attention_budget(
+    tiles: Tiles, sparse: np.ndarray, settings: tags.Tags, device: torch.device
+) -> tuple[BudgetGroups, ...]:
+    """A request's video tiles of a step share one p; each text token has its own."""
+    row, kind = tiles.row[sparse], tiles.kind[sparse]
+    budgeted = settings.rule[row] == tags.BUDGET
+    if not budgeted.any():
+        return ()
+    keep = tiles.candidates[sparse].sum(axis=1) * settings.attn_share[row] / SHARE_STEPS
+    groups = []
+    for r in np.unique(row[budgeted]):
+        video = np.flatnonzero((row == r) & (kind == VIDEO))
+        if len(video):
+            groups.append(BudgetGroups.of(video[None], keep[video].sum(keepdims=True), device))
+    text = np.flatnonzero(budgeted & (kind == TEXT))
+    if len(text):
+        groups.append(BudgetGroups.of(text[:, None], keep[text], device))
+    return tuple(groups)
 
 
 def _score_jobs(
@@ -303,10 +329,18 @@ def _ffn_plan(
         return None
     row = tokens.row[first]
     dense_layers = settings.dense_layers[row]
+    by_budget = settings.rule[row] == tags.BUDGET
+    keep = size * settings.ffn_share[row] / SHARE_STEPS
+    of_request = [np.flatnonzero(row == r) for r in np.unique(row[by_budget])]
     return FFNPlan(
         tokens=torch.as_tensor(first[:, None] + np.arange(size)).to(device),
         share=torch.as_tensor(settings.ffn_share[row] / SHARE_STEPS).to(device, torch.float32),
         mean=torch.as_tensor(settings.mean_compensation[row]).to(device),
+        by_budget=torch.as_tensor(by_budget).to(device),
+        budget=tuple(
+            BudgetGroups.of(cubes[None], keep[cubes].sum(keepdims=True), device)
+            for cubes in of_request
+        ),
         dense_layers=torch.as_tensor(dense_layers).to(device),
         row=row,
         dense_layers_range=(int(dense_layers.min()), int(dense_layers.max())),

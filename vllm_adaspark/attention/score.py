@@ -58,7 +58,7 @@ def choose_cubes(
         setting.unsqueeze(1).expand(sparse, kv_heads)
         for setting in (plan.rule, plan.share, plan.min_cubes)
     )
-    chosen = selection.select(probs, candidates, rule, share, least, plan.rules)
+    chosen = selection.select(probs, candidates, rule, share, least, plan.rules, plan.budget)
     if layer < plan.dense_layers_range[1]:
         chosen = torch.where((plan.dense_layers > layer)[:, None, None], candidates, chosen)
     return chosen

@@ -11,13 +11,10 @@ stock weights of every size load unchanged.  Three things happen to a video on i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
@@ -25,96 +22,26 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VisionTransformer,
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLMultiModalProcessor,
-    Qwen2_5_VLProcessingInfo,
 )
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from .. import LANGUAGE_MODEL
-from ..config import ORDERS, AdaSparkConfig
+from ..config import ORDERS, SHARE_STEPS
 from ..cubes import cube_order
 from ..runtime import Runtime
-from ..tags import MAX_POSITION, add_tags, split_tags, tag_word
-
-REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
-FIELD = "adaspark_video"  # per video, to the model: (tag word, t, h, w, order)
-
-
-def resolved_config(hf_config: Any) -> AdaSparkConfig:
-    """Server and checkpoint settings, as startup.StartupCheck left them on the model's config."""
-    return AdaSparkConfig().override(getattr(hf_config, "adaspark_resolved", None))
-
-
-def pack_video(config: AdaSparkConfig) -> list[int]:
-    """What the model must know about a video, as integers."""
-    return [tag_word(config), *config.cube, ORDERS.index(config.order)]
-
-
-class AdaSparkProcessingInfo(Qwen2_5_VLProcessingInfo):
-    """Stock, but our request key is not passed on to Hugging Face's processor."""
-
-    def get_hf_processor(self, **kwargs: object):
-        return super().get_hf_processor(**_without_ours(kwargs))
-
-    def get_image_processor(self, **kwargs: object):
-        return super().get_image_processor(**_without_ours(kwargs))
-
-
-class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
-    """Validates a request's ``adaspark`` settings and attaches them to its videos.
-
-    The settings stay part of ``mm_processor_kwargs``, which enter the multimodal hash: requests
-    with different settings never share cached video blocks.
-    """
-
-    def apply(self, inputs, timing_ctx):
-        self._settings(inputs.hf_processor_mm_kwargs)  # an error here is HTTP 400
-        return super().apply(inputs, timing_ctx)
-
-    def _settings(self, mm_kwargs: Mapping[str, object]) -> AdaSparkConfig:
-        server = resolved_config(self.info.get_hf_config())
-        return server.override(
-            mm_kwargs.get(REQUEST_KEY), source=f"mm_processor_kwargs.{REQUEST_KEY}", request=True
-        )
-
-    def _call_hf_processor(self, hf_data, hf_kwargs) -> BatchFeature:
-        return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
-
-    def _postprocess_hf_mm_data(self, mm_inputs, hf_processor_mm_kwargs, processed_data):
-        data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
-        grids = data.get("video_grid_thw")
-        if grids is not None and len(grids):
-            self._check_duration(grids, data.get("second_per_grid_ts"))
-            packed = pack_video(self._settings(hf_processor_mm_kwargs))
-            data[FIELD] = torch.tensor([packed] * len(grids), dtype=torch.int64)
-        return data
-
-    def _check_duration(self, grids: torch.Tensor, seconds: Any) -> None:
-        """Refuse a video whose time positions would not fit beside the tags."""
-        per_second = getattr(self.info.get_hf_config().vision_config, "tokens_per_second", 1.0)
-        for index, (frames, *_) in enumerate(torch.as_tensor(grids).tolist()):
-            step = float(seconds[index]) if seconds is not None else 1.0
-            if frames * step * per_second > MAX_POSITION // 2:
-                raise ValueError(
-                    f"video {index} spans {frames * step:.0f} s, more than the "
-                    f"{MAX_POSITION // 2 / per_second:.0f} s whose time positions fit; "
-                    "check its frame rate, or send a shorter part of it"
-                )
-
-    def _get_mm_fields_config(
-        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
-    ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        fields[FIELD] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
-        return fields
-
-
-def _without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in kwargs.items() if key != REQUEST_KEY}
+from ..tags import add_tags, split_tags, with_shares
+from .processing import (
+    FIELD,
+    AdaSparkProcessingInfo,
+    AdaSparkProcessor,
+    VideoSettings,
+    budget_cost,
+    resolved_config,
+)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -180,10 +107,10 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
             )
         merge = self.visual.spatial_merge_size
         ordered = []
-        for video, grid, settings in zip(
+        for video, grid, packed in zip(
             videos, video_input["video_grid_thw"].tolist(), self._video_settings, strict=True
         ):
-            walk = _walk(grid, settings.tolist(), merge)
+            walk = _walk(grid, VideoSettings(*packed.tolist()), merge)
             ordered.append(video if walk is None else video[walk.to(video.device)])
         return tuple(ordered)
 
@@ -231,18 +158,25 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
         positions = positions.clone()
         merge = self.config.vision_config.spatial_merge_size
-        for feature in mm_features:
-            if feature.modality != "video":
-                continue
-            start, length = feature.mm_position.offset, feature.mm_position.length
+        videos = [feature for feature in mm_features if feature.modality == "video"]
+        places = [(f.mm_position.offset, f.mm_position.length) for f in videos]
+        for feature, (start, length) in zip(videos, places, strict=True):
             tokens = slice(start, start + length)
-            settings = feature.data[FIELD].data.tolist()
+            settings = VideoSettings.from_feature(feature)
             walk = _walk(feature.data["video_grid_thw"].data.tolist(), settings, merge)
             if walk is not None:
                 positions[:, tokens] = positions[:, tokens][:, walk]
-            add_tags(positions, settings[0], tokens)
+            add_tags(positions, self._word(settings, len(input_tokens), places), tokens)
             self.runtime.expect_video()
         return positions, delta
+
+    def _word(self, settings: VideoSettings, tokens: int, places: list[tuple[int, int]]) -> int:
+        """A video's tag word; with a budget, its shares follow from the whole prompt."""
+        if not settings.flops:
+            return settings.word
+        cost = budget_cost(self.config, self.runtime.config, settings.word, tokens, places)
+        share = cost.share(settings.flops / SHARE_STEPS)
+        return with_shares(settings.word, share, share)
 
     def forward(
         self,
@@ -269,11 +203,12 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         )
 
 
-def _walk(grid: list[int], settings: list[int], merge: int) -> torch.Tensor | None:
+def _walk(grid: list[int], settings: VideoSettings, merge: int) -> torch.Tensor | None:
     """Cube order of a video with patch grid ``[t, h, w]``; None for raster order."""
-    _, *cube, order = settings
-    if ORDERS[order] == "raster":
+    order = ORDERS[settings.order]
+    if order == "raster":
         return None
     t, h, w = grid
-    walk = cube_order((t, h // merge, w // merge), tuple(cube), ORDERS[order])
+    cube = (settings.t, settings.h, settings.w)
+    walk = cube_order((t, h // merge, w // merge), cube, order)
     return torch.from_numpy(walk.copy())
