@@ -1,0 +1,143 @@
+"""Settings of one request on the real engine: budgets, off, and different settings in one batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from engine.engines import (
+    SPARSE,
+    VIDEO,
+    Answer,
+    ask,
+    chat,
+    clip,
+    engine,
+    last_reports,
+    video_prompt,
+)
+from engine.twin import TwinModel
+from vllm_adaspark.accounting import ModelShape
+from vllm_adaspark.budget import prompt_cost
+from vllm_adaspark.config import AdaSparkConfig
+
+pytestmark = pytest.mark.engine
+CLOSE = 1e-3  # of log-probabilities in float32
+BUDGET_ERROR = 0.05  # of the dense FLOPs (issue 5)
+LONG = (112, 224, 168)  # frames, width, height: 56 * 8 * 6 = 2688 video tokens, 42 cubes
+
+
+def long_video(seed: int = 31):
+    return clip(*LONG, seed=seed)
+
+
+def test_requests_of_one_batch_have_their_own_settings(checkpoint) -> None:
+    """Three settings in one batch: three densities, and the answers that each gives alone."""
+    settings = [{"p_attn": 0.9, "p_ffn": 0.8}, {"p_attn": 0.3, "p_ffn": 0.3}, {"flops": 0.5}]
+    prompts = [video_prompt(long_video(), **each) for each in settings]
+    with engine(checkpoint, SPARSE, enable_prefix_caching=False) as llm:
+        alone = [ask(llm, [prompt])[0] for prompt in prompts]
+        separate = last_reports(llm, 3)
+        together = ask(llm, prompts)
+        reports = last_reports(llm, 3)
+    for got, want in zip(together, alone, strict=True):
+        assert got.difference(want) < CLOSE
+    by_ratio = [sorted(r["flops_ratio"] for r in some) for some in (reports, separate)]
+    assert by_ratio[0] == pytest.approx(by_ratio[1], abs=1e-3)
+    densities = sorted(report["attention_density"] for report in reports)
+    assert all(high - low > 0.05 for low, high in pairwise(densities))
+
+
+def test_off_is_the_stock_model(checkpoint) -> None:
+    prompt = video_prompt(clip(60, seed=1), question="Which digit is shown?")
+    with engine(checkpoint, None) as llm:
+        (stock,) = ask(llm, [prompt])
+    with engine(checkpoint, {"dense_below": 2, "flops": 0.5}) as llm:
+        for settings in ({"off": True}, "off"):
+            (answer,) = ask(llm, [prompt | {"mm_processor_kwargs": {"adaspark": settings}}])
+            (report,) = last_reports(llm)
+            assert answer.difference(stock) < CLOSE
+            assert report["flops_ratio"] == 1.0
+        (answer,) = ask(llm, [prompt])
+        assert answer.difference(stock) > CLOSE  # else the test shows nothing
+
+
+@pytest.mark.parametrize("chunk", [0, 512])
+def test_a_budget_is_met(checkpoint, chunk) -> None:
+    options = {"long_prefill_token_threshold": chunk, "enable_prefix_caching": False}
+    with engine(checkpoint, SPARSE, **options) as llm:
+        for flops in (0.4, 0.5, 0.8):
+            ask(llm, [video_prompt(long_video(), flops=flops)])
+            (report,) = last_reports(llm)
+            assert abs(report["flops_ratio"] - flops) < BUDGET_ERROR
+            layers = [layer["attention_density"] for layer in report["layers"]]
+            assert max(layers) - min(layers) < 0.02  # each layer finds the p that keeps its share
+
+
+def test_a_budget_of_the_server_and_one_that_cannot_be_met(checkpoint) -> None:
+    config = {"dense_below": 2, "flops": 0.45}
+    with engine(checkpoint, config, enable_prefix_caching=False) as llm:
+        ask(llm, [video_prompt(long_video())])
+        (report,) = last_reports(llm)
+        assert abs(report["flops_ratio"] - 0.45) < BUDGET_ERROR
+
+        ask(llm, [video_prompt(long_video(), p_attn=1.0, p_ffn=1.0)])  # the request decides
+        (report,) = last_reports(llm)
+        assert report["flops_ratio"] == 1.0
+
+        with pytest.raises(ValueError, match=r"flops=0\.05 cannot be met.*smallest budget.* 0\.\d"):
+            ask(llm, [video_prompt(long_video(), flops=0.05)])
+        # The server's own budget never refuses a request: a clip too short for it just runs.
+        ask(llm, [video_prompt(clip(4), question="word " * 200)])
+        (report,) = last_reports(llm)
+        assert report["flops_ratio"] > 0.45
+
+
+def test_a_budget_equals_the_twin(checkpoint) -> None:
+    video, question, flops = clip(44, seed=7), "Which digit?", 0.6
+    with engine(checkpoint, SPARSE) as llm:
+        (answer,) = ask(llm, [video_prompt(video, question=question, flops=flops)], 4, 20)
+        prompt_ids = llm.get_tokenizer().encode(chat(VIDEO, question))
+        text = llm.llm_engine.model_config.hf_text_config
+    frames, _ = video
+    height, width = (side // 28 for side in frames.shape[1:3])
+    tokens = len(frames) // 2 * height * width
+    shape = ModelShape(
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_size=text.hidden_size // text.num_attention_heads,
+        intermediate=text.intermediate_size,
+    )
+    cost = prompt_cost(
+        shape,
+        text.num_hidden_layers,
+        len(prompt_ids) - 1 + tokens,
+        [(prompt_ids.index(llm_video_token(prompt_ids, checkpoint)), tokens)],
+        block_size=64,
+        dense_below=SPARSE["dense_below"],
+        dense_layers=0,
+        sparse_text=True,
+    )
+    # The twin takes the share of cubes and tokens, not of FLOPs.
+    twin = TwinModel(checkpoint, AdaSparkConfig().override(SPARSE | {"flops": None}))
+    twin.config = AdaSparkConfig(flops=cost.share(flops), dense_below=SPARSE["dense_below"])
+    assert agrees_with(answer, twin.logprobs(chat(VIDEO, question), video, list(answer.ids)))
+
+
+def llm_video_token(prompt_ids: list[int], checkpoint) -> int:
+    from transformers import AutoConfig
+
+    token = AutoConfig.from_pretrained(checkpoint).video_token_id
+    assert prompt_ids.count(token) == 1
+    return token
+
+
+def agrees_with(answer: Answer, expected: list[torch.Tensor]) -> bool:
+    for got, want in zip(answer.logprobs, expected, strict=True):
+        named = torch.tensor(list(got))
+        difference = (want[named] - torch.tensor(list(got.values()))).abs().max()
+        assert difference < CLOSE, difference
+    return True
