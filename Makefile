@@ -31,7 +31,8 @@ venv: $(RUN) ## create or update the environment
 demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what was computed
 	@$(RUN) examples/demo/demo.py $(ARGS)
 
-test: venv ## run all tests
+test: venv ## run all tests; fetches Chromium, promtool and kubectl from Debian if it may
+	@deploy/test/tools.sh $(VENV)/bin
 	$(RUN) -m pytest $(ARGS)
 
 test-unit: venv ## run the tests that start no engine and no server

@@ -4,6 +4,9 @@ Counts come from the plan of each step and the few numbers every layer leaves on
 from counts and the model's shape.  A multiply-add is two FLOPs.  Counted are the language model's
 layers: QKV and output projections, attention (QK and PV), cube scores ("selection") and FFN.  Not
 counted, in either column: vision tower, norms, RoPE, LM head.  Pure NumPy; no vLLM.
+
+An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
+carry it between processes; reports.py makes one account of all ranks'.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .attention.plan import StepPlan
+from .attention.plan import DENSE, FALLBACKS, StepPlan
 from .attention.state import StepRows
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
+OF_STEP = ("tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")  # counted once
+OF_REQUEST = (*OF_STEP, "cached_tokens")
+SECONDS = ("selection_seconds", "planning_seconds")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,10 @@ class StepCounts:
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
     cubes_attended: np.ndarray  # [layers, rows]
     ffn_skipped: np.ndarray  # [layers, rows] tokens
+    choices: np.ndarray  # [rows] tiles and FFN cubes that could leave something out
+    fallback_tokens: dict[str, np.ndarray]  # by reason: [rows], see plan.FALLBACKS
+    selection_seconds: np.ndarray  # [rows] the step's, by each row's part in the work
+    planning_seconds: np.ndarray  # [rows]
 
 
 def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCounts:
@@ -86,29 +96,41 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
         cubes_seen=np.zeros(number),
         cubes_attended=np.zeros((len(layers), number)),
         ffn_skipped=np.zeros((len(layers), number)),
+        choices=np.zeros(number, int),
+        fallback_tokens={},
+        selection_seconds=np.zeros(number),
+        planning_seconds=np.zeros(number),
     )
     if plan is None:
         return counts
 
-    def by_row(row: np.ndarray, values: np.ndarray) -> np.ndarray:
+    def by_row(row: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(row, values, minlength=number)
 
     counts.video_tokens = plan.video_tokens
     counts.cubes_seen = plan.cubes_seen
     counts.cubes_attended[:] = plan.cubes_seen
-    for layer, kept in _to_host(plan.kept_blocks).items():  # [kv_heads, tiles]
+    counts.fallback_tokens = plan.fallback_tokens
+    counts.planning_seconds = _split(plan.planning_seconds, lens)
+    scored = np.zeros(number)  # (query token, candidate cube) pairs, the same in every sparse layer
+    if plan.attention is not None:
         tiles = plan.attention.tiles
-        kept = kept.mean(axis=0)
-        nth = layer - layers.start
+        scored = by_row(tiles.row, tiles.candidates.sum(axis=1) * tiles.length)
+        counts.choices += by_row(tiles.row[tiles.kind != DENSE])
+    if plan.ffn is not None:
+        counts.choices += by_row(plan.ffn.row)
+    counts.selection_seconds = _split(plan.selection.seconds(), scored)
+    if plan.kept_blocks:
+        nth, kept = _to_host(plan.kept_blocks, layers)  # [layers, kv_heads, tiles]
+        kept = kept.mean(axis=1)
         context = kept * plan.block_size - tiles.tail_gap
-        counts.pairs[nth] = by_row(tiles.row, _causal_pairs(tiles.length, context))
-        candidates = tiles.candidates.sum(axis=1)
-        left_out = tiles.block + 1 - kept
-        counts.cubes_attended[nth] -= by_row(tiles.row, left_out * tiles.length)
-        counts.scored[nth] = by_row(tiles.row, candidates * tiles.length)
-    for layer, active in _to_host(plan.ffn_active).items():  # [cubes]
-        skipped = plan.block_size - active
-        counts.ffn_skipped[layer - layers.start] = by_row(plan.ffn.row, skipped)
+        left_out = (tiles.block + 1 - kept) * tiles.length
+        counts.pairs[nth] = _sum_by_row(_causal_pairs(tiles.length, context), tiles.row, number)
+        counts.cubes_attended[nth] -= _sum_by_row(left_out, tiles.row, number)
+        counts.scored[nth] = scored
+    if plan.ffn_active:
+        nth, active = _to_host(plan.ffn_active, layers)  # [layers, cubes]
+        counts.ffn_skipped[nth] = _sum_by_row(plan.block_size - active, plan.ffn.row, number)
     return counts
 
 
@@ -117,25 +139,47 @@ def _causal_pairs(queries: np.ndarray, context: np.ndarray) -> np.ndarray:
     return queries * (context - queries) + queries * (queries + 1) / 2
 
 
-def _to_host(by_layer: dict[int, torch.Tensor]) -> dict[int, np.ndarray]:
-    """One copy for all layers."""
-    if not by_layer:
-        return {}
-    stacked = torch.stack(list(by_layer.values())).cpu().numpy()
-    return dict(zip(by_layer, stacked, strict=True))
+def _split(seconds: float, work: np.ndarray) -> np.ndarray:
+    """A step's time, given to its rows by their part in the work."""
+    return seconds * work / max(work.sum(), 1)
+
+
+def _to_host(by_layer: dict[int, torch.Tensor], layers: range) -> tuple[list[int], np.ndarray]:
+    """Places in ``layers``, and what those layers left, ``[layers, ...]``: one copy for all."""
+    return [layers.index(layer) for layer in by_layer], torch.stack(
+        [*by_layer.values()]
+    ).cpu().numpy()
+
+
+def _sum_by_row(values: np.ndarray, row: np.ndarray, number: int) -> np.ndarray:
+    """``[layers, n]`` to ``[layers, rows]``; ``row [n]`` does not fall."""
+    total = np.zeros((len(values), number))
+    first = np.flatnonzero(np.diff(row, prepend=-1))
+    total[:, row[first]] = np.add.reduceat(values, first, axis=1)
+    return total
 
 
 @dataclass
 class Account:
-    """Counts of one request, or of all of them."""
+    """Counts of one request, or of all of them.
+
+    Attributes:
+        video: what the processor attached to the request's first video (VideoSettings); empty for
+            a request without video, and for an account of many.
+    """
 
     shape: ModelShape
     layers: range
+    video: tuple[int, ...] = ()
     tokens: int = 0
     video_tokens: int = 0
+    choices: int = 0
     cached_tokens: int = 0
     dense_pairs: float = 0.0
     cubes_seen: float = 0.0
+    selection_seconds: float = 0.0
+    planning_seconds: float = 0.0
+    fallback_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FALLBACKS, 0))
     pairs: np.ndarray = field(init=False)
     scored: np.ndarray = field(init=False)
     cubes_attended: np.ndarray = field(init=False)
@@ -145,21 +189,49 @@ class Account:
         for name in PER_LAYER:
             setattr(self, name, np.zeros(len(self.layers)))
 
-    def add(self, counts: StepCounts, row: int) -> None:
-        """Add one row of a step."""
-        self.tokens += int(counts.tokens[row])
-        self.video_tokens += int(counts.video_tokens[row])
-        self.dense_pairs += float(counts.dense_pairs[row])
-        self.cubes_seen += float(counts.cubes_seen[row])
+    def add(self, counts: StepCounts, row: int | None = None) -> None:
+        """Add one row of a step, or all of it."""
+        for name in (*OF_STEP, *SECONDS):
+            values = getattr(counts, name)
+            added = values.sum() if row is None else values[row]
+            setattr(self, name, getattr(self, name) + added.item())
+        for reason, tokens in counts.fallback_tokens.items():
+            self.fallback_tokens[reason] += int(tokens.sum() if row is None else tokens[row])
         for name in PER_LAYER:
-            getattr(self, name)[:] += getattr(counts, name)[:, row]
+            values = getattr(counts, name)
+            getattr(self, name)[:] += values.sum(axis=1) if row is None else values[:, row]
 
     def merge(self, other: Account) -> None:
         """Add another account's counts to these."""
-        for name in ("tokens", "video_tokens", "cached_tokens", "dense_pairs", "cubes_seen"):
+        for name in (*OF_REQUEST, *SECONDS):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, tokens in other.fallback_tokens.items():
+            self.fallback_tokens[reason] += tokens
         for name in PER_LAYER:
             getattr(self, name)[:] += getattr(other, name)
+
+    def to_counts(self) -> dict[str, Any]:
+        """The bare counts, msgpack-ready."""
+        counts = {name: getattr(self, name) for name in (*OF_REQUEST, *SECONDS)}
+        return counts | {
+            **{name: getattr(self, name).tolist() for name in PER_LAYER},
+            "fallback_tokens": dict(self.fallback_tokens),
+            "video": list(self.video),
+            "shape": dict(vars(self.shape)),
+            "layers": [self.layers.start, self.layers.stop],
+        }
+
+    @classmethod
+    def from_counts(cls, counts: dict[str, Any]) -> Account:
+        """The account that :meth:`to_counts` was called on."""
+        shape, layers = ModelShape(**counts["shape"]), range(*counts["layers"])
+        account = cls(shape, layers, tuple(counts["video"]))
+        for name in (*OF_REQUEST, *SECONDS):
+            setattr(account, name, counts[name])
+        account.fallback_tokens |= counts["fallback_tokens"]
+        for name in PER_LAYER:
+            getattr(account, name)[:] = counts[name]
+        return account
 
     def report(self) -> dict[str, Any]:
         """Densities and FLOPs, JSON-ready.
@@ -198,6 +270,9 @@ class Account:
             "tokens": self.tokens,
             "video_tokens": self.video_tokens,
             "cached_tokens": self.cached_tokens,
+            "fallback_tokens": dict(self.fallback_tokens),
+            "selection_seconds": self.selection_seconds,
+            "planning_seconds": self.planning_seconds,
             "attention_density": float(np.mean([x["attention_density"] for x in layers])),
             "ffn_density": float(np.mean([x["ffn_density"] for x in layers])),
             "flops_ratio": _share(executed["total"], dense["total"]),

@@ -6,6 +6,8 @@ One per model and worker, made by the model and handed to its layers, so there i
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from .attention.plan import StepPlan, build_plan
 from .attention.state import BlockTags, StepRows
 from .config import AdaSparkConfig
+from .tracing.step import StepTrace
 
 
 class Runtime:
@@ -26,6 +29,8 @@ class Runtime:
         self.config = config
         self.plan: StepPlan | None = None
         self.rows: StepRows | None = None
+        # Set by the worker for steps with a traced request: makes the step's trace.
+        self.new_trace: Callable[[], StepTrace] | None = None
         self._videos_seen = False
         self._block_tags: BlockTags | None = None
 
@@ -57,10 +62,16 @@ class Runtime:
             self._block_tags = BlockTags(num_blocks, block_size)
         num_tokens = int(rows.query_start[-1])
         self.rows = replace(rows, block_table=block_table.cpu().numpy())
+        host_words = words[:num_tokens].cpu().numpy().astype(np.int64, copy=False)
+        began = time.perf_counter()  # after the wait for the tags
         self.plan = build_plan(
             self.rows,
-            words[:num_tokens].cpu().numpy().astype(np.int64, copy=False),
+            host_words,
             self._block_tags,
             dense_below=self.config.dense_below,
             device=words.device,
         )
+        if self.plan is not None:
+            self.plan.planning_seconds = time.perf_counter() - began
+        if self.new_trace is not None and self.plan is not None:
+            self.plan.trace = self.new_trace()

@@ -166,11 +166,17 @@ def _report_requests(vllm_config: VllmConfig) -> None:
 
 
 def _use_video_loader(vllm_config: VllmConfig) -> None:
-    """Read videos with our loader, unless the user chose one in --media-io-kwargs."""
-    from .video import LOADER
+    """Read videos with our loader, unless the user chose one in --media-io-kwargs.
+
+    Raises:
+        ValueError: decord was chosen and is not installed.
+    """
+    from .video import DECORD_LOADER, LOADER, require_decord
 
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         media = multimodal.media_io_kwargs
         video = {"video_backend": LOADER} | media.get("video", {})
         multimodal.media_io_kwargs = media | {"video": video}
+        if video["video_backend"] == DECORD_LOADER:
+            require_decord()

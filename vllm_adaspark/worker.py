@@ -1,87 +1,111 @@
 """vLLM's workers with an account per request: a log line, a report file, and collective_rpc.
 
-The model knows rows, the worker knows which request is which row; here the two meet.  When a
-request ends, the first tensor-parallel rank logs what it cost and, with ``report_file`` set, adds
-one JSON line to that file.  Offline: ``llm.collective_rpc("adaspark_report")``.
-
-With tensor parallelism the densities are those of the rank's own KV heads; with pipeline
-parallelism each stage reports its own layers.
+The model knows rows, the worker knows which request is which row; here the two meet.  Every rank
+keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever asks
+merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost and,
+with ``report_file`` set, adds one JSON line to that file.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from .accounting import Account, ModelShape, count_step
+from .accounting import Account
 from .attention.plan import StepPlan
 from .attention.state import StepRows
+from .ledger import Ledger
+from .models.processing import VideoSettings, language_model_shape
+from .reports import request_report
 from .runtime import Runtime
+from .tracing.worker import TracingWorker
 
 logger = init_logger("vllm.adaspark")
 
-RECENT = 256  # finished requests kept for collective_rpc
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was launched; its counts may still be computed on a GPU."""
+
+    request_ids: list[str]  # in row order
+    rows: StepRows
+    plan: StepPlan | None
+    end: torch.cuda.Event | None  # None: it is over
+
+    @property
+    def over(self) -> bool:
+        return self.end is None or self.end.query()
 
 
 class RequestAccounts:
-    """Accounts of the running requests, the last finished ones, and all together."""
+    """Brings what happened to the ledger, in order, once it can be read without waiting."""
 
-    def __init__(self, runtime: Runtime, shape: ModelShape, layers: range) -> None:
-        self._runtime, self._shape, self._layers = runtime, shape, layers
-        self._running: dict[str, Account] = {}
-        self._finished: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self._total = Account(shape, layers)
-        self._pending: tuple[list[str], StepRows, StepPlan | None] | None = None
+    def __init__(self, runtime: Runtime, ledger: Ledger, writes: bool) -> None:
+        self.ledger = ledger
+        self._runtime, self._writes = runtime, writes
+        self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
+
+    def admit(self, requests: list[Any]) -> None:
+        """Note the settings of the scheduler's new requests."""
+        for request in requests:
+            videos = [f for f in request.mm_features or () if f.modality == "video"]
+            settings = tuple(VideoSettings.from_feature(videos[0])) if videos else ()
+            self.ledger.admit(request.req_id, settings)
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
-        if self._runtime.rows is not None:
-            self._pending = (list(request_ids), self._runtime.rows, self._runtime.plan)
-
-    def settle(self) -> None:
-        """Account for the noted step.  One step late, so that a GPU need not be waited for."""
-        if self._pending is None:
+        rows = self._runtime.rows
+        if rows is None:
             return
-        (request_ids, rows, plan), self._pending = self._pending, None
-        counts = count_step(rows, plan, self._layers)
-        for row, request_id in enumerate(request_ids):
-            account = self._running.get(request_id)
-            if account is None:
-                account = self._running[request_id] = Account(self._shape, self._layers)
-                account.cached_tokens = int(rows.computed[row])
-            account.add(counts, row)
+        end = None
+        if torch.cuda.is_available():
+            end = torch.cuda.Event()
+            end.record()
+        self._behind.append(Step(list(request_ids), rows, self._runtime.plan, end))
 
-    def finish(self, request_ids: set[str]) -> None:
-        """Log and file the accounts of requests that ended."""
-        for request_id in request_ids:
-            account = self._running.pop(request_id, None)
-            if account is None:
-                continue
-            self._total.merge(account)
-            report = _report(request_id, account, finished=True)
-            self._finished.append(report)
-            if account.video_tokens or account.cubes_seen:
-                logger.info(
-                    "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                    "%.4g of %.4g TFLOPs (%.1f%% of dense)",
-                    request_id,
-                    account.tokens,
-                    account.video_tokens,
-                    100 * report["attention_density"],
-                    100 * report["ffn_density"],
-                    report["flops"]["executed"]["total"] / 1e12,
-                    report["flops"]["dense"]["total"] / 1e12,
-                    100 * report["flops_ratio"],
-                )
-            self._append(report)
+    def remember_finished(self, request_ids: set[str]) -> None:
+        if request_ids:
+            self._behind.append(request_ids)
 
-    def _append(self, report: dict[str, Any]) -> None:
+    def settle(self, *, wait: bool = False) -> None:
+        """Account for what was noted; ``wait`` also for steps that a GPU has not finished."""
+        while self._behind:
+            if isinstance(self._behind[0], Step):
+                if not (wait or self._behind[0].over):
+                    return
+                step = self._behind.popleft()
+                self.ledger.add_step(step.request_ids, step.rows, step.plan)
+            else:
+                for request_id in sorted(self._behind.popleft()):
+                    account = self.ledger.finish(request_id)
+                    if account is not None and self._writes:
+                        self._write(request_id, account)
+
+    def _write(self, request_id: str, account: Account) -> None:
+        """Log a request that ended, and file it."""
+        report = request_report(request_id, account, finished=True)
+        if account.video:
+            logger.info(
+                "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
+                "%.4g of %.4g TFLOPs (%.1f%% of dense)",
+                request_id,
+                account.tokens,
+                account.video_tokens,
+                100 * report["attention_density"],
+                100 * report["ffn_density"],
+                report["flops"]["executed"]["total"] / 1e12,
+                report["flops"]["dense"]["total"] / 1e12,
+                100 * report["flops_ratio"],
+            )
         path = self._runtime.config.report_file
         if path is None:
             return
@@ -90,19 +114,6 @@ class RequestAccounts:
                 file.write(json.dumps(report) + "\n")
         except OSError as error:  # a full disk must not end the engine
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
-
-    def report(self) -> dict[str, Any]:
-        """All requests together, and each of the last ones: the finished, then the running."""
-        self.settle()
-        total = Account(self._shape, self._layers)
-        for account in (self._total, *self._running.values()):
-            total.merge(account)
-        running = [_report(name, account, False) for name, account in self._running.items()]
-        return {"total": total.report(), "requests": [*self._finished, *running]}
-
-
-def _report(request_id: str, account: Account, finished: bool) -> dict[str, Any]:
-    return {"request_id": request_id, "finished": finished, **account.report()}
 
 
 class AccountingWorker:
@@ -113,30 +124,26 @@ class AccountingWorker:
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
-        if get_tensor_model_parallel_rank() != 0:
-            return
         model = self.get_model()
         runtime = getattr(model, "runtime", None)
-        if runtime is not None:
-            text = self.vllm_config.model_config.hf_text_config
-            shape = ModelShape(
-                hidden=text.hidden_size,
-                heads=text.num_attention_heads,
-                kv_heads=text.num_key_value_heads,
-                head_size=text.hidden_size // text.num_attention_heads,
-                intermediate=text.intermediate_size,
-            )
-            stage = model.language_model.model
-            layers = range(stage.start_layer, stage.end_layer)
-            self._accounts = RequestAccounts(runtime, shape, layers)
+        if runtime is None:
+            return
+        text = self.vllm_config.model_config.hf_text_config
+        stage = model.language_model.model
+        layers = range(stage.start_layer, stage.end_layer)
+        ledger = Ledger(language_model_shape(text), layers, text.num_hidden_layers)
+        writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
+        self._accounts = RequestAccounts(runtime, ledger, writes)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         accounts = self._accounts
-        if accounts is not None:
-            accounts.settle()
-            accounts.finish(scheduler_output.finished_req_ids)
+        if accounts is None:
+            return super().execute_model(scheduler_output)
+        accounts.remember_finished(scheduler_output.finished_req_ids)
+        accounts.settle()
+        accounts.admit(scheduler_output.scheduled_new_reqs)
         output = super().execute_model(scheduler_output)
-        if accounts is not None and scheduler_output.total_num_scheduled_tokens > 0:
+        if scheduler_output.total_num_scheduled_tokens > 0:
             accounts.remember_step(self._request_ids())
         return output
 
@@ -148,12 +155,31 @@ class AccountingWorker:
         return self.model_runner.input_batch.req_ids
 
     def adaspark_report(self) -> dict[str, Any] | None:
-        """For ``collective_rpc``; None on ranks that do not report."""
-        return self._accounts.report() if self._accounts is not None else None
+        """This rank's accounts, for reports.merge_reports; None if it keeps none."""
+        return self._ask(Ledger.report)
+
+    def adaspark_usage(self, client_id: str) -> dict[str, Any] | None:
+        """This rank's account of one request, for reports.merge_ranks; None if it is not known."""
+        return self._ask(Ledger.usage, client_id)
+
+    def adaspark_metrics(self) -> dict[str, Any] | None:
+        """This rank's totals since start, and the traces it holds, for server/metrics.py."""
+        metrics = self._ask(Ledger.metrics)
+        tracer = getattr(self, "_tracer", None)  # of TracingWorker
+        if metrics is not None and tracer is not None:
+            sizes = [trace.nbytes for trace in tracer.store]
+            metrics["traces"] = {"held": len(sizes), "bytes": sum(sizes)}
+        return metrics
+
+    def _ask(self, what: Callable[..., Any], *args: Any) -> Any:
+        if self._accounts is None:
+            return None
+        self._accounts.settle(wait=True)
+        return what(self._accounts.ledger, *args)
 
 
-class AdaSparkGPUWorker(AccountingWorker, Worker):
-    """vLLM's GPU worker with accounts."""
+class AdaSparkGPUWorker(TracingWorker, AccountingWorker, Worker):
+    """vLLM's GPU worker with accounts and traces."""
 
 
 def __getattr__(name: str) -> Any:
@@ -161,7 +187,7 @@ def __getattr__(name: str) -> Any:
     if name == "AdaSparkCPUWorker":
         from vllm.v1.worker.cpu_worker import CPUWorker
 
-        cpu_worker = type("AdaSparkCPUWorker", (AccountingWorker, CPUWorker), {})
+        cpu_worker = type("AdaSparkCPUWorker", (TracingWorker, AccountingWorker, CPUWorker), {})
         cpu_worker.__module__ = __name__
         globals()[name] = cpu_worker
         return cpu_worker

@@ -2,7 +2,7 @@
 
     python3 -m venv .venv && .venv/bin/python deploy/cpu/install.py
 
-Installs torch, then this checkout (editable, extras `cpu` and `dev`), then runs `fixes.py`. A stamp
+Installs torch, then this checkout (editable, with EXTRAS), then runs `fixes.py`. A stamp
 in the environment remembers what was installed, so a second run ends at once.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+EXTRAS = "cpu,dev,video,analyze,deploy-test"
 STAMP = Path(sys.prefix) / "adaspark-cpu.stamp"
 
 # vLLM's CPU kernels are compiled against exactly this torch. Elsewhere than on these Linux
@@ -74,7 +75,7 @@ def main() -> None:
     # torch first and by itself: a failure here has one cause, and one remedy to name.
     if not pip_install(TORCH):
         sys.exit(NO_CPU_TORCH)
-    if not pip_install("--editable", f"{ROOT}[cpu,dev]"):
+    if not pip_install("--editable", f"{ROOT}[{EXTRAS}]"):
         sys.exit("pip could not install the package; see its message above")
     if subprocess.run([sys.executable, str(HERE / "fixes.py")]).returncode:
         sys.exit("the environment could not be fixed; see the message above")

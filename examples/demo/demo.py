@@ -1,6 +1,7 @@
 """Serve a video model with AdaSpark, ask about a video, and show what was computed for the answer.
 
     make demo                                     # a small random model on the CPU
+    make demo KEEP=1                              # and leave the server up, to look at its viewer
     python examples/demo/demo.py --model Qwen/Qwen2.5-VL-7B-Instruct --video my.mp4    # on a GPU
 
 Without `--model` a small checkpoint with random weights is written first: its answer is gibberish,
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--p-attn", type=float, default=0.7, help="Top-p over cubes, 0 < p <= 1")
     parser.add_argument("--p-ffn", type=float, default=0.5, help="Top-p over tokens, 0 < p <= 1")
     parser.add_argument("--stock", action="store_true", help="serve without AdaSpark, to compare")
-    parser.add_argument("--keep-server", action="store_true", help="serve on until Ctrl-C")
+    parser.add_argument("--keep-server", action="store_true", help="leave the server up")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="for all files written")
     return parser.parse_args()
 
@@ -67,11 +68,13 @@ def make_server(options: argparse.Namespace, model: Path | str, video: Path) -> 
             "p_attn": options.p_attn,
             "p_ffn": options.p_ffn,
             "report_file": str(report_path(options)),
+            "trace": True,  # every request; a client may also ask for it in one of its own
         }
         arguments += [
             *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
             *("--additional-config", json.dumps({"adaspark": settings})),
         ]
+        env["VLLM_PLUGINS"] = "adaspark,adaspark_http"  # the second one serves traces and viewer
     return VllmServer(model, *arguments, log=options.folder / "server.log", env=env)
 
 
@@ -79,8 +82,11 @@ def report_path(options: argparse.Namespace) -> Path:
     return options.folder / "report.jsonl"
 
 
-def ask(url: str, video: Path, question: str, max_tokens: int) -> None:
-    """Stream the answer to stdout as it comes, then print its time to first token (TTFT)."""
+def ask(url: str, video: Path, question: str, max_tokens: int) -> str:
+    """Stream the answer to stdout as it comes, then print its time to first token (TTFT).
+
+    Returns the answer's id.
+    """
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0)
     content = [
         {"type": "video_url", "video_url": {"url": video.as_uri()}},
@@ -108,6 +114,17 @@ def ask(url: str, video: Path, question: str, max_tokens: int) -> None:
     tokens = usage.completion_tokens
     print(f"\n\nTTFT {first - start:.2f} s (decoding and encoding the video included), ", end="")
     print(f"{tokens} tokens in {end - start:.2f} s, {usage.prompt_tokens:,} prompt tokens")
+    return chunk.id
+
+
+def draw(url: str, answer: str, path: Path) -> str:
+    """Save a picture of what an answer attended; returns the trace's id."""
+    from vllm_adaspark.picture import save_heatmap
+    from vllm_adaspark.tracing.reader import read_http
+
+    trace = read_http(url, answer)
+    save_heatmap(trace, path)
+    return trace["id"]
 
 
 def main() -> None:
@@ -133,12 +150,21 @@ def main() -> None:
         timeout = START_SECONDS if options.model is None else START_SECONDS_REAL
         with step("starting vllm serve" + (" without AdaSpark" if options.stock else "")):
             server.wait_until_ready(timeout)
-        ask(server.url, video, options.question, options.max_tokens)
+        answer = ask(server.url, video, options.question, options.max_tokens)
+        viewer = None
         if not options.stock:
             print(f"\n{render(read_last(report_path(options), timeout=REPORT_SECONDS))}\n")
+            picture = options.folder / "heatmap.png"
+            trace = draw(server.url, answer, picture)
+            print(f"picture of what the answer attended: {picture}")
+            viewer = f"{server.url}/adaspark/#{trace}"
         if options.keep_server:
-            print(f"serving at {server.url}/v1 (model name: demo); Ctrl-C ends it", flush=True)
-            server.process.wait()
+            server.kept = True
+            print(f"\nthe server stays up (model name: demo): {server.url}/v1")
+            if viewer is not None:
+                print(f"viewer: {viewer}")
+            print(f"stop it with: kill {server.process.pid}", flush=True)
+            return
         with step("stopping the server"):
             server.stop()
 

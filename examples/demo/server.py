@@ -34,6 +34,8 @@ class VllmServer:
         ...     print(server.url)
     """
 
+    kept = False  # True: it outlives its `with` block
+
     def __init__(self, model, *arguments: str, log: str | Path, env: dict[str, str] | None = None):
         self.log = Path(log)
         self.url = f"http://127.0.0.1:{_free_port()}"
@@ -57,7 +59,8 @@ class VllmServer:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.stop()
+        if not self.kept:
+            self.stop()
 
     def wait_until_ready(self, timeout: float) -> None:
         """Return once the server answers `/health`.

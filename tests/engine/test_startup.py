@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 
 import pytest
@@ -166,6 +167,12 @@ def test_video_loader_is_ours_unless_the_user_has_one(checkpoint) -> None:
     assert video(media_io_kwargs={"video": {"fps": 1}}) == {"video_backend": "adaspark", "fps": 1}
     chosen = {"video": {"video_backend": "opencv"}}
     assert video(media_io_kwargs=chosen) == chosen["video"]
+
+
+def test_decord_is_asked_for_but_not_installed(checkpoint, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ValueError, match=r"needs decord, which is not installed.*\[video\]"):
+        start(checkpoint, media_io_kwargs={"video": {"video_backend": "adaspark_decord"}})
 
 
 def test_settings_travel_on_the_models_config(checkpoint) -> None:

@@ -22,6 +22,11 @@ MAX_MODEL_LEN = 4096
 MAX_BATCHED_TOKENS = 2048  # also the encoder cache: a video must fit
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The test that ends the shared server goes last."""
+    items.sort(key=lambda item: item.name == "test_sigterm_ends_the_server")
+
+
 @pytest.fixture(scope="session")
 def media(tmp_path_factory) -> Path:
     """The folder the server may read: a good clip, and files that are not quite videos."""
@@ -60,9 +65,15 @@ def served(media, tmp_path_factory):
         *("--max-model-len", str(MAX_MODEL_LEN)),
         *("--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)),
         "--enforce-eager",
+        "--enable-prompt-tokens-details",  # usage says what the prefix cache held
+        "--enable-server-load-tracking",
     ]
     # Not what engine tests set for engines inside the test process.
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_PLUGINS": "adaspark,adaspark_http",
+    }
     with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=env) as server:
         server.wait_until_ready(START_SECONDS)
         client = openai.OpenAI(

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from vllm_adaspark.accounting import Account, ModelShape, count_step
+from vllm_adaspark.attention import plan as planner
 from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan, build_plan
 from vllm_adaspark.attention.state import BlockTags, StepRows
 from vllm_adaspark.config import AdaSparkConfig
@@ -214,6 +215,80 @@ def test_decode_step() -> None:
     assert counts.cubes_seen.tolist() == [3] and counts.scored[:, 0].tolist() == [0, 3]
     assert counts.cubes_attended[:, 0].tolist() == [3, 1.5]
     assert counts.video_tokens.tolist() == [0] and not counts.ffn_skipped.any()
+
+
+# -- what was not chosen, and how long choosing took --------------------------------------------
+
+
+def fallbacks(*steps) -> dict[str, int]:
+    account = Account(TINY, LAYERS)
+    for rows, plan in steps:
+        account.add(count_step(rows, plan, LAYERS), 0)
+    return account.fallback_tokens
+
+
+def test_no_token_falls_back_in_whole_cubes(whole) -> None:
+    assert fallbacks(whole) == {"cut_cube": 0, "mixed_block": 0, "long_text": 0}
+    # Two tiles of video and eight of text could choose, and three cubes could skip the FFN.
+    assert account_of(*whole).choices == 10 + 3
+
+
+@pytest.mark.parametrize("edge, cut", [(32, 0), (64, 0), (70, 32), (96, 0), (127, 32), (130, 0)])
+def test_a_chunk_edge_in_a_cube_makes_its_tokens_fall_back(edge, cut) -> None:
+    tags = BlockTags(64, BLOCK)
+    steps = [step((first, count, 5), tags=tags) for first, count in ((0, edge), (edge, 136 - edge))]
+    assert fallbacks(*steps) == {"cut_cube": cut, "mixed_block": 0, "long_text": 0}
+
+
+@pytest.mark.parametrize("edges", [(0, 136), (0, 32, 64, 136), (0, 100, 136)])
+def test_video_in_a_block_with_text_falls_back(edges, monkeypatch) -> None:
+    """A video of tokens 40 .. 129: 24 share a block with the text before it, 2 with that after."""
+    tokens = np.arange(136)
+    monkeypatch.setitem(globals(), "IS_VIDEO", (tokens >= 40) & (tokens < 130))
+    tags = BlockTags(64, BLOCK)
+    chunks = zip(edges, np.diff(edges).tolist())
+    got = fallbacks(*(step((first, count, 5), tags=tags) for first, count in chunks))
+    # A chunk edge at 100 cuts the cube of tokens 96 .. 127 too, none of which is mixed.
+    assert got == {"cut_cube": 32 * (100 in edges), "mixed_block": 24 + 2, "long_text": 0}
+
+
+def test_too_much_text_falls_back(monkeypatch) -> None:
+    monkeypatch.setattr(planner, "MAX_TEXT_TILES", 7)
+    assert fallbacks(step((0, 136, 5)))["long_text"] == 8
+    monkeypatch.setattr(planner, "MAX_TEXT_TILES", 8)
+    assert fallbacks(step((0, 136, 5)))["long_text"] == 0
+
+
+@pytest.mark.parametrize("config", [{"p_attn": 1.0, "p_ffn": 1.0}, {"enabled": False}])
+def test_dense_settings_have_no_fallbacks(config, monkeypatch) -> None:
+    word = tag_word(AdaSparkConfig(cube=(2, 4, 4), **config))
+    monkeypatch.setitem(globals(), "WORD", word)
+    rows, plan = step((0, 70, 5))
+    assert not any(fallbacks((rows, plan)).values())
+    assert account_of(rows, plan).choices == 0
+
+
+def test_a_steps_time_is_divided_among_its_requests() -> None:
+    rows, plan = step((0, 136, 5), (0, 136, 13))
+    plan.planning_seconds = 0.5
+    with plan.selection.running(torch.device("cpu")):
+        sum(range(10_000))
+    keep_everything(plan)
+    one, two = account_of(rows, plan, 0), account_of(rows, plan, 1)
+    assert one.planning_seconds == two.planning_seconds == 0.25
+    assert one.selection_seconds == two.selection_seconds > 0
+    assert 2 * one.selection_seconds == pytest.approx(plan.selection.seconds())
+
+
+def test_an_account_travels_as_counts(whole) -> None:
+    account = account_of(*whole)
+    account.video, account.cached_tokens = (1, 2, 3), 4
+    counts = json.loads(json.dumps(account.to_counts()))
+    copy = Account.from_counts(counts)
+    assert copy.to_counts() == account.to_counts()
+    assert copy.report() == account.report()
+    counts["fallback_tokens"]["cut_cube"] = 99  # what was sent is no part of the account
+    assert account.fallback_tokens["cut_cube"] == 0
 
 
 # -- requests, steps, sums ----------------------------------------------------------------------

@@ -5,7 +5,25 @@ import sys
 
 import pytest
 
-PURE = ("config", "tags", "cubes", "selection", "reference", "accounting")
+PURE = (
+    "config",
+    "tags",
+    "cubes",
+    "selection",
+    "reference",
+    "accounting",
+    "budget",
+    "reports",
+    "ledger",
+    "cost",
+    "picture",
+    "tracing.trace",
+    "tracing.reader",
+    "analysis.measure",
+    "analysis.plots",
+    "analysis.report",
+    "cli",
+)
 
 BLOCK_VLLM = """
 import importlib.abc, sys

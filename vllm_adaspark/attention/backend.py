@@ -142,9 +142,12 @@ class SparseImpl:
         by_head = to_virtual(query[: plan.num_tokens], shared.query)
         # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
         scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
-        chosen = choose_cubes(by_head, self._key_sums, plan, scale, layer.adaspark_layer)
-        batch = build_tables(chosen, plan, block_size, shared.query_start)
+        with step.selection.running(query.device):
+            chosen = choose_cubes(by_head, self._key_sums, plan, scale, layer.adaspark_layer)
+            batch = build_tables(chosen, plan, block_size, shared.query_start)
         step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
+        if step.trace is not None:
+            step.trace.cubes(layer.adaspark_layer, chosen)
 
         self._virtual.forward(
             layer,

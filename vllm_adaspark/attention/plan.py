@@ -26,9 +26,14 @@ import torch
 from .. import tags
 from ..config import SHARE_STEPS
 from ..selection import BudgetGroups
+from ..timing import Stopwatch
 from .state import BlockTags, KeyWrites, StepRows
 
 DENSE, VIDEO, TEXT = range(3)
+
+# Why tokens ran dense though their settings are sparse: a chunk edge cuts their cube; their KV
+# block also holds text, so it is no cube; their text is longer than MAX_TEXT_TILES.
+FALLBACKS = ("cut_cube", "mixed_block", "long_text")
 
 # A text token costs a kernel as much as a decode token.  Past so many of them in one request's
 # chunk, attending densely in one tile is cheaper than choosing for each.
@@ -121,6 +126,9 @@ class StepPlan:
     video_tokens: np.ndarray  # [rows] video tokens in this step
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
     block_size: int
+    fallback_tokens: dict[str, np.ndarray]  # by reason of FALLBACKS: [rows]
+    planning_seconds: float = 0.0
+    selection: Stopwatch = field(default_factory=Stopwatch)  # scores, choice, tables of all layers
     kept_blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [kv_heads, tiles]
     ffn_active: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [cubes]
     trace: Any = None  # tracing.step.StepTrace, in steps with a traced request
@@ -158,7 +166,9 @@ def build_plan(
     settings = tags.unpack(word)
 
     tokens = _Tokens.of(rows, words != 0, row_cubes, size)
-    tiles = _tiles(tokens, row_cubes, settings, size, dense_below)
+    may_choose = _may_choose(tokens, settings, dense_below)
+    text, too_long = _text_that_chooses(tokens, settings, may_choose, len(row_cubes))
+    tiles = _tiles(tokens, row_cubes, may_choose, text, size)
     return StepPlan(
         attention=_attention_plan(rows, tiles, table, row_cubes, settings, size, device),
         ffn=_ffn_plan(tokens, settings, size, device),
@@ -166,7 +176,37 @@ def build_plan(
         video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=len(word)),
         cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=len(word)),
         block_size=size,
+        fallback_tokens=_fallbacks(rows, tokens, row_cubes, settings, may_choose, too_long, size),
     )
+
+
+def _fallbacks(
+    rows: StepRows,
+    tokens: _Tokens,
+    row_cubes: np.ndarray,
+    settings: tags.Tags,
+    may_choose: np.ndarray,
+    too_long: np.ndarray,
+    size: int,
+) -> dict[str, np.ndarray]:
+    """How many tokens of each row ran dense though their settings are sparse, by reason."""
+    has_text = np.zeros(row_cubes.shape, bool)
+    text = np.flatnonzero(~tokens.is_video)
+    has_text[tokens.row[text], tokens.block[text]] = True
+    part = np.flatnonzero(tokens.is_video & ~tokens.in_whole_cube)
+    row = tokens.row[part]
+    sparse = may_choose[part] | (settings.ffn_share[row] < SHARE_STEPS)
+    part, row = part[sparse], row[sparse]
+    block = tokens.block[part]
+    # Of a block that is not full yet only this step's part is known; that is a cube's part if no
+    # text is in it.
+    complete = (block + 1) * size <= rows.seq_lens[row]
+    mixed = np.where(complete, ~row_cubes[row, block], has_text[row, block])
+    by_reason = (row[~mixed], row[mixed], tokens.row[too_long])
+    return {
+        reason: np.bincount(rows_of, minlength=len(row_cubes))
+        for reason, rows_of in zip(FALLBACKS, by_reason, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -193,16 +233,27 @@ class _Tokens:
         return cls(row, position, block, is_video, before[row, block], whole, in_whole)
 
 
-def _tiles(
-    tokens: _Tokens, row_cubes: np.ndarray, settings: tags.Tags, size: int, dense_below: int
-) -> Tiles:
-    """Cut the step into tiles."""
+def _may_choose(tokens: _Tokens, settings: tags.Tags, dense_below: int) -> np.ndarray:
+    """Tokens with enough cubes before them, and settings that may leave some out, ``[tokens]``."""
+    sparse = settings.attn_share[tokens.row] < SHARE_STEPS
+    return sparse & (tokens.cubes_before >= max(dense_below, 1))
+
+
+def _text_that_chooses(
+    tokens: _Tokens, settings: tags.Tags, may_choose: np.ndarray, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Text tokens that choose for themselves, and those that are too many to, ``[tokens]``."""
     row = tokens.row
-    may_choose = (tokens.cubes_before >= max(dense_below, 1)) & (
-        settings.attn_share[row] < SHARE_STEPS
-    )
     text = may_choose & ~tokens.is_video & settings.sparse_text[row]
-    text &= (np.bincount(row[text], minlength=len(row_cubes)) <= MAX_TEXT_TILES)[row]
+    few = (np.bincount(row[text], minlength=num_rows) <= MAX_TEXT_TILES)[row]
+    return text & few, text & ~few
+
+
+def _tiles(
+    tokens: _Tokens, row_cubes: np.ndarray, may_choose: np.ndarray, text: np.ndarray, size: int
+) -> Tiles:
+    """Cut the step into tiles; ``may_choose`` and ``text`` that chooses are ``[tokens]``."""
+    row = tokens.row
     kind = np.where(may_choose & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
 
     opens = np.diff(row, prepend=-1) != 0

@@ -1,0 +1,68 @@
+"""docs/deployment.md: what it names exists, and what it shows works."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+from deploy_tools import DEPLOY, ENTRYPOINT, ROOT, serve_arguments
+
+from vllm_adaspark.config import AdaSparkConfig
+
+TEXT = (ROOT / "docs" / "deployment.md").read_text()
+
+
+def commands(program: str) -> list[list[str]]:
+    """The document's commands of a program, as words; continued lines joined."""
+    blocks = re.findall(r"(?m)(?:^    .*\n)+", TEXT.replace("\\\n", ""))
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
+
+
+def test_every_file_named_exists():
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)", TEXT)
+    paths = re.findall(r"(?:deploy|docs|tests|vllm_adaspark)/[\w./-]*\w", TEXT)
+    assert len(paths) > 5
+    for link in links:
+        assert (ROOT / "docs" / link).exists(), link
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_commands_of_docker_run_reach_vllm():
+    shown = 0
+    for words in commands("docker run"):
+        image = next((n for n, word in enumerate(words) if word.startswith("vllm-adaspark")), None)
+        assert image is not None, words
+        if "--entrypoint" in words[:image]:
+            continue
+        given = [words[n + 1] for n, word in enumerate(words[:image]) if word == "-e"]
+        env = dict(item.split("=", 1) for item in given if "=" in item)
+        args = serve_arguments(*words[image + 1 :], **env)
+        assert args.model_tag.startswith("Qwen/")
+        AdaSparkConfig().override((args.additional_config or {}).get("adaspark"))
+        shown += 1
+    assert shown >= 2
+
+
+def test_every_variable_of_the_entry_script_is_told():
+    for name in re.findall(r"(?m)^    ([A-Z][A-Z_]+)[ ,]", ENTRYPOINT.read_text()):
+        assert name in TEXT, name
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("kubernetes/*/adaspark.json")), ids=str)
+def test_settings_of_config_maps_are_valid(path):
+    AdaSparkConfig().override(json.loads(path.read_text()))
+
+
+def test_kubernetes_folders_and_secrets_told_are_those_used():
+    applied = {words[3] for words in commands("kubectl apply -k")}
+    folders = ("server", "monitoring", "multi-node")
+    assert applied == {f"deploy/kubernetes/{name}" for name in folders}
+    (secret,) = [words for words in commands("kubectl create secret")]
+    name, keys = secret[4], {word.split("=")[1] for word in secret if word.startswith("--from")}
+    used = (DEPLOY / "kubernetes" / "server" / "deployment.yaml").read_text()
+    assert f"name: {name}" in used
+    assert keys == set(re.findall(r"key: ((?:api|hf)-\w+)", used))

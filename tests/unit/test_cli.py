@@ -1,0 +1,554 @@
+"""The command line without an engine: help, exit codes, messages, and the command serve makes."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import video as demo_video  # examples/demo
+
+from vllm_adaspark import ARCHITECTURE, __version__
+from vllm_adaspark.cli import COMMANDS, doctor, main, media, progress, serve, settings
+from vllm_adaspark.config import AdaSparkConfig
+
+PROGRAM = "import sys; from vllm_adaspark.cli import main; sys.exit(main())"
+WRITTEN = ("serve", "ask", "inspect", "doctor")
+
+
+def run(*arguments: str, code: str = PROGRAM, **env: str) -> subprocess.CompletedProcess:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return demo_video.write_mp4(tmp_path_factory.mktemp("cli") / "clip.mp4", seconds=10)
+
+
+@pytest.fixture
+def call(capsys):
+    """The command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+# -- help, version, unknown words -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *WRITTEN])
+def test_help_needs_neither_vllm_nor_torch(command):
+    code = (
+        "import sys; from vllm_adaspark.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'vllm', 'torch', 'transformers', 'cv2'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = run(*filter(None, [command]), "--help", code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: vllm-adaspark {command}".strip())
+    if not command:
+        assert all(name in done.stdout for name in WRITTEN)
+
+
+def test_help_names_every_setting(call):
+    for command in ("serve", "ask", "inspect"):
+        _, text, _ = call(command, "--help")
+        for name in AdaSparkConfig().to_dict().keys() - {"enabled"}:
+            assert "--" + name.replace("_", "-") in text, (command, name)
+
+
+def test_version(call):
+    assert call("--version") == (0, f"vllm-adaspark {__version__}\n", "")
+
+
+def test_without_a_command(call):
+    code, out, _ = call()
+    assert code == 2 and "commands:" in out
+
+
+def test_unknown_command_gets_a_suggestion(call):
+    code, _, err = call("srve", "model")
+    assert code == 2 and "'srve' (did you mean 'serve'?)" in err
+    code, _, err = call("--frobnicate")
+    assert code == 2 and "--frobnicate" in err
+
+
+def test_exit_code_of_a_process():
+    assert run("--version").returncode == 0
+    assert run("inspect", "missing.mp4").returncode == 2
+
+
+# -- settings as flags ----------------------------------------------------------------------------
+
+
+def parse(*arguments: str) -> dict:
+    parser = argparse.ArgumentParser()
+    settings.add_settings(parser)
+    return settings.given_settings(parser.parse_args(arguments))
+
+
+def test_unset_flags_set_nothing():
+    assert parse() == {}
+
+
+def test_every_flag_arrives():
+    given = parse(*shlex.split(
+        "--p-attn 0.7 --p-ffn 0.6 --selection top_p --min-cubes 2 --dense-layers 1 "
+        "--text-queries dense --compensation bypass --cube 8x4x2 --order raster --trace "
+        "--dense-below 3 --encoder-patches 9 --trace-mb 5 --report-file r.jsonl"
+    ))  # fmt: skip
+    assert given == {
+        "p_attn": 0.7,
+        "p_ffn": 0.6,
+        "selection": "top_p",
+        "min_cubes": 2,
+        "dense_layers": 1,
+        "text_queries": "dense",
+        "compensation": "bypass",
+        "cube": [8, 4, 2],
+        "order": "raster",
+        "trace": True,
+        "dense_below": 3,
+        "encoder_patches": 9,
+        "trace_mb": 5,
+        "report_file": "r.jsonl",
+    }
+    assert AdaSparkConfig().override(given).cube == (8, 4, 2)
+
+
+def test_p_is_both_unless_one_is_named():
+    assert parse("--p", "0.5") == {"p_attn": 0.5, "p_ffn": 0.5}
+    assert parse("--p", "0.5", "--p-ffn", "1") == {"p_attn": 0.5, "p_ffn": 1.0}
+    assert parse("--flops", "0.4") == {"flops": 0.4}
+    assert parse("--off") == {"off": True}
+
+
+# -- serve ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(call, monkeypatch):
+    """What ``serve --print`` makes: (arguments of vllm, environment)."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+    def served(*arguments):
+        code, out, err = call("serve", *arguments, "--print")
+        assert code == 0, err
+        words = shlex.split(out)
+        env = {}
+        while "=" in words[0]:
+            key, _, value = words.pop(0).partition("=")
+            env[key] = value
+        return words[words.index("serve") + 1 :], env
+
+    return served
+
+
+def value(arguments, option):
+    return json.loads(arguments[arguments.index(option) + 1])
+
+
+def test_serve_fills_in_the_architecture(served):
+    arguments, env = served("some/model", "--no-http")
+    assert arguments == ["some/model", "--hf-overrides", f'{{"architectures": ["{ARCHITECTURE}"]}}']
+    assert env == {}
+
+
+def test_serve_passes_on_what_is_not_ours_in_order(served):
+    arguments, _ = served(
+        "some/model", "-tp", "2", "--p", "0.5", "--chat-template", "it's {here}", "--no-http"
+    )
+    assert arguments[:5] == ["some/model", "-tp", "2", "--chat-template", "it's {here}"]
+    assert value(arguments, "--additional-config") == {"adaspark": {"p_attn": 0.5, "p_ffn": 0.5}}
+
+
+def test_serve_merges_what_the_user_gives(served):
+    arguments, _ = served(
+        "m", "--hf_overrides={\"a\": {\"b\": 1}}", "--additional-config.adaspark.min_cubes", "2",
+        "--additional-config", '{"other": 1, "adaspark": {"p_attn": 0.3, "p_ffn": 0.3}}',
+        "--p-attn", "0.6", "--hf-overrides.a.c", "x",
+    )  # fmt: skip
+    assert value(arguments, "--hf-overrides") == {
+        "a": {"b": 1, "c": "x"},
+        "architectures": [ARCHITECTURE],
+    }
+    assert value(arguments, "--additional-config") == {
+        "other": 1,
+        "adaspark": {"p_attn": 0.6, "p_ffn": 0.3, "min_cubes": 2},
+    }
+    assert not any(word.startswith("--hf-overrides.") for word in arguments)
+
+
+def test_serve_merges_a_config_file(served, call, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text('model: m\nadditional_config: \'{"adaspark": {"p_attn": 0.4}}\'\nport: 9\n')
+    arguments, _ = served("--config", str(file), "--p-ffn", "0.5")
+    assert arguments[:2] == ["--config", str(file)]
+    assert value(arguments, "--additional-config") == {"adaspark": {"p_attn": 0.4, "p_ffn": 0.5}}
+    file.write_text("model: m\nblock-size: 16\n")
+    code, _, err = call("serve", "--config", file, "--print")
+    assert code == 2 and "--block-size 16" in err
+    code, _, err = call("serve", "--config", tmp_path / "none.yaml", "--print")
+    assert code == 2 and "none.yaml: cannot be read" in err
+
+
+def test_serve_trusts_requests_only_if_asked(served):
+    assert "--trust-request-mm-kwargs" not in served("m")[0]
+    assert served("m", "--request-settings")[0].count("--trust-request-mm-kwargs") == 1
+    both = served("m", "--request-settings", "--trust-request-mm-kwargs")[0]
+    assert both.count("--trust-request-mm-kwargs") == 1
+
+
+def test_serve_names_plugins_and_keeps_others(served, monkeypatch):
+    others = [SimpleNamespace(name=name) for name in ("adaspark", "resolver")]
+    monkeypatch.setattr(
+        serve, "entry_points", lambda group: others if group == "vllm.general_plugins" else []
+    )
+    # Unset, every general plugin is loaded, so naming ours must not turn those off.
+    assert served("m")[1] == {"VLLM_PLUGINS": "adaspark,adaspark_http,resolver"}
+    assert served("m", "--no-http")[1] == {}
+    monkeypatch.setenv("VLLM_PLUGINS", "mine,adaspark_http")
+    assert served("m")[1] == {"VLLM_PLUGINS": "adaspark,adaspark_http,mine"}
+    assert served("m", "--no-http")[1] == {"VLLM_PLUGINS": "adaspark,mine"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("", "no MODEL given"),
+        ("--p 0.9", "no MODEL given"),
+        ("m --p 1.5", "p_attn=1.5: expected a number above 0 and at most 1"),
+        ("m --p 0", "p_attn=0.0: expected a number above 0"),
+        ("m --p x", "invalid float value: 'x'"),
+        ("m --p-atn 0.5", "--p-atn (did you mean --p-attn?)"),
+        ("m --flops 0.4 --p 0.5", "flops=0.4 and p_attn=0.5"),
+        ("m --cube 4,4", "'4,4': expected three whole numbers"),
+        ("m --selection best", "invalid choice: 'best'"),
+        ("m --min-cubes 99", "min_cubes=99: expected an integer from 1 to 16"),
+        ("m --block-size 32", "--block-size 32 does not match cube=[4, 4, 4]"),
+        ("m --block-size=64 --cube 4,4,2", "--block-size 64 does not match cube=[4, 4, 2]"),
+        ("m --video-pruning-rate 0.5", "--video-pruning-rate 0.5: EVS drops the tokens"),
+        ("m --enable-lora", "--enable-lora: merge the adapter"),
+        ("m --speculative_config {}", "--speculative-config {}: speculative decoding"),
+        ("m --decode-context-parallel-size 2", "--decode-context-parallel-size 2"),
+        ("m --hf-overrides x", "--hf-overrides 'x': expected a JSON object"),
+        ("m --hf-overrides [1]", "--hf-overrides '[1]': expected a JSON object"),
+        ("m --hf-overrides.architectures [\"A\"]", "architectures=['A']: it must be"),
+        ("m --additional-config", "--additional-config: expected a value"),
+        ("m --additional-config.adaspark.p 1", "unknown key 'p'"),
+        ("m --additional-config.adaspark 3", "adaspark=3: expected an object"),
+    ],
+)  # fmt: skip
+def test_serve_refuses(call, arguments, message):
+    code, out, err = call("serve", *arguments.split(), "--print")
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--block-size 64", "--block-size 32 --cube 4,4,2", "--video-pruning-rate 0",
+     "--decode-context-parallel-size 1", "--additional-config.adaspark off"],
+)  # fmt: skip
+def test_serve_lets_pass(served, arguments):
+    served("m", *arguments.split())
+
+
+def test_none_of_our_flags_is_vllms():
+    """Nor so near one that it would be taken for a misspelling."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    theirs = make_arg_parser(FlexibleArgumentParser())
+    names = {name for action in theirs._actions for name in action.option_strings}
+    assert {"--max-model-len", "--trust-request-mm-kwargs", *serve.REFUSED} <= names
+    parser = argparse.ArgumentParser(add_help=False)
+    serve.add_parser(parser.add_subparsers())
+    ours = parser._subparsers._group_actions[0].choices["serve"]
+    mine = {name for action in ours._actions for name in action.option_strings}
+    assert names & mine == {"-h", "--help"}
+    assert settings.misspelt(sorted(names)) is None
+
+
+def test_serve_becomes_the_command():
+    """Its exit code is that of the command, which gets the arguments and the environment."""
+    child = (
+        "import os, sys; print(os.getpid(), os.environ['VLLM_PLUGINS'], *sys.argv[1:3]); "
+        "sys.exit(7)"
+    )
+    code = (
+        "import os, sys; from vllm_adaspark.cli import main, serve\n"
+        f"serve._executable = lambda: ([sys.executable, '-c', {child!r}], ['vllm'])\n"
+        "print(os.getpid(), flush=True); sys.exit(main())"
+    )
+    done = run("serve", "some/model", code=code, VLLM_PLUGINS="mine")
+    before, line, after = done.stdout.splitlines()
+    assert done.returncode == 7
+    assert line.startswith("VLLM_PLUGINS=adaspark,adaspark_http,mine vllm serve some/model --hf-")
+    assert after == f"{before} adaspark,adaspark_http,mine serve some/model"
+
+
+def test_serve_without_vllm(call, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    code, _, err = call("serve", "m")
+    assert code == 1 and "vLLM is not installed; pip install" in err
+
+
+# -- videos, models, inspect ----------------------------------------------------------------------
+
+
+def test_inspect_tells_cost_and_flags(call, clip):
+    code, out, _ = call("inspect", clip, "--model", "7b", "--p", "0.5")
+    assert code == 0
+    assert "20 frames of 224x224" in out and "640 = 10 x 8 x 8" in out
+    assert "--max-num-batched-tokens 1024" in out and "an estimate" in out
+
+
+def test_inspect_as_json(call, clip):
+    code, out, _ = call("inspect", clip, "--json", "--fps", "1", "--max-frames", "8")
+    told = json.loads(out)
+    assert code == 0
+    assert told["cost"]["frames"] == 8 and told["cost"]["video_tokens"] == 256
+    assert told["video"] == {"frames": 80, "fps": 8.0, "seconds": 10.0, "size": [224, 224]}
+    assert '--media-io-kwargs \'{"video": {"fps": 1.0, "max_frames": 8}}\'' in told["flags"]
+
+
+def test_inspect_an_hour_without_a_file(call):
+    code, out, _ = call("inspect", "--duration", "1h", "--size", "1280x720", "--fps", "0.5")
+    assert code == 0
+    assert "1:00:00.0, 1280x720, 108,000 frames" in out
+    assert "does not fit: the model has 128,000 positions" in out and "--max-pixels" in out
+    code, out, _ = call(
+        "inspect", "--duration", "1h", "--size", "1280x720", "--max-pixels", "200704", "--json",
+    )  # fmt: skip
+    told = json.loads(out)
+    assert told["cost"]["fits"] and told["video"]["seconds"] == 3600
+    assert any(flag.startswith("--mm-processor-kwargs") for flag in told["flags"])
+
+
+@pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400)])
+def test_inspect_reads_durations(call, text, seconds):
+    _, out, _ = call("inspect", "--duration", text, "--size", "64x64", "--json")
+    assert json.loads(out)["video"]["seconds"] == seconds
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("missing.mp4", "VIDEO 'missing.mp4': no such file"),
+        ("FOLDER", "not a file"),
+        ("EMPTY", "empty, 0 bytes"),
+        ("TEXT", "not a video"),
+        ("data:video/mp4,abc", "not a base64 data URL"),
+        ("data:video/mp4;base64,a*c", "not a base64 data URL"),
+        ("CLIP --fps -1", "--fps -1: expected a number above 0 and at most 30"),
+        ("CLIP --fps nan", "--fps nan: expected a number above 0"),
+        ("CLIP --max-frames 1", "--max-frames 1: expected a whole number from 2 to 32768"),
+        ("CLIP --max-pixels 10", "--max-pixels 10: expected at least 3136"),
+        ("CLIP --text-tokens 0", "--text-tokens 0: expected 1 or more"),
+        ("CLIP --p 2", "p_attn=2.0: expected"),
+        ("CLIP --model 9b", "--model '9b': no such folder"),
+        ("CLIP --model FOLDER", "no config.json"),
+        ("CLIP --unknown", "unrecognized arguments: --unknown"),
+        ("CLIP --size 3x3", "give a video, or both"),
+        ("", "give a VIDEO, or --duration and --size"),
+        ("--duration 1h", "give a VIDEO, or --duration and --size"),
+        ("--duration 1h --size 3", "--size '3': expected width x height"),
+        ("--duration soon --size 3x3", "--duration 'soon': expected a length"),
+        ("--duration 0s --size 3x3", "--duration '0s': expected a length"),
+        ("--duration 1h --size 9000x9", "at most 200:1"),
+    ],
+)
+def test_inspect_refuses(call, clip, tmp_path, arguments, message):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video " * 100)
+    names = {
+        "CLIP": clip,
+        "FOLDER": tmp_path,
+        "EMPTY": tmp_path / "empty.mp4",
+        "TEXT": tmp_path / "text.mp4",
+    }
+    code, out, err = call("inspect", *(names.get(word, word) for word in arguments.split()))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_videos_come_from_files_urls_and_data_urls(clip):
+    data = clip.read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _quiet(clip.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        seen = []
+        assert media.read_video(f"{url}/{clip.name}", lambda *at: seen.append(at)) == data
+        assert seen[-1] == (len(data), len(data))
+        with pytest.raises(media.CommandError, match="could not be fetched: HTTP Error 404"):
+            media.read_video(f"{url}/none.mp4")
+        server.shutdown()
+    assert media.read_video(clip.as_uri()) == data
+    encoded = base64.b64encode(data).decode()
+    assert media.read_video(f"data:video/mp4;base64,{encoded}") == data
+
+
+def _quiet(folder):
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=folder)
+
+        def log_message(self, *arguments):
+            pass
+
+    return Handler
+
+
+def test_a_hub_out_of_reach_is_named_with_a_way_out(call, clip):
+    """Tests run with HF_HUB_OFFLINE=1."""
+    code, _, err = call("inspect", clip, "--model", "Qwen/Qwen2.5-VL-7B-Instruct")
+    if code == 0:
+        pytest.skip("the model's files are in the local cache")
+    assert code == 1
+    assert "config.json could not be fetched" in err and "--model 7b" in err
+
+
+# -- ask, as far as it goes without an engine -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["CLIP", "q"], "--model"),
+        (["CLIP", "--model", "7b"], "QUESTION"),
+        (["CLIP", " ", "--model", "7b"], "QUESTION is empty"),
+        (["missing.mp4", "q", "--model", "7b"], "no such file"),
+        (["CLIP", "q", "--model", "7b", "--p", "7"], "p_attn=7.0"),
+        (["CLIP", "q", "--model", "7b", "--fps", "0"], "--fps 0"),
+        (["CLIP", "q", "--model", "7b", "--max-tokens", "0"], "--max-tokens 0"),
+        (["CLIP", "q", "--model", "7b", "--off", "--dense"], "nothing to compare"),
+        (["CLIP", "q", "--model", "7b", "--off", "--picture", "a.png"], "leave --off out"),
+        (["CLIP", "q", "--model", "7b", "--picture", "a.txt"], "ends in .png"),
+        (["CLIP", "q", "--model", "7b", "--picture", "no/where/a.png"], "no such folder"),
+        (["CLIP", "q", "--model", "nowhere"], "--model 'nowhere': no such folder"),
+    ],
+)
+def test_ask_refuses_before_it_starts(call, clip, arguments, message):
+    code, out, err = call("ask", *(clip if word == "CLIP" else word for word in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_ask_says_how_a_long_video_would_fit(call, clip, tmp_path):
+    config = {
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 512,
+        "vision_config": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, _, err = call("ask", clip, "q", "--model", tmp_path, "--max-tokens", "16")
+    assert code == 2
+    assert "more than the model's 512 positions" in err and "--max-frames" in err
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(capsys, monkeypatch):
+    def count(quiet=False):
+        with progress.Progress("prefill", None, "tokens", quiet=quiet) as bar:
+            for at in (50, 20, 100):  # never backwards
+                bar.to(at, 100)
+        return bar, capsys.readouterr().err
+
+    bar, err = count()
+    assert re.fullmatch(r"prefill: 100 tokens in [\d.]+ s\n", err)
+    assert bar.at == 100 and 0 <= bar.reached <= bar.seconds
+    assert count(quiet=True)[1] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    err = count()[1]
+    assert "prefill" in err and "100%" in err and "100/100" in err
+
+
+# -- doctor ---------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_installation_sound():
+    done = run("doctor", "--json", VLLM_PLUGINS="adaspark,adaspark_http")
+    told = json.loads(done.stdout)
+    found = {finding["name"]: finding for finding in told["findings"]}
+    assert {"python", "torch", "vllm", "opencv", "architecture"} <= found.keys()
+    assert found["attention backend"]["value"] in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+    broken = [finding for finding in told["findings"] if finding["state"] == "broken"]
+    assert (done.returncode, broken) == (0, [])
+
+
+def test_doctor_names_what_is_broken_and_how_to_mend_it():
+    done = run("doctor", VLLM_PLUGINS="other", VLLM_CPU_KVCACHE_SPACE="lots")
+    assert done.returncode == 1
+    assert "BROKEN  VLLM_PLUGINS" in done.stdout
+    assert "mend: export VLLM_PLUGINS=adaspark,adaspark_http,other" in done.stdout
+    assert "is not registered" in done.stdout
+
+
+def test_doctor_judges_versions(monkeypatch):
+    assert doctor.pinned_vllm() == "0.32.0"
+    assert doctor.vllm_version("0.32.0+cpu", "0.32.0").state == "ok"
+    other = doctor.vllm_version("0.33.1", "0.32.0")
+    assert other.state == "broken" and "exactly 0.32.0" in other.value
+    assert "pip install vllm==0.32.0" in other.mend
+    assert "without its metadata" in doctor.vllm_version(None, "0.32.0").value
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert doctor.vllm_version(None, "0.32.0").value == "not installed"
+    assert not any(finding.name == "architecture" for finding in doctor.examine())
+
+
+def test_doctor_judges_the_environment():
+    assert doctor.allow_list(None).state == "ok"
+    assert doctor.allow_list(["adaspark"]).state == "ok"
+    assert doctor.allow_list([""]).state == "broken"  # VLLM_PLUGINS= lets nothing in
+    assert "spaces" in doctor.allow_list(["x", " adaspark"]).mend
+    assert doctor.free_memory(15.5, 16).state == "ok"
+    assert "--gpu-memory-utilization 0.6" in doctor.free_memory(12, 16).mend
+    assert doctor.kv_space(None, 16).state == "ok"
+    assert doctor.kv_space("4", 16).state == "ok"
+    assert "the machine has 16" in doctor.kv_space("40", 16).value
+
+
+def test_doctor_goes_on_where_a_check_fails(monkeypatch):
+    def fails():
+        raise OSError("disk on fire")
+        yield
+
+    monkeypatch.setattr(doctor, "_media", fails)
+    findings = {finding.value: finding.state for finding in doctor.examine()}
+    assert findings["OSError: disk on fire"] == "broken"
+
+
+def test_every_command_has_a_module_or_is_left_out(call):
+    _, out, _ = call("--help")
+    for name in COMMANDS:
+        listed = f"\n    {name} " in out
+        assert listed == (serve.find_spec(f"vllm_adaspark.cli.{name}") is not None), name

@@ -1,0 +1,187 @@
+"""The picture of a trace: what it shows is what the trace says, whatever the trace lacks."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vllm_adaspark.cubes import cube_order
+from vllm_adaspark.picture import ALWAYS, NEVER, OPACITY, colors, cubes_of, gradient, save_heatmap
+
+LAYERS = [0, 1, 2]
+GRID, CUBE, OFFSET, SIZE = (8, 8, 8), (4, 4, 4), 64, 64  # eight exact cubes
+GREY = 120
+
+
+def jpeg(level: int = GREY, width: int = 224, height: int = 224) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (level,) * 3).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_trace(**changes) -> dict:
+    heat = [[(layer + 1) * cube / 24 for cube in range(8)] for layer in LAYERS]
+    trace = {
+        "layers": LAYERS,
+        "block_size": SIZE,
+        "video_tokens": 512,
+        "cached_tokens": 0,
+        "truncated": None,
+        "settings": {"selection": "top_p", "p_attn": 0.9, "p_ffn": 0.8, "flops": None},
+        "usage": {"flops_ratio": 0.5},
+        "videos": [
+            {"offset": OFFSET, "grid": list(GRID), "cube": list(CUBE), "order": "cube",
+             "seconds_per_frame": 1.0, "frames": 8}
+        ],
+        "cube_starts": [OFFSET + SIZE * n for n in range(8)],
+        "spans": [
+            {"kind": "video", "start": OFFSET, "end": OFFSET + 512, "video": 0},
+            {"kind": "question", "start": 576, "end": 578, "texts": ["Why", "?"]},
+            {"kind": "answer", "start": 578, "end": 580, "texts": ["Be", "cause"]},
+        ],
+        "density": {"video": [0.9, 0.5, 0.1], "question": [0.4] * 3, "answer": [None] * 3},
+        "heat": {source: {"heat": heat, "tokens": 2, "wanted": 2} for source in
+                 ("question", "answer")},
+        "jpegs": {(0, n): jpeg() for n in range(8)},
+    }  # fmt: skip
+    return trace | changes
+
+
+def drawn(trace: dict, path: Path, **how) -> np.ndarray:
+    assert save_heatmap(trace, path, **how) == path
+    return np.array(Image.open(path)).astype(int)
+
+
+def has_color(pixels: np.ndarray, rgb, least: int = 400) -> bool:
+    """Whether at least so many pixels are of a colour, within what JPEG and rounding do."""
+    return (np.abs(pixels - np.asarray(rgb)).max(-1) <= 3).sum() >= least
+
+
+def over_frame(rgb) -> np.ndarray:
+    return OPACITY * np.asarray(rgb, float) + (1 - OPACITY) * GREY
+
+
+def test_cubes_of_an_aligned_video_are_boxes() -> None:
+    cubes = cubes_of(make_trace(), 0)
+    assert cubes.shape == GRID and sorted(set(cubes.ravel())) == list(range(8))
+    for cube in range(8):
+        box = np.argwhere(cubes == cube)
+        assert (np.ptp(box, axis=0) == 3).all()
+    assert (
+        cubes.reshape(-1)[cube_order(GRID, CUBE)].tolist() == np.repeat(np.arange(8), 64).tolist()
+    )
+
+
+def test_cubes_of_a_video_that_starts_inside_a_block() -> None:
+    trace = make_trace(cube_starts=[SIZE * n for n in range(2, 9)])
+    trace["videos"][0]["offset"] = OFFSET + 10
+    cubes = cubes_of(trace, 0).reshape(-1)[cube_order(GRID, CUBE)]
+    assert (cubes[:54] == -1).all() and (cubes[54:118] == 0).all() and (cubes[-10:] == -1).all()
+
+
+def test_colors() -> None:
+    rgb = colors(np.array([0.0, 1.0, np.nan, 0.5]), np.array([0, 1, 2, -1, 3]))
+    assert rgb[0].tolist() == [0, 0, 4] and rgb[1].tolist() == [252, 255, 164]
+    assert tuple(rgb[2]) == NEVER and tuple(rgb[3]) == ALWAYS
+    brightness = gradient(np.linspace(0, 1, 50)).sum(-1)
+    assert (np.diff(brightness) > 0).all(), "a brighter cube must be a more attended one"
+
+
+@pytest.mark.parametrize("layer", [None, 0, 2])
+def test_frames_carry_the_heat(tmp_path: Path, layer: int | None) -> None:
+    trace = make_trace()
+    pixels = drawn(trace, tmp_path / "a.png", layer=layer)
+    heat = np.array(trace["heat"]["answer"]["heat"])
+    heat = heat.mean(0) if layer is None else heat[layer]
+    for cube in range(8):
+        assert has_color(pixels, over_frame(gradient(heat[cube]))), f"cube {cube}"
+    assert not has_color(pixels, over_frame(gradient(np.array(1.0))))
+
+
+def test_sources_and_layers_look_different(tmp_path: Path) -> None:
+    trace = make_trace()
+    trace["heat"]["question"] = {"heat": [[1.0] * 8] * 3, "tokens": 2, "wanted": 2}
+    pictures = {
+        (source, layer): drawn(trace, tmp_path / "a.png", source=source, layer=layer).tobytes()
+        for source in ("question", "answer")
+        for layer in (None, 0, 2)
+    }
+    assert len(set(pictures.values())) == len(pictures)
+
+
+def test_cubes_after_the_source(tmp_path: Path) -> None:
+    trace = make_trace()
+    trace["heat"]["cube:2"] = {"heat": [[0.2, 0.9, 1.0] + [None] * 5] * 3}
+    pixels = drawn(trace, tmp_path / "a.png", source="cube:2", frames=8)
+    assert has_color(pixels, over_frame(NEVER))
+
+
+LACKS = {
+    "frames": {"jpegs": {}},
+    "some frames": {"jpegs": {(0, 3): jpeg()}},
+    "usage": {"usage": None},
+    "texts": {"spans": []},
+    "answer": {"heat": {"answer": {"heat": [[None] * 8] * 3, "tokens": 0, "wanted": 0}}},
+    "room": {"truncated": "the traces reached trace_mb=64", "cached_tokens": 12345},
+}
+
+
+@pytest.mark.parametrize("changes", LACKS.values(), ids=LACKS)
+def test_what_is_missing_is_left_out(tmp_path: Path, changes: dict) -> None:
+    pixels = drawn(make_trace(**changes), tmp_path / "a.png")
+    assert pixels.shape[1] == 1240 and 350 < pixels.shape[0] < 1500
+    assert (pixels < 200).any()
+
+
+def test_long_text_is_cut(tmp_path: Path) -> None:
+    short = drawn(make_trace(), tmp_path / "a.png")
+    trace = make_trace()
+    trace["spans"][1]["texts"] = ["word "] * 5000
+    trace["spans"][2]["texts"] = ["x" * 5000]  # one word, longer than a line
+    pixels = drawn(trace, tmp_path / "b.png")
+    assert short.shape[0] < pixels.shape[0] < short.shape[0] + 150
+
+
+def test_two_videos(tmp_path: Path) -> None:
+    trace = make_trace(
+        cube_starts=[OFFSET + SIZE * n for n in range(8)] + [704 + SIZE * n for n in range(8)]
+    )
+    second = trace["videos"][0] | {"offset": 704, "seconds_per_frame": None}
+    trace["videos"] = [trace["videos"][0], second]
+    trace["jpegs"] |= {(1, n): jpeg(200) for n in range(8)}
+    rows = [[0.0] * 8 + [1.0] * 8] * 3
+    trace["heat"] = {"answer": {"heat": rows, "tokens": 1, "wanted": 1}}
+    pixels = drawn(trace, tmp_path / "a.png", frames=4)
+    bright = OPACITY * gradient(np.array(1.0)) + (1 - OPACITY) * 200
+    assert has_color(pixels, bright) and has_color(pixels, over_frame(gradient(np.array(0.0))))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 8, 50])
+def test_number_of_frames(tmp_path: Path, frames: int) -> None:
+    assert drawn(make_trace(), tmp_path / "a.png", frames=frames).shape[1] == 1240
+
+
+BAD = {
+    "source": ({"source": "token:1"}, r"source='token:1': the trace has question, answer"),
+    "layer": ({"layer": 3}, r"layer=3: the trace has \[0, 1, 2\]"),
+    "frames": ({"frames": 0}, r"frames=0: must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("how, message", BAD.values(), ids=BAD)
+def test_bad_arguments(tmp_path: Path, how: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_heatmap(make_trace(), tmp_path / "a.png", **how)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_needs_neither_torch_nor_vllm_nor_matplotlib() -> None:
+    code = "import sys, vllm_adaspark.picture, vllm_adaspark.tracing.reader; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "vllm", "matplotlib"} & set(done.stdout.split())

@@ -1,0 +1,200 @@
+"""Accounts of single ranks put together again, the mode and the settings they tell."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from vllm_adaspark.accounting import Account, ModelShape, StepCounts
+from vllm_adaspark.config import ORDERS, AdaSparkConfig
+from vllm_adaspark.reports import (
+    merge_engines,
+    merge_ranks,
+    merge_reports,
+    mode_of,
+    settings_of,
+    usage,
+)
+from vllm_adaspark.tags import tag_word
+
+SHAPE = ModelShape(hidden=8, heads=4, kv_heads=4, head_size=2, intermediate=16)
+LAYERS = range(4)
+HEADS = 4
+PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")
+
+
+def video(**settings) -> tuple[int, ...]:
+    """What the processor attaches to a video: models.processing.VideoSettings."""
+    config = AdaSparkConfig().override(settings)
+    flops = round(config.flops * 1000) if config.flops else 0
+    order = ORDERS.index(config.order)
+    return (tag_word(config), *config.cube, order, int(config.trace), flops)
+
+
+def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Account]:
+    """One request as ranks see it, each with some layers and some KV heads; the work is random."""
+    rng = np.random.default_rng(seed)
+    kept = rng.integers(10, 60, (len(LAYERS), HEADS)).astype(float)
+    skipped = rng.integers(0, 96, len(LAYERS)).astype(float)
+    accounts = []
+    for layers, heads in ranks:
+        part = slice(layers.start, layers.stop)
+        mine = kept[part, heads].mean(axis=1)
+        counts = StepCounts(
+            tokens=np.array([136]),
+            video_tokens=np.array([96]),
+            dense_pairs=np.array([9316.0]),
+            pairs=80 * mine[:, None],
+            scored=np.full((len(layers), 1), 120.0),
+            cubes_seen=np.array([120]),
+            cubes_attended=mine[:, None],
+            ffn_skipped=skipped[part, None],
+            choices=np.array([13]),
+            fallback_tokens={"cut_cube": np.array([5])},
+            selection_seconds=np.array([0.25 * len(layers)]),
+            planning_seconds=np.array([0.5]),
+        )
+        account = Account(SHAPE, layers, video(p_attn=0.5))
+        account.cached_tokens = 64
+        account.add(counts, 0)
+        accounts.append(account)
+    return accounts
+
+
+WHOLE = [(LAYERS, slice(0, 4))]
+TP = [(LAYERS, slice(0, 2)), (LAYERS, slice(2, 4))]
+PP = [(range(0, 1), slice(0, 4)), (range(1, 4), slice(0, 4))]
+TP_PP = [(layers, heads) for (layers, _), (_, heads) in itertools.product(PP, TP)]
+
+
+@pytest.mark.parametrize("ranks", [WHOLE, TP, PP, TP_PP, TP_PP[::-1]])
+def test_ranks_together_are_the_whole(ranks) -> None:
+    (whole,) = rank_accounts(WHOLE)
+    parts = [account.to_counts() for account in rank_accounts(ranks)]
+    merged = merge_ranks(json.loads(json.dumps(parts)))
+    assert merged.layers == LAYERS and merged.video == whole.video
+    for name in PER_LAYER:
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name))
+    got, want = merged.report(), whole.report()
+    # Stages plan one after the other, ranks of a stage at the same time.
+    stages = len({layers for layers, _ in ranks})
+    assert got.pop("planning_seconds") == pytest.approx(0.5 * stages)
+    assert want.pop("planning_seconds") == 0.5
+    assert got["selection_seconds"] == pytest.approx(1.0)
+    assert got["flops"]["executed"] == pytest.approx(want["flops"]["executed"])
+    for key in ("tokens", "video_tokens", "cached_tokens", "fallback_tokens", "flops_ratio"):
+        assert got[key] == pytest.approx(want[key])
+    for mine, theirs in zip(got["layers"], want["layers"], strict=True):
+        assert mine == pytest.approx(theirs)
+
+
+def test_a_missing_stage_is_an_error() -> None:
+    first, _, last = rank_accounts([(range(i, i + 1), slice(0, 4)) for i in range(3)])
+    with pytest.raises(ValueError, match=r"range\(0, 1\) and range\(2, 3\) do not join"):
+        merge_ranks([first.to_counts(), last.to_counts()])
+    with pytest.raises(ValueError, match="no accounts"):
+        merge_ranks([])
+
+
+def test_engines_are_added() -> None:
+    one, two = rank_accounts(WHOLE, seed=1), rank_accounts(WHOLE, seed=2)
+    total = merge_engines([*one, *two])
+    assert total.tokens == 272 and total.fallback_tokens["cut_cube"] == 10
+    np.testing.assert_allclose(total.pairs, one[0].pairs + two[0].pairs)
+    assert one[0].tokens == 136, "merging changes no source"
+
+
+def rank_report(account: Account, *names: str) -> dict:
+    entries = [
+        {"request_id": name, "finished": True, "counts": account.to_counts()} for name in names
+    ]
+    return {"total": account.to_counts(), "requests": entries}
+
+
+def test_reports_of_all_ranks() -> None:
+    left, right = rank_accounts(TP)
+    got = merge_reports([rank_report(left, "a", "b"), None, rank_report(right, "a", "b")])
+    (whole,) = rank_accounts(WHOLE)
+    assert [request["request_id"] for request in got["requests"]] == ["a", "b"]
+    for report in (got["total"], *got["requests"]):
+        assert report["attention_density"] == pytest.approx(whole.report()["attention_density"])
+        assert report["layers"][-1]["layer"] == 3
+    request = got["requests"][0]
+    assert request["finished"] and request["mode"] == "sparse"
+    assert request["settings"]["p_attn"] == 0.5
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_no_rank_with_accounts_is_an_error() -> None:
+    with pytest.raises(ValueError, match="leave --worker-cls out"):
+        merge_reports([None, None])
+
+
+def test_usage_leaves_the_layers_out() -> None:
+    (account,) = rank_accounts(WHOLE)
+    assert "layers" not in usage(account) and "layers" in usage(account, layers=True)
+
+
+# -- mode ---------------------------------------------------------------------------------------
+
+
+def account(video: tuple[int, ...], choices: int = 0, **fallback_tokens: int) -> Account:
+    made = Account(SHAPE, LAYERS, video)
+    made.choices = choices
+    made.fallback_tokens |= fallback_tokens
+    return made
+
+
+@pytest.mark.parametrize(
+    "request_account, mode",
+    [
+        (account(video(), choices=1), ("sparse", None)),
+        (account(video(flops=0.5), choices=1), ("sparse", None)),
+        (account(()), ("dense", "no_video")),
+        (account(video(p_attn=1, p_ffn=1)), ("dense", "off")),
+        (account(video(enabled=False)), ("dense", "off")),
+        (account(video(off=True)), ("dense", "off")),
+        (account(video(selection="top_k", keep=1, p_ffn=1)), ("dense", "off")),
+        (account(video(flops=1)), ("dense", "off")),
+        (account(video()), ("dense", "few_cubes")),
+        (account(video(), mixed_block=20), ("dense", "few_cubes")),
+        (account(video(), cut_cube=20), ("dense", "fallback")),
+        (account(video(), long_text=2000), ("dense", "fallback")),
+    ],
+)
+def test_mode(request_account, mode) -> None:
+    assert mode_of(request_account) == mode
+    told = usage(request_account)
+    assert (told["mode"], told["reason"]) == mode
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"p_attn": 0.123, "p_ffn": 0.987},
+        {"selection": "top_k", "keep": 0.3},
+        {"selection": "uniform", "keep": 0.3, "compensation": "bypass"},
+        {"flops": 0.4},
+        {"text_queries": "dense", "min_cubes": 16, "dense_layers": 15},
+        {"cube": [16, 2, 2], "order": "raster", "trace": True},
+    ],
+)
+def test_settings_are_those_of_the_request(settings) -> None:
+    told = settings_of(video(**settings))
+    want = AdaSparkConfig().override(settings)
+    for key, value in told.items():
+        assert value == (list(want.cube) if key == "cube" else getattr(want, key)), key
+    assert settings.keys() <= told.keys()
+    assert ("p_attn" in told) == (want.flops is None and want.selection == "top_p")
+    assert ("keep" in told) == (want.selection != "top_p")
+
+
+def test_no_video_has_no_settings() -> None:
+    assert settings_of(()) is None

@@ -1,0 +1,228 @@
+"""``vllm-adaspark inspect``: what a video would cost, and the flags it needs; starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+from . import PROGRAM, UsageError
+from .settings import add_sampling, add_settings, checked, given_settings
+
+NUMBER = r"(\d+(?:\.\d+)?)"
+LENGTH = re.compile(f"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s?)?")  # 90s, 10m, 1h30m
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="tell what a video costs",
+        description="Tell what a question about a video costs: tokens, FLOPs, memory, flags. "
+        "Neither the model's weights nor a GPU are needed.",
+        epilog=f"An hour of HD video: {PROGRAM} inspect --duration 1h --size 1280x720 --model 7b",
+    )
+    parser.add_argument(
+        "video", nargs="?", metavar="VIDEO", help="path or URL; or --duration and --size instead"
+    )
+    parser.add_argument(
+        "--model", default="7b", help="a checkpoint's folder or name, or 3b, 7b (default), 32b, 72b"
+    )
+    parser.add_argument("--duration", help="without VIDEO: its length, e.g. 90s, 10m, 1h, 1h30m")
+    parser.add_argument("--size", help="without VIDEO: width x height, e.g. 1280x720")
+    parser.add_argument(
+        "--source-fps", type=float, default=30.0, help="without VIDEO: its frame rate (30)"
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=64, help="tokens of the prompt's text (64)"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=1024, help="tokens left for the answer (1024)"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="as in vLLM (auto: 16 bit)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_sampling(parser)
+    add_settings(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what it costs."""
+    from .. import cost as costs
+    from . import media
+
+    sampling = media.sampling(args)
+    config = checked(given_settings(args))
+    for name in ("text_tokens", "answer_tokens"):
+        if getattr(args, name) < 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more"
+            )
+    if args.video is None:
+        video = _imagined(args)
+    elif args.duration or args.size:
+        raise UsageError("VIDEO and --duration or --size: give a video, or both of those")
+    else:
+        video = media.probe(media.read_video(args.video), args.video)
+    model = media.find_model(args.model)
+    try:
+        cost = costs.cost(
+            model,
+            video,
+            config,
+            sampling,
+            text_tokens=args.text_tokens,
+            answer_tokens=args.answer_tokens,
+            kv_element_bytes=1 if args.kv_cache_dtype == "fp8" else 2,
+        )
+    except costs.CostError as error:
+        raise UsageError(str(error)) from None
+    flags = _flags(args, cost)
+    if args.json:
+        about = {"frames": video.frames, "fps": video.fps, "seconds": video.seconds}
+        about["size"] = [video.width, video.height]
+        settings = config.to_dict()
+        report = {"model": model.name, "video": about, "settings": settings, "flags": flags}
+        print(json.dumps(report | {"cost": cost.to_dict()}, indent=2))
+    else:
+        print(render(model, video, config, cost, flags, kv_dtype=args.kv_cache_dtype))
+    return 0
+
+
+def _imagined(args: argparse.Namespace):
+    """The video that ``--duration`` and ``--size`` describe."""
+    from ..cost import Video
+
+    if not args.duration or not args.size:
+        raise UsageError(
+            "give a VIDEO, or --duration and --size, e.g. --duration 1h --size 1280x720"
+        )
+    size = re.fullmatch(r"(\d+)x(\d+)", args.size.lower())
+    if size is None or not int(size[1]) or not int(size[2]):
+        raise UsageError(f"--size {args.size!r}: expected width x height, e.g. 1280x720")
+    parts = LENGTH.fullmatch(args.duration)
+    seconds = 0.0
+    if parts is not None:
+        seconds = sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (3600, 60, 1)))
+    if not seconds > 0:
+        raise UsageError(f"--duration {args.duration!r}: expected a length, e.g. 90s, 10m or 1h30m")
+    if not args.source_fps > 0:
+        raise UsageError(f"--source-fps {args.source_fps:g}: expected a number above 0")
+    frames = round(seconds * args.source_fps)
+    return Video(frames, args.source_fps, int(size[1]), int(size[2]))
+
+
+def _flags(args: argparse.Namespace, cost: Any) -> list[str]:
+    """Options of ``vllm serve`` (and ours, which are the same) that this video needs."""
+    flags = [
+        f"--max-model-len {cost.max_model_len}",
+        f"--max-num-batched-tokens {cost.max_num_batched_tokens}",
+    ]
+    video = {}
+    if args.fps != 2:
+        video["fps"] = args.fps
+    if args.max_frames != 768:
+        video["max_frames"] = args.max_frames
+        if args.max_frames < 4:
+            video["min_frames"] = args.max_frames
+    if video:
+        flags.append(f"--media-io-kwargs '{json.dumps({'video': video})}'")
+    if args.max_pixels is not None:
+        flags.append(f"--mm-processor-kwargs '{json.dumps({'max_pixels': args.max_pixels})}'")
+    if args.kv_cache_dtype != "auto":
+        flags.append(f"--kv-cache-dtype {args.kv_cache_dtype}")
+    return flags
+
+
+def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> str:
+    """The report as text."""
+    t, h, w = cost.grid
+    high, wide = cost.resized
+    rows = [
+        ("model", model.name),
+        (
+            "video",
+            f"{_clock(video.seconds)}, {video.width}x{video.height}, {video.frames:,} frames at "
+            f"{video.fps:.4g} per second",
+        ),
+        (
+            "sampled",
+            f"{cost.frames:,} frames of {wide}x{high} (one every "
+            f"{video.seconds / cost.frames:.2f} s)",
+        ),
+        ("tokens", f"{cost.video_tokens:,} = {t} x {h} x {w}; prompt {cost.prompt_tokens:,}"),
+        ("cubes", f"{cost.cubes:,} of {config.cube_volume} tokens (one KV block each)"),
+        ("", ""),
+        ("FLOPs, dense", f"{_si(cost.dense_flops)}FLOPs for the prompt"),
+        ("FLOPs, AdaSpark", _spent(config, cost)),
+        ("", ""),
+        (
+            "KV cache",
+            f"{_bytes(cost.kv_bytes)} ({'fp8' if kv_dtype == 'fp8' else '16 bit'}), "
+            f"and {_bytes(cost.key_sum_bytes)} of key sums",
+        ),
+        ("encoder cache", _bytes(cost.encoder_cache_bytes)),
+        ("weights", _bytes(cost.weights_bytes) if cost.weights_bytes else "unknown"),
+        ("host memory", f"{_bytes(cost.host_bytes)} while the video is read and cut"),
+        ("", ""),
+    ]
+    lines = [f"{name:<16} {text}".rstrip() for name, text in rows]
+    if cost.fits:
+        lines += ["needs", *(f"  {flag}" for flag in flags)]
+    else:
+        lines += [
+            f"does not fit: the model has {model.max_positions:,} positions. What would:",
+            *(f"  {way}" for way in ways_to_fit(cost)),
+        ]
+    return "\n".join(lines)
+
+
+def ways_to_fit(cost: Any) -> list[str]:
+    """Options with which a video that does not fit would."""
+    ways = [f"--max-frames {cost.fitting_frames}"] if cost.fitting_frames >= 2 else []
+    if cost.fitting_pixels >= 4 * 28 * 28:
+        ways.append(f"--max-pixels {cost.fitting_pixels}")
+    return ways or ["a shorter video: not even the fewest and smallest frames fit"]
+
+
+def _spent(config: Any, cost: Any) -> str:
+    if not config.enabled:
+        return "off: the same"
+    text = f"{_si(cost.flops)}FLOPs, {cost.flops_ratio:.1%} of dense"
+    if config.flops is not None:
+        if config.flops < cost.least_budget:
+            return (
+                f"{text}; flops={config.flops} cannot be met, the least is {cost.least_budget:.2f}"
+            )
+        return f"{text}, by its budget"
+    if config.selection == "top_p":
+        return (
+            f"{text}: an estimate that takes a density of p, {config.p_attn:g} and {config.p_ffn:g}"
+        )
+    return f"{text}: cubes {config.keep:g}, an estimate for the FFN of p_ffn, {config.p_ffn:g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours}:{minutes:02}:{seconds:04.1f}"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.2f} GiB"
+
+
+def _si(value: float) -> str:
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= factor:
+            return f"{value / factor:.4g} {unit}"
+    return f"{value:.4g} "

@@ -1,0 +1,179 @@
+"""Videos and models as the command line names them: files, URLs, data URLs; presets, folders, hubs.
+
+Nothing here imports vLLM, so a wrong name is told before seconds of start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import io
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from ..cost import MAX_FPS, MAX_FRAMES, PAIR, PRESETS, CostError, Model, Sampling, Video, read_model
+from . import CommandError, UsageError
+
+FETCH_SECONDS = 60
+BLOCK = 1 << 20
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """The flags' values, checked."""
+    if not 0 < args.fps <= MAX_FPS:
+        raise UsageError(f"--fps {args.fps:g}: expected a number above 0 and at most {MAX_FPS}")
+    if not PAIR <= args.max_frames <= MAX_FRAMES:
+        raise UsageError(
+            f"--max-frames {args.max_frames}: expected a whole number from {PAIR} to {MAX_FRAMES}"
+        )
+    least = 4 * 28 * 28
+    if args.max_pixels is not None and args.max_pixels < least:
+        raise UsageError(
+            f"--max-pixels {args.max_pixels}: expected at least {least} (four tokens a frame)"
+        )
+    return Sampling(
+        fps=args.fps,
+        max_frames=args.max_frames,
+        min_frames=min(Sampling.min_frames, args.max_frames),
+        max_pixels=args.max_pixels,
+    )
+
+
+def read_video(source: str, progress: Callable[[int, int | None], None] | None = None) -> bytes:
+    """The bytes of a video.
+
+    Args:
+        source: a path, or an ``http(s):``, ``file:`` or ``data:`` URL.
+        progress: called with (bytes so far, bytes in all or None) while a URL is read.
+
+    Raises:
+        UsageError: no such file, a folder, a data URL that is none.
+        CommandError: it could not be fetched.
+    """
+    if source[:5].lower() == "data:":
+        return _data_url(source)
+    if re.match(r"https?://", source, re.IGNORECASE):
+        return _fetch(source, progress)
+    if source[:7].lower() == "file://":
+        source = urllib.request.url2pathname(source[7:])
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UsageError(
+            f"VIDEO {source!r}: no such file; give a path, or an http(s):, file: or data: URL"
+        )
+    if not path.is_file():
+        raise UsageError(f"VIDEO {source!r}: not a file")
+    return path.read_bytes()
+
+
+def _data_url(source: str) -> bytes:
+    head, comma, body = source.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("expected data:video/mp4;base64,...")
+        return base64.b64decode(body, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise UsageError(f"VIDEO {source[:40]!r}...: not a base64 data URL: {error}") from None
+
+
+def _fetch(url: str, progress: Callable[[int, int | None], None] | None) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as response:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            data = bytearray()
+            while block := response.read(BLOCK):
+                data += block
+                if progress is not None:
+                    progress(len(data), total)
+            return bytes(data)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise CommandError(f"VIDEO {url!r} could not be fetched: {error}") from None
+
+
+def probe(data: bytes, source: str) -> Video:
+    """Frames, rate and size, as vLLM's OpenCV reader counts them.
+
+    Raises:
+        UsageError: not a video.
+    """
+    import cv2
+
+    shown = source if len(source) < 100 else source[:97] + "..."
+    if not data:
+        raise UsageError(f"VIDEO {shown!r}: empty, 0 bytes")
+    # Closed by its destructor: release() of a reader of a stream crashes in OpenCV 5.0.
+    reader = cv2.VideoCapture(io.BytesIO(data), cv2.CAP_FFMPEG, [])
+    if not reader.isOpened():
+        raise UsageError(f"VIDEO {shown!r}: not a video, or its format is not supported")
+    frames, fps = int(reader.get(cv2.CAP_PROP_FRAME_COUNT)), reader.get(cv2.CAP_PROP_FPS)
+    # An edit list may hide frames that the header counts; the end of the stream tells.
+    if frames > 0 and reader.set(cv2.CAP_PROP_POS_AVI_RATIO, 1.0):
+        visible = int(reader.get(cv2.CAP_PROP_POS_FRAMES))
+        if not reader.grab() and 0 < visible < frames - 1:
+            frames = visible
+    width = int(reader.get(cv2.CAP_PROP_FRAME_WIDTH))
+    height = int(reader.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    if not width or not height:
+        raise UsageError(
+            f"VIDEO {shown!r}: none of its {frames} frames could be decoded: the file is damaged, "
+            "or its codec is not supported"
+        )
+    if frames < 1 or not fps > 0:
+        raise UsageError(
+            f"VIDEO {shown!r}: its length is unknown ({frames} frames, {fps:g} per second)"
+        )
+    return Video(frames, fps, width, height)
+
+
+def find_model(name: str, revision: str | None = None) -> Model:
+    """What must be known of a model: a preset (``7b``), a checkpoint's folder, or a hub's name.
+
+    Raises:
+        UsageError: no such preset or folder, or not a Qwen2.5-VL.
+        CommandError: the hub could not be asked.
+    """
+    preset = PRESETS.get(name.lower())
+    if preset is not None:
+        return preset
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return read_model(name, lambda file: _existing(folder / file))
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UsageError(
+                f"--model {name!r}: no such folder; give a checkpoint's folder, a hub's name such "
+                f"as {PRESETS['7b'].name}, or one of {', '.join(PRESETS)}"
+            )
+        return read_model(name, lambda file: _from_hub(name, file, revision))
+    except CostError as error:
+        raise UsageError(str(error)) from None
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _from_hub(name: str, file: str, revision: str | None) -> Path | None:
+    if file == "model.safetensors":
+        return None  # only its size is asked for, and that is not worth gigabytes
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except LocalEntryNotFoundError as error:  # no network; a cached model has all it needs
+        if file != "config.json":
+            return None
+        short = str(error).splitlines()[0]
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # no such model, no access
+        short = str(error).splitlines()[0]
+    preset = next((key for key, model in PRESETS.items() if model.name == name), None)
+    hint = f"; without a network: --model {preset}" if preset else ""
+    raise CommandError(f"--model {name!r}: {file} could not be fetched: {short}{hint}")

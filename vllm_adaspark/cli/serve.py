@@ -1,0 +1,200 @@
+"""``vllm-adaspark serve``: ``vllm serve`` with our architecture and settings filled in.
+
+It adds arguments, prints the command it makes of them, and becomes it: signals and exit code are
+vLLM's own.  What cannot work is refused before vLLM's seconds of start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import ARCHITECTURE
+from ..config import AdaSparkConfig
+from . import PROGRAM, CommandError, UsageError
+from .settings import add_settings, checked, given_settings, misspelt
+from .vllm_options import from_config_file, json_object, merge, take_json, value_of
+
+PASSES_ON = True  # unknown options are vLLM's
+
+PLUGIN, HTTP_PLUGIN = "adaspark", "adaspark_http"
+# Groups that load every plugin unless VLLM_PLUGINS names some.
+OPEN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+# startup.py refuses these too, but only after vLLM has been imported.
+REFUSED = {
+    "--video-pruning-rate": "EVS drops the tokens that cubes are made of",
+    "--kv-transfer-config": "blocks that come from elsewhere lack their cube state",
+    "--kv-offloading-size": "blocks that come from elsewhere lack their cube state",
+    "--speculative-config": "speculative decoding is not supported",
+    "--enable-lora": "merge the adapter into the weights instead",
+    "--enable-dbo": "dual-batch overlap is not supported",
+    "--kv-sharing-fast-prefill": "it is not supported",
+    "--decode-context-parallel-size": "context parallelism is not supported",
+    "--prefill-context-parallel-size": "context parallelism is not supported",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add this subcommand."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="start an OpenAI-compatible server",
+        allow_abbrev=False,
+        usage=f"{PROGRAM} serve MODEL [options below] [any option of vllm serve]",
+        description="Start 'vllm serve MODEL' with AdaSpark: prints the command and becomes it.",
+        epilog="'vllm serve --help=all' lists vLLM's options; videos usually want "
+        f"--max-num-batched-tokens, see '{PROGRAM} inspect'.",
+    )
+    add_settings(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--request-settings",
+        action="store_true",
+        help="let requests set their own AdaSpark settings (adds --trust-request-mm-kwargs). "
+        "Risk: vLLM then also lets clients set the video processor's other options, such as "
+        "max_pixels, with which one request can take much memory and time; for trusted clients",
+    )
+    group.add_argument(
+        "--http",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="usage.adaspark in answers, metrics, and the viewer at /adaspark/ (default: on); "
+        f"names {HTTP_PLUGIN} in VLLM_PLUGINS",
+    )
+    group.add_argument("--print", action="store_true", help="print the command, start nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the command and, without ``--print``, become it."""
+    arguments, added = command(args)
+    program, shown = _executable()
+    line = [f"{key}={shlex.quote(value)}" for key, value in added.items()]
+    print(" ".join([*line, shlex.join([*shown, *arguments])]), flush=True)
+    if args.print:
+        return 0
+    try:
+        os.execvpe(program[0], [*program, *arguments], {**os.environ, **added})
+    except OSError as error:
+        raise CommandError(f"{program[0]} cannot be started: {error}") from None
+
+
+def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """The arguments of ``vllm`` and the environment variables to add.
+
+    Raises:
+        UsageError: something that cannot be used, or that does not go together.
+    """
+    if wrong := misspelt(args.rest):
+        raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
+    file = from_config_file(args.rest)
+    model = args.rest[0] if args.rest else None
+    if (model is None or model.startswith("-")) and not (
+        value_of(args.rest, "--model") or "--model" in file
+    ):
+        raise UsageError(f"no MODEL given; e.g. {PROGRAM} serve Qwen/Qwen2.5-VL-7B-Instruct")
+
+    overrides, rest = _json_option(args.rest, "--hf-overrides", file)
+    additional, rest = _json_option(rest, "--additional-config", file)
+    named = overrides.get("architectures", [ARCHITECTURE])
+    if named != [ARCHITECTURE]:
+        raise UsageError(
+            f"--hf-overrides architectures={named!r}: it must be [{ARCHITECTURE!r}], which is "
+            "filled in if it is left out"
+        )
+    settings = additional.get(PLUGIN) or {}
+    if settings == "off":
+        settings = {"off": True}
+    if not isinstance(settings, dict):
+        raise UsageError(f"--additional-config {PLUGIN}={settings!r}: expected an object")
+    settings = settings | given_settings(args)
+    config = checked(settings, f"--additional-config {PLUGIN}")
+    _refuse_conflicts(rest, file, config)
+
+    arguments = ["serve", *rest]
+    arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [ARCHITECTURE]})]
+    if settings:
+        additional[PLUGIN] = settings
+    if additional:
+        arguments += ["--additional-config", json.dumps(additional)]
+    trusting = "--trust-request-mm-kwargs"
+    if args.request_settings and value_of(rest, trusting) is None:
+        arguments.append(trusting)
+    return arguments, _plugins(args.http)
+
+
+def _json_option(
+    arguments: list[str], option: str, file: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What the file and then the command line say, merged: vLLM would drop the file's."""
+    found, rest = take_json(arguments, option)
+    base = file.get(option) or {}
+    if isinstance(base, str):
+        base = json_object(option, base)
+    return merge(dict(base), found), rest
+
+
+def _refuse_conflicts(rest: list[str], file: dict[str, Any], config: AdaSparkConfig) -> None:
+    def given(option: str) -> str | None:
+        value = value_of(rest, option)
+        return str(file[option]) if value is None and option in file else value
+
+    block_size, volume = given("--block-size"), config.cube_volume
+    if block_size is not None and block_size != str(volume):
+        raise UsageError(
+            f"--block-size {block_size} does not match cube={list(config.cube)}, which holds "
+            f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another --cube"
+        )
+    for option, why in REFUSED.items():
+        value = given(option)
+        unused = ("1", "0") if "context-parallel" in option else ("0", "0.0", "False", "false")
+        if value is not None and value not in unused:
+            raise UsageError(f"{option} {value}: {why}; leave it out".replace(" :", ":"))
+
+
+def _plugins(http: bool) -> dict[str, str]:
+    """VLLM_PLUGINS, if it must change.
+
+    vLLM loads endpoint plugins only if it names them; but once set it names all plugins of all
+    kinds, so those that loaded without it are named too.
+    """
+    present = os.environ.get("VLLM_PLUGINS")
+    if present is None and not http:
+        return {}
+    if present is None:
+        found = {point.name for group in OPEN_GROUPS for point in entry_points(group=group)}
+        names = sorted(found - {PLUGIN})
+    else:
+        names = [name for name in present.split(",") if name]
+    wanted = [PLUGIN, HTTP_PLUGIN] if http else [PLUGIN]
+    others = [name for name in names if name not in (PLUGIN, HTTP_PLUGIN)]
+    return {"VLLM_PLUGINS": ",".join([*wanted, *others])}
+
+
+def _executable() -> tuple[list[str], list[str]]:
+    """vLLM's command of this Python installation, and how to write it in a shell."""
+    if find_spec("vllm") is None:
+        raise CommandError(
+            "vLLM is not installed; pip install 'vllm-adaspark[gpu]', or on a CPU machine see "
+            "deploy/cpu/README.md"
+        )
+    beside = Path(sys.executable).with_name("vllm")
+    if not beside.exists():
+        module = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+        return module, module
+    found = shutil.which("vllm")
+    on_path = found is not None and Path(found).resolve() == beside.resolve()
+    return [str(beside)], ["vllm" if on_path else str(beside)]

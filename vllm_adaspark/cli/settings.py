@@ -1,0 +1,110 @@
+"""Flags that several subcommands share: AdaSpark's settings, and which frames are taken.
+
+There is a flag for every field of AdaSparkConfig, which also checks the values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from ..config import AdaSparkConfig, AdaSparkConfigError
+from . import UsageError
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add ``--p``, ``--off`` and a flag for every setting; unset flags leave no trace."""
+    group = parser.add_argument_group("AdaSpark", "unset: the defaults in the README's table")
+    group.add_argument(
+        "--p", type=float, metavar="P", help="short for --p-attn P --p-ffn P, 0 < P <= 1"
+    )
+    group.add_argument(
+        "--off", action="store_true", default=None, help="dense, exactly as the stock model"
+    )
+    for spec in fields(AdaSparkConfig):
+        rule, flag = spec.metadata, _flag(spec.name)
+        if spec.name == "enabled":
+            continue  # --off
+        if spec.name == "cube":
+            options = {"type": _cube, "metavar": "T,H,W"}
+        elif isinstance(spec.default, bool):
+            options = {"action": "store_true"}
+        elif "choices" in rule:
+            options = {"choices": rule["choices"]}
+        elif "share" in rule or "budget" in rule:
+            options = {"type": float, "metavar": "SHARE"}
+        elif "low" in rule:
+            options = {"type": int, "metavar": "N"}
+        else:
+            options = {"metavar": "PATH"}
+        default = f" (default: {spec.default})" if spec.default not in (None, False) else ""
+        text = rule["doc"] + default
+        group.add_argument(flag, dest=spec.name, default=None, help=text, **options)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which frames are taken and how large they may be."""
+    group = parser.add_argument_group("frames")
+    group.add_argument("--fps", type=float, default=2.0, help="frames taken per second (2)")
+    group.add_argument("--max-frames", type=int, default=768, help="frames taken at the most (768)")
+    group.add_argument(
+        "--max-pixels", type=int, help="pixels of a frame at the most (the checkpoint's)"
+    )
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the flags name, as a JSON-ready object."""
+    settings = {spec.name: getattr(args, spec.name, None) for spec in fields(AdaSparkConfig)}
+    settings["off"] = args.off
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if args.p is not None:
+        settings = {"p_attn": args.p, "p_ffn": args.p} | settings
+    return settings
+
+
+def misspelt(arguments: list[str]) -> tuple[str, str] | None:
+    """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
+    ours = [_flag(spec.name) for spec in fields(AdaSparkConfig) if spec.name != "enabled"]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
+        if argument.startswith("--") and close:
+            return name, close[0]
+    return None
+
+
+def request_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that a request may set."""
+    server = {spec.name for spec in fields(AdaSparkConfig) if not spec.metadata["request"]}
+    return {key: value for key, value in settings.items() if key not in server}
+
+
+def checked(settings: dict[str, Any], source: str = "settings") -> AdaSparkConfig:
+    """The config that these settings make.
+
+    Raises:
+        UsageError: AdaSparkConfig refuses them.
+    """
+    try:
+        return AdaSparkConfig().override(settings, source=source)
+    except AdaSparkConfigError as error:
+        raise UsageError(str(error)) from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _cube(text: str) -> list[int]:
+    """``4,4,4`` or ``4x4x4``; AdaSparkConfig checks the numbers."""
+    try:
+        sizes = [int(part) for part in text.replace("x", ",").strip("[]").split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected three whole numbers T,H,W, e.g. 4,4,4"
+        )
+    return sizes

@@ -1,0 +1,161 @@
+"""Books of one rank: an account per request, the last finished ones, and totals for metrics.
+
+Everything here only grows, so what is read from it never goes backwards.  No vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .accounting import Account, ModelShape, count_step
+from .attention.plan import StepPlan
+from .attention.state import StepRows
+from .reports import DENSE_REASONS, mode_of
+
+RECENT = 256  # finished requests that are remembered one by one
+LAYER_GROUPS = 4
+# Upper edges of the histograms' buckets; a density is never above 1.
+EDGES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass
+class Histogram:
+    """How often a share fell into each bucket, and the sum of all.
+
+    ``layers``: how many of a group's layers are this rank's; the weight when ranks are merged.
+    """
+
+    layers: int
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES)))
+    sum: float = 0.0
+
+    def observe(self, share: float) -> None:
+        share = min(share, 1.0)
+        self.counts[np.searchsorted(EDGES, share)] += 1
+        self.sum += share
+
+
+def layer_groups(num_layers: int) -> dict[str, range]:
+    """A model's layers in up to four groups of about the same size, by their label."""
+    edges = np.linspace(0, num_layers, min(LAYER_GROUPS, num_layers) + 1).round().astype(int)
+    groups = [range(*pair) for pair in pairwise(edges.tolist())]
+    return {
+        f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]): group for group in groups
+    }
+
+
+class Ledger:
+    """The accounts of one rank.
+
+    Args:
+        shape: sizes of a layer, over all ranks.
+        layers: this rank's layers.
+        num_layers: layers of the whole model.
+    """
+
+    def __init__(self, shape: ModelShape, layers: range, num_layers: int) -> None:
+        self._shape, self._layers = shape, layers
+        self._videos: dict[str, tuple[int, ...]] = {}  # of requests that have not run yet
+        self._running: dict[str, Account] = {}
+        self._finished: deque[tuple[str, Account]] = deque(maxlen=RECENT)
+        self._total = Account(shape, layers)
+        self._requests = {("sparse", None): 0, **{("dense", why): 0 for why in DENSE_REASONS}}
+        self._groups = {  # the groups that this rank has layers of
+            label: mine
+            for label, group in layer_groups(num_layers).items()
+            if (mine := range(max(group.start, layers.start), min(group.stop, layers.stop)))
+        }
+        self._density = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
+        self._ffn_share = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
+
+    def admit(self, request_id: str, video: tuple[int, ...]) -> None:
+        """A request is about to run for the first time."""
+        self._videos[request_id] = video
+
+    def add_step(self, request_ids: list[str], rows: StepRows, plan: StepPlan | None) -> None:
+        """Account for a step whose layers have run; ``request_ids`` in row order."""
+        counts = count_step(rows, plan, self._layers)
+        for row, request_id in enumerate(request_ids):
+            account = self._running.get(request_id)
+            if account is None:
+                video = self._videos.pop(request_id, ())
+                account = self._running[request_id] = Account(self._shape, self._layers, video)
+                account.cached_tokens = int(rows.computed[row])
+                self._total.cached_tokens += account.cached_tokens
+            account.add(counts, row)
+        self._total.add(counts)
+
+    def finish(self, request_id: str) -> Account | None:
+        """Close a request's account; None if it never ran."""
+        self._videos.pop(request_id, None)
+        account = self._running.pop(request_id, None)
+        if account is None:
+            return None
+        self._finished.append((request_id, account))
+        self._requests[mode_of(account)] += 1
+        for label, layers in self._groups.items():
+            mine = slice(layers.start - self._layers.start, layers.stop - self._layers.start)
+            if account.cubes_seen:
+                density = account.cubes_attended[mine].mean() / account.cubes_seen
+                self._density[label].observe(float(density))
+            if account.video_tokens:
+                skipped = account.ffn_skipped[mine].mean() / account.video_tokens
+                self._ffn_share[label].observe(float(1 - skipped))
+        return account
+
+    # -- what is sent; msgpack-ready --------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """All requests together, and each of the last ones; see reports.merge_reports."""
+        known = [
+            *((n, a, True) for n, a in self._finished),
+            *((n, a, False) for n, a in self._running.items()),
+        ]
+        return {
+            "total": self._total.to_counts(),
+            "requests": [
+                {"request_id": name, "finished": finished, "counts": account.to_counts()}
+                for name, account, finished in known
+            ],
+        }
+
+    def usage(self, client_id: str) -> dict[str, Any] | None:
+        """Counts of the request that a client knows by this id, its n answers together.
+
+        vLLM appends a random suffix to the client's id, and puts a number before it for n > 1.  If
+        clients use an id more than once, it stands for the newest request.
+        """
+        pattern = re.compile(rf"(?:\d+_)?({re.escape(client_id)}(?:-[0-9a-f]{{8}})?)")
+        requests: dict[str, list[Account]] = {}
+        for name, account in (*self._finished, *self._running.items()):
+            if match := pattern.fullmatch(name):
+                requests.setdefault(match[1], []).append(account)
+        if not requests:
+            return None
+        accounts = requests[next(reversed(requests))]
+        total = Account(self._shape, self._layers, accounts[0].video)
+        for account in accounts:
+            total.merge(account)
+        return total.to_counts()
+
+    def metrics(self) -> dict[str, Any]:
+        """Totals since start, running requests included; see server/metrics.py."""
+        return {
+            "total": self._total.to_counts(),
+            "requests": [[mode, why, number] for (mode, why), number in self._requests.items()],
+            "attention_density": _plain(self._density),
+            "ffn_active_share": _plain(self._ffn_share),
+        }
+
+
+def _plain(histograms: dict[str, Histogram]) -> dict[str, dict[str, Any]]:
+    return {
+        label: {"layers": h.layers, "counts": h.counts.tolist(), "sum": h.sum}
+        for label, h in histograms.items()
+    }

@@ -1,0 +1,144 @@
+"""HTTP: traces as JSON and JPEG under ``/v1/adaspark/traces``, and the viewer's page.
+
+vLLM's API key guards everything under ``/v1``.  The page at ``/adaspark/`` holds no data, so it is
+open, and asks for the key itself.
+"""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
+from fastapi import Path as InPath
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+
+from ..tracing import reader
+from .engine import ask_workers
+
+PAGE = Path(__file__).parent / "viewer"
+FILES = {
+    "index.html": "text/html",
+    "viewer.css": "text/css",
+    "viewer.js": "text/javascript",
+    "api.js": "text/javascript",
+    "stage.js": "text/javascript",
+    "chart.js": "text/javascript",
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+# What a trace says is the user's video: no cache between here and the browser may keep it.
+DATA_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+TraceId = Annotated[str, InPath(pattern="^[0-9a-f]{16}$", max_length=16)]
+Number = Annotated[int, InPath(ge=0, le=10_000_000)]
+Source = Annotated[str, Query(pattern="^(question|answer|(token|cube):[0-9]{1,8})$", max_length=16)]
+
+data = APIRouter(prefix="/v1/adaspark/traces", tags=["adaspark"])
+page = APIRouter(prefix="/adaspark", include_in_schema=False)
+
+
+def attach(app: FastAPI) -> None:
+    """Add the routes."""
+    app.include_router(data)
+    app.include_router(page)
+
+
+@data.get("")
+async def list_traces(request: Request) -> Response:
+    """The traces that are kept, latest first."""
+    engines = await _ask(request, "adaspark_traces")
+    ranks = [rank for engine in engines for rank in engine]
+    return JSONResponse({"traces": reader.merge_lists(ranks)}, headers=DATA_HEADERS)
+
+
+@data.get("/{trace_id}")
+async def one_trace(request: Request, trace_id: TraceId) -> Response:
+    """Everything about a trace but the selection itself."""
+    meta = _found(reader.merge_meta(await _trace(request, trace_id, "meta")), trace_id)
+    tokenizer = request.app.state.engine_client.get_tokenizer()
+    return JSONResponse(reader.complete(meta, tokenizer), headers=DATA_HEADERS)
+
+
+@data.get("/{trace_id}/heat")
+async def heat(request: Request, trace_id: TraceId, source: Source = "answer") -> Response:
+    """Per layer and cube, the share of KV heads and source tokens that attended."""
+    found = _found(reader.merge_heat(await _trace(request, trace_id, "heat", source)), trace_id)
+    if "error" in found:
+        raise HTTPException(404, found["error"])
+    return JSONResponse(found, headers=DATA_HEADERS)
+
+
+@data.get("/{trace_id}/ffn")
+async def ffn(request: Request, trace_id: TraceId) -> Response:
+    """Per layer, a bit for each video token that ran the FFN; bits in base64, lowest first."""
+    found = _found(reader.merge_ffn(await _trace(request, trace_id, "ffn")), trace_id)
+    found["ran"] = [base64.b64encode(bits).decode() for bits in found["ran"]]
+    found["recorded"] = base64.b64encode(found["recorded"]).decode()
+    return JSONResponse(found, headers=DATA_HEADERS)
+
+
+@data.get("/{trace_id}/frames/{video}/{n}.jpg")
+async def frame(request: Request, trace_id: TraceId, video: Number, n: Number) -> Response:
+    """The n-th frame pair's first frame, as the model saw it."""
+    ranks = await _trace(request, trace_id, "frame", video, n)
+    jpeg = next((rank for rank in ranks if rank), None)
+    if jpeg is None:
+        raise HTTPException(404, f"no frame {n} of video {video} in trace {trace_id}")
+    return Response(jpeg, media_type="image/jpeg", headers=DATA_HEADERS)
+
+
+@data.delete("/{trace_id}")
+async def delete(request: Request, trace_id: TraceId) -> Response:
+    """Forget a trace."""
+    _found(any(await _trace(request, trace_id, "delete")) or None, trace_id)
+    return Response(status_code=204)
+
+
+@page.get("")
+async def redirect() -> Response:
+    # Relative, so that it holds behind a proxy with a path prefix.
+    return RedirectResponse("adaspark/", status_code=307)
+
+
+@page.get("/")
+async def index() -> Response:
+    return _file("index.html")
+
+
+@page.get("/{name}")
+async def static_file(name: str) -> Response:
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    if name not in FILES:  # names, never paths: nothing else of the disk can be asked for
+        raise HTTPException(404, f"no page {name[:40]!r}")
+    content = (PAGE / name).read_bytes()
+    return Response(content, media_type=f"{FILES[name]}; charset=utf-8", headers=PAGE_HEADERS)
+
+
+async def _ask(request: Request, method: str, *arguments: Any) -> list[list[Any]]:
+    engine_client = getattr(request.app.state, "engine_client", None)
+    if engine_client is None:
+        raise HTTPException(503, "this server has no engine, so there are no traces")
+    return await ask_workers(engine_client, method, *arguments)
+
+
+async def _trace(request: Request, trace_id: str, what: str, *arguments: Any) -> list[Any]:
+    """The answers of the ranks that have the trace; with data parallelism those of one engine."""
+    engines = await _ask(request, "adaspark_trace", trace_id, what, *arguments)
+    return next((ranks for ranks in engines if any(ranks)), [])
+
+
+def _found(answer: Any, trace_id: str) -> Any:
+    if answer is None:
+        raise HTTPException(404, f"no trace {trace_id}: it may have made room for later ones")
+    return answer

@@ -1,0 +1,1 @@
+"""Traces: what a request selected, for the viewer and for pictures."""

@@ -1,0 +1,240 @@
+"""Traces read from outside: ranks put together, and one dictionary for pages and pictures.
+
+Every rank answers for its own layers and KV heads.  Under tensor parallelism the ranks of a stage
+hold the same layers and are averaged; under pipeline parallelism the stages' layers follow one
+another.  Which rank is which shows in the answers themselves.
+
+A whole trace, as :func:`read_offline` and :func:`read_http` return it::
+
+    {**meta, "heat": {"question": [layers][cubes], ...}, "jpegs": {(video, frame): bytes}}
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.request
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from ..cubes import cube_order
+
+SOURCES = ("question", "answer")
+
+
+# -- ranks put together ---------------------------------------------------------------------------
+
+
+def merge_lists(ranks: Iterable[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
+    """Summaries of all ranks (of one engine or of several), one per trace, latest first."""
+    by_id: dict[str, list[dict[str, Any]]] = {}
+    for summaries in ranks:
+        for summary in summaries or ():
+            by_id.setdefault(summary["id"], []).append(summary)
+    merged = [_merge_summaries(same) for same in by_id.values()]
+    return sorted(merged, key=lambda summary: -summary["started"])
+
+
+def merge_meta(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """``adaspark_trace(id, "meta")`` of all ranks; None if no rank has the trace."""
+    from .. import reports  # needs torch, which a client over HTTP can do without
+
+    known = [rank for rank in ranks if rank]
+    if not known:
+        return None
+    stages = _stages(known)
+    # Only the rank that samples knows the answer's tokens, only the first keeps the frames.
+    speaker = max(known, key=lambda rank: rank["answer_tokens"])
+    merged = speaker | _merge_summaries(known)
+    merged["layers"] = [layer for stage in stages for layer in stage[0]["layers"]]
+    merged["density"] = {
+        kind: [x for stage in stages for x in _mean([rank["density"][kind] for rank in stage])]
+        for kind in speaker["density"]
+    }
+    for number, video in enumerate(merged["videos"]):
+        video["frames"] = max(rank["videos"][number]["frames"] for rank in known)
+    counts = [rank["usage"] for rank in known if rank["usage"]]
+    merged["usage"] = reports.usage(reports.merge_ranks(counts)) if counts else None
+    return merged
+
+
+def merge_heat(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """``adaspark_trace(id, "heat", source)`` of all ranks; None if no rank has the trace."""
+    known = [rank for rank in ranks if rank]
+    if not known or "error" in known[0]:
+        return known[0] if known else None
+    stages = _stages(known)
+    return {
+        "layers": [layer for stage in stages for layer in stage[0]["layers"]],
+        "heat": [
+            _mean(list(rows))
+            for stage in stages
+            for rows in zip(*(rank["heat"] for rank in stage), strict=True)
+        ],
+        "tokens": known[0]["tokens"],
+        "wanted": max(rank["wanted"] for rank in known),
+    }
+
+
+def merge_ffn(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """``adaspark_trace(id, "ffn")`` of all ranks; those of a stage ran the same tokens."""
+    known = [rank for rank in ranks if rank]
+    if not known:
+        return None
+    first = [stage[0] for stage in _stages(known)]
+    joined = {key: [x for stage in first for x in stage[key]] for key in ("layers", "ran", "share")}
+    return joined | {"recorded": first[0]["recorded"]}
+
+
+def _stages(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Ranks by pipeline stage, in the order of their layers."""
+    stages: dict[int, list[dict[str, Any]]] = {}
+    for rank in ranks:
+        stages.setdefault(rank["layers"][0], []).append(rank)
+    return [stages[first] for first in sorted(stages)]
+
+
+def _merge_summaries(same: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one trace on several ranks."""
+    merged = max(same, key=lambda rank: rank["answer_tokens"])
+    summary = {key: merged[key] for key in SUMMARY_KEYS}
+    summary["bytes"] = sum(rank["bytes"] for rank in same)
+    summary["truncated"] = next((rank["truncated"] for rank in same if rank["truncated"]), None)
+    return summary
+
+
+SUMMARY_KEYS = (
+    "id",
+    "request_id",
+    "started",
+    "finished",
+    "prompt_tokens",
+    "video_tokens",
+    "answer_tokens",
+    "cached_tokens",
+    "bytes",
+    "truncated",
+)
+
+
+def _mean(rows: list[list[float | None]]) -> list[float | None]:
+    """Entry by entry; None is None on all ranks."""
+    if len(rows) == 1:
+        return rows[0]
+    return [None if None in same else round(float(np.mean(same)), 4) for same in zip(*rows)]
+
+
+# -- what only the front end knows ----------------------------------------------------------------
+
+
+def complete(meta: dict[str, Any], tokenizer: Any = None) -> dict[str, Any]:
+    """``meta`` with the text of its tokens, and each video's walk through its raster.
+
+    ``spans[...]["texts"]``: one string per token; ``videos[...]["walk"]``: base64 of little-endian
+    int32, the raster index of the video's i-th token.
+    """
+    for span in meta["spans"]:
+        if "ids" in span and tokenizer is not None:
+            span["texts"] = [tokenizer.decode([token]) for token in span["ids"]]
+            span["text"] = tokenizer.decode(span["ids"])
+    for video in meta["videos"]:
+        walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+        video["walk"] = base64.b64encode(walk.astype("<i4").tobytes()).decode()
+    return meta
+
+
+# -- a whole trace --------------------------------------------------------------------------------
+
+
+def read_offline(llm: Any, trace_id: str | None = None, frames: int = 6) -> dict[str, Any]:
+    """A trace of an ``LLM`` in this process: the latest one, or that of ``trace_id``.
+
+    Args:
+        llm: vLLM's ``LLM``.
+        trace_id: from ``collective_rpc("adaspark_traces")``.
+        frames: how many of the frames to fetch, evenly spread.
+
+    Raises:
+        LookupError: no such trace.
+    """
+    if trace_id is None:
+        trace_id = _latest(merge_lists(llm.collective_rpc("adaspark_traces")), None)["id"]
+
+    def ask(what: str, *arguments: Any) -> list[Any]:
+        return llm.collective_rpc("adaspark_trace", args=(trace_id, what, *arguments))
+
+    meta = merge_meta(ask("meta"))
+    if meta is None:
+        raise LookupError(f"no trace {trace_id!r}")
+    return _whole(
+        complete(meta, llm.get_tokenizer()),
+        heat=lambda source: merge_heat(ask("heat", source)),
+        frame=lambda video, n: next((jpeg for jpeg in ask("frame", video, n) if jpeg), None),
+        frames=frames,
+    )
+
+
+def read_http(
+    url: str,
+    request_id: str | None = None,
+    *,
+    api_key: str | None = None,
+    frames: int = 6,
+    timeout: float = 60,
+) -> dict[str, Any]:
+    """A trace of a server with the viewer: the latest one, or that of an answer.
+
+    Args:
+        url: the server's address, without ``/v1``.
+        request_id: the ``id`` of the answer the client got.
+        api_key: the server's, if it has one.
+        frames: how many of the frames to fetch, evenly spread.
+        timeout: seconds for each request.
+
+    Raises:
+        LookupError: no such trace.
+        urllib.error.URLError: the server does not answer, or refuses.
+    """
+
+    def get(path: str) -> bytes:
+        request = urllib.request.Request(f"{url.rstrip('/')}/v1/adaspark/traces{path}")
+        if api_key is not None:
+            request.add_header("Authorization", f"Bearer {api_key}")
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return response.read()
+
+    trace_id = _latest(json.loads(get(""))["traces"], request_id)["id"]
+    return _whole(
+        json.loads(get(f"/{trace_id}")),
+        heat=lambda source: json.loads(get(f"/{trace_id}/heat?source={source}")),
+        frame=lambda video, n: get(f"/{trace_id}/frames/{video}/{n}.jpg"),
+        frames=frames,
+    )
+
+
+def _latest(summaries: list[dict[str, Any]], request_id: str | None) -> dict[str, Any]:
+    """The latest trace, or that of a request; vLLM appends a random suffix to a client's id."""
+    for summary in summaries:
+        name = summary["request_id"]
+        if request_id is None or request_id in (name, name.rpartition("-")[0]):
+            return summary
+    if request_id is None:
+        raise LookupError('no trace: ask with mm_processor_kwargs={"adaspark": {"trace": true}}')
+    raise LookupError(f"no trace of request {request_id!r}: it asked for none, or lost its room")
+
+
+def _whole(meta: dict[str, Any], heat: Callable, frame: Callable, frames: int) -> dict[str, Any]:
+    jpegs = {}
+    for video, facts in enumerate(meta["videos"]):
+        for n in spread(facts["grid"][0], frames):
+            if n < facts["frames"]:
+                jpegs[video, n] = frame(video, n)
+    return meta | {"heat": {source: heat(source) for source in SOURCES}, "jpegs": jpegs}
+
+
+def spread(number: int, wanted: int) -> list[int]:
+    """``wanted`` of ``number`` things, or all of them, evenly spread: the middle of equal parts."""
+    wanted = min(number, wanted)
+    return [int((i + 0.5) * number / wanted) for i in range(wanted)]
