@@ -28,8 +28,8 @@ $(RUN):
 venv: $(RUN) ## create or update the environment
 	@$(RUN) deploy/cpu/install.py
 
-demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what was computed
-	@$(RUN) examples/demo/demo.py $(ARGS)
+demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what was computed (KEEP=1)
+	@$(RUN) examples/demo/demo.py $(if $(KEEP),--keep-server) $(ARGS)
 
 test: venv ## run all tests; fetches Chromium, promtool and kubectl from Debian if it may
 	@deploy/test/tools.sh $(VENV)/bin

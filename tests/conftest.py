@@ -13,3 +13,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# The tests' tensors are small: two threads only wait for each other, minutes on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -65,7 +65,7 @@ def prompt_cost(
     dense_layers: int,
     sparse_text: bool,
 ) -> PromptCost:
-    """Count a prompt as the plan will cut it (attention/plan.py).
+    """Count a prompt as the plan will cut it (attention/planner.py).
 
     Args:
         shape: sizes of a layer.

@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .attention.plan import StepPlan, build_plan
+from .attention.plan import StepPlan
+from .attention.planner import build_plan
 from .attention.state import BlockTags, StepRows
 from .config import AdaSparkConfig
 from .tracing.step import StepTrace

@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from vllm_adaspark.accounting import Account, ModelShape, count_step
-from vllm_adaspark.attention import plan as planner
-from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan, build_plan
+from vllm_adaspark.attention import planner
+from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan
+from vllm_adaspark.attention.planner import build_plan
 from vllm_adaspark.attention.state import BlockTags, StepRows
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.tags import tag_word

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_adaspark.accounting import ModelShape
-from vllm_adaspark.attention.plan import build_plan
+from vllm_adaspark.attention.planner import build_plan
 from vllm_adaspark.attention.state import BlockTags, StepRows
 from vllm_adaspark.budget import LEAST_SHARE, prompt_cost
 from vllm_adaspark.config import AdaSparkConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_adaspark.attention.plan import build_plan
+from vllm_adaspark.attention.planner import build_plan
 from vllm_adaspark.attention.state import BlockTags, StepRows
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.cubes import cube_order
