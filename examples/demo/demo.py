@@ -1,11 +1,12 @@
 """Serve a video model with AdaSpark, ask about a video, and show what was computed for the answer.
 
-    make demo                                     # a small random model on the CPU
+    make demo                                     # the small needle model, on the CPU
     make demo KEEP=1                              # and leave the server up, to look at its viewer
     python examples/demo/demo.py --model Qwen/Qwen2.5-VL-7B-Instruct --video my.mp4    # on a GPU
 
-Without `--model` a small checkpoint with random weights is written first: its answer is gibberish,
-the way it is computed is real. Everything goes into the folder `.demo/`.
+Without `--model` the model is the one in examples/needle, which answers questions about cards in a
+made-up video, and the video hides a few such cards. `--random` takes larger random weights instead:
+gibberish, computed just as really. Everything is written into the folder `.demo/`.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from progress import step
 from report import read_last, render
 from server import ServerFailed, VllmServer
 
+NEEDLE = Path(__file__).resolve().parent.parent / "needle"
 ARCHITECTURE = "AdaSparkQwen2_5_VLForConditionalGeneration"
+NEEDLE_FRAME = (112, 168)  # pixels; at two frames a second a second of video is 24 tokens
 START_SECONDS = 240  # for a small checkpoint on two cores it takes about 30
 START_SECONDS_REAL = 1800  # gigabytes of weights may have to be fetched first
 ANSWER_SECONDS = 120
@@ -31,8 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a real Qwen2.5-VL model, by name or folder")
     parser.add_argument("--video", type=Path, help="an mp4 of your own")
-    parser.add_argument("--seconds", type=float, default=120, help="length of the video written")
-    parser.add_argument("--question", default="What happens in the video?")
+    parser.add_argument("--random", action="store_true", help="a model with random weights")
+    parser.add_argument("--seconds", type=int, default=240, help="length of the video written")
+    parser.add_argument("--seed", type=int, default=0, help="which video is written")
+    parser.add_argument("--question", help="a question of your own")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--p-attn", type=float, default=0.7, help="Top-p over cubes, 0 < p <= 1")
     parser.add_argument("--p-ffn", type=float, default=0.5, help="Top-p over tokens, 0 < p <= 1")
@@ -49,6 +54,23 @@ def write_checkpoint(folder: Path) -> Path:
 
     logging.disable_progress_bar()
     return build(folder / "checkpoint")
+
+
+def write_needle_video(path: Path, seconds: int, seed: int) -> tuple[str, str]:
+    """Write a video with number cards hidden in it; returns a question about one, and its answer.
+
+    The needle model has not seen it: the seed is from the held-out range.
+    """
+    sys.path.append(str(NEEDLE))
+    import footage
+    import scenes
+
+    scene = scenes.make(
+        scenes.HELD_OUT_SEEDS[seed], patches=seconds, size=NEEDLE_FRAME, motion="busy"
+    )
+    footage.write_mp4(footage.frames(scene), path)
+    question = next(q for q in scenes.questions(scene) if q.skill == "basic")
+    return question.text, question.answer
 
 
 def make_server(options: argparse.Namespace, model: Path | str, video: Path) -> VllmServer:
@@ -82,10 +104,10 @@ def report_path(options: argparse.Namespace) -> Path:
     return options.folder / "report.jsonl"
 
 
-def ask(url: str, video: Path, question: str, max_tokens: int) -> str:
+def ask(url: str, video: Path, question: str, max_tokens: int) -> tuple[str, str]:
     """Stream the answer to stdout as it comes, then print its time to first token (TTFT).
 
-    Returns the answer's id.
+    Returns the answer's id and text.
     """
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0)
     content = [
@@ -102,11 +124,12 @@ def ask(url: str, video: Path, question: str, max_tokens: int) -> str:
         stream=True,
         stream_options={"include_usage": True},
     )
-    usage = None
+    text, usage = "", None
     for chunk in stream:
         usage = chunk.usage or usage
         if chunk.choices and chunk.choices[0].delta.content:
             first = first or time.monotonic()
+            text += chunk.choices[0].delta.content
             print(chunk.choices[0].delta.content, end="", flush=True)
     end = time.monotonic()
     if first is None or usage is None:
@@ -114,7 +137,7 @@ def ask(url: str, video: Path, question: str, max_tokens: int) -> str:
     tokens = usage.completion_tokens
     print(f"\n\nTTFT {first - start:.2f} s (decoding and encoding the video included), ", end="")
     print(f"{tokens} tokens in {end - start:.2f} s, {usage.prompt_tokens:,} prompt tokens")
-    return chunk.id
+    return chunk.id, text
 
 
 def draw(url: str, answer: str, path: Path) -> str:
@@ -135,22 +158,32 @@ def main() -> None:
     # Ending this script by a signal must end the server as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    model, video = options.model, options.video
-    if model is None:
+    model, video, question, expected = options.model, options.video, options.question, None
+    if model is None and options.random:
         with step("writing a small Qwen2.5-VL checkpoint (random weights)"):
             model = write_checkpoint(options.folder)
     if video is None:
-        from video import write_mp4
+        video = options.folder / "video.mp4"
+        with step(f"writing an mp4 of {options.seconds} seconds"):
+            if model is None:
+                asked, expected = write_needle_video(video, options.seconds, options.seed)
+                question, expected = question or asked, expected if question is None else None
+            else:
+                from video import write_mp4
 
-        with step(f"writing an mp4 of {options.seconds:.0f} seconds"):
-            video = write_mp4(options.folder / "video.mp4", seconds=options.seconds)
+                write_mp4(video, seconds=options.seconds)
+    model = model or NEEDLE / "checkpoint"
+    question = question or "What happens in the video?"
     video = video.resolve()
 
     with make_server(options, model, video) as server:
         timeout = START_SECONDS if options.model is None else START_SECONDS_REAL
         with step("starting vllm serve" + (" without AdaSpark" if options.stock else "")):
             server.wait_until_ready(timeout)
-        answer = ask(server.url, video, options.question, options.max_tokens)
+        answer, text = ask(server.url, video, question, options.max_tokens)
+        if expected is not None:
+            right = text.strip() == expected
+            print(f"the video shows {expected}: the answer is {'right' if right else 'wrong'}")
         viewer = None
         if not options.stock:
             print(f"\n{render(read_last(report_path(options), timeout=REPORT_SECONDS))}\n")

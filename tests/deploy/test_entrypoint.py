@@ -111,6 +111,7 @@ def test_serves_and_ends_by_a_signal(tmp_path):
         "VLLM_API_KEY_FILE": str(key_file),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
     }
     with EntryServer(tmp_path / "server.log", **env) as server:
         assert run(sys.executable, HEALTH, env={"PORT": server.port}).returncode == 1

@@ -12,7 +12,6 @@ import numpy as np
 import video as demo_video  # examples/demo
 
 from vllm_adaspark import ARCHITECTURE
-from vllm_adaspark.reports import merge_reports
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -153,4 +152,6 @@ def ask(llm, prompts: list[dict], max_tokens: int = 6, logprobs: int = 8) -> lis
 
 def last_reports(llm, count: int = 1) -> list[dict]:
     """Accounts of the last requests, oldest first."""
+    from vllm_adaspark.reports import merge_reports  # see test_isolation.py
+
     return merge_reports(llm.collective_rpc("adaspark_report"))["requests"][-count:]

@@ -23,8 +23,19 @@ MAX_BATCHED_TOKENS = 2048  # also the encoder cache: a video must fit
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """The test that ends the shared server goes last."""
-    items.sort(key=lambda item: item.name == "test_sigterm_ends_the_server")
+    """On the shared server test_http.py goes first, which looks at every request there was.
+
+    The test that ends the server goes last.
+    """
+
+    def turn(item) -> int:
+        if item.name == "test_sigterm_ends_the_server":
+            return 3
+        if "served" not in getattr(item, "fixturenames", ()):
+            return 0
+        return 1 if item.path.name == "test_http.py" else 2
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")

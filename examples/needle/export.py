@@ -1,0 +1,39 @@
+"""Write what training made as a checkpoint for servers: bf16, with tokenizer and processor.
+
+python examples/needle/export.py .needle/language.pt examples/needle/checkpoint
+"""
+
+import argparse
+from pathlib import Path
+
+import network
+import torch
+
+LARGEST = 16 * 2**20  # bytes, of all files together: the checkpoint lives in the repository
+
+
+def export(trained: Path, path: Path) -> Path:
+    """Write the checkpoint to the folder `path` and return it.
+
+    Raises:
+        ValueError: the files are larger than `LARGEST`.
+    """
+    model = network.build()
+    model.load_state_dict(torch.load(trained, map_location="cpu")["model"])
+    network.save(model, path)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    if size > LARGEST:
+        raise ValueError(f"{path} has {size} bytes: must be at most {LARGEST}; use a smaller model")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trained", type=Path, help="what train_language.py wrote")
+    parser.add_argument("path", type=Path, help="folder to write")
+    arguments = parser.parse_args()
+    print(export(arguments.trained, arguments.path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Extra losses while training: what cards and questions should know, and where to look.
+
+Most skills need a card's tokens to look back: which sign opened this part, which card came before,
+which frame named this colour, how many like this there were. And a question must have gathered what
+it asks for before it can look for it. Answers alone teach that slowly. Linear heads on hidden
+states half way up the language model say it directly, and above them the attention of a question's
+last token is drawn to the cards it speaks of. The heads are thrown away after training.
+"""
+
+import batches
+import torch
+import torch.nn.functional as F
+from forward import Pass
+from scenes import CLEARLY_EARLIER, COLOUR_NAMES, SIGNS, SKILLS, Question, Scene
+
+IGNORE = -100
+# Classes of each single-valued hint.
+CLASSES = {"sign": len(SIGNS), "previous": 10, "nth": 4}
+# Eight yes-or-no hints each, one per colour.
+SETS = ("seen", "named_by")
+# Classes of what a question asks for.
+ASKED = {"skill": len(SKILLS), "colour": len(COLOUR_NAMES), "other": 9, "figure": len(SIGNS) + 1}
+LOOK_WEIGHT = 1.5
+
+
+def make_heads(hidden: int) -> torch.nn.ModuleDict:
+    sizes = CLASSES | dict.fromkeys(SETS, 8) | ASKED
+    return torch.nn.ModuleDict(
+        {name: torch.nn.Linear(hidden, size) for name, size in sizes.items()}
+    )
+
+
+def of_scene(scene: Scene) -> tuple[list[int], dict[str, list]]:
+    """Patches of the number cards and, per hint, one value a card."""
+    cards = scene.of("number")
+    known: dict[str, list] = {name: [] for name in (*CLASSES, *SETS)}
+    for index, card in enumerate(cards):
+        signs = [sign.value for sign in scene.of("sign") if sign.at < card.at]
+        known["sign"].append(signs[-1] if signs else IGNORE)
+        known["previous"].append(_previous(cards, index))
+        earlier = cards[:index]
+        known["nth"].append(min(3, sum(other.colour == card.colour for other in earlier)))
+        seen = {other.colour for other in earlier}
+        known["seen"].append([float(colour in seen) for colour in range(8)])
+        frames = [frame for frame in scene.of("frame") if frame.at < card.at]
+        naming = {frame.colour for frame in frames if frame.value == card.colour}
+        known["named_by"].append([float(colour in naming) for colour in range(8)])
+    return [card.at for card in cards], known
+
+
+def of_question(question: Question) -> dict[str, int]:
+    """The skill, the first and second colour and the sign that a question asks for."""
+    words = question.text.strip("?").replace(",", "").split()
+    colours = [COLOUR_NAMES.index(word) for word in words if word in COLOUR_NAMES]
+    figures = [SIGNS.index(word) for word in words if word in SIGNS]
+    return {
+        "skill": SKILLS.index(question.skill),
+        "colour": colours[0],
+        "other": colours[1] if len(colours) > 1 else 8,
+        "figure": figures[0] if figures else len(SIGNS),
+    }
+
+
+def loss(heads, batch: batches.Batch, made: Pass):
+    """The summed losses, and the share of each hint that is known."""
+    cards, card_shares = _cards(heads, batch, made.prefix)
+    questions, question_shares = _questions(heads, batch, made.questions)
+    looks, look_shares = _looks(batch, made.looks)
+    total = cards + questions + LOOK_WEIGHT * looks
+    return total, card_shares | question_shares | look_shares
+
+
+def _cards(heads, batch: batches.Batch, half_way: torch.Tensor):
+    states, known = [], {name: [] for name in (*CLASSES, *SETS)}
+    for video, scene in enumerate(batch.scenes):
+        places, values = of_scene(scene)
+        states.append(half_way[video, batch.patch_at[places]].float())  # [cards, tokens, hidden]
+        for name in known:
+            known[name] += values[name]
+    tokens = torch.cat(states)
+    count, length, _ = tokens.shape
+    total, right = 0.0, {}
+    for name, values in known.items():
+        said = heads[name](tokens)
+        truth = torch.tensor(values, device=tokens.device)
+        if name in SETS:
+            truth = truth[:, None].expand(count, length, 8)
+            total = total + 6 * F.binary_cross_entropy_with_logits(said, truth)
+            right[name] = ((said > 0) == (truth > 0)).all(-1).float().mean().item()
+        elif (truth != IGNORE).any():
+            truth = truth[:, None].expand(count, length)
+            total = total + F.cross_entropy(
+                said.flatten(0, 1), truth.flatten(), ignore_index=IGNORE
+            )
+            counted = truth != IGNORE
+            right[name] = (said.argmax(-1) == truth)[counted].float().mean().item()
+    return total, right
+
+
+def _questions(heads, batch: batches.Batch, half_way: torch.Tensor):
+    rows = batch.last_token()[..., None].expand(-1, -1, half_way.shape[-1])
+    states = half_way.gather(1, rows).float().flatten(0, 1)
+    known = [of_question(question) for row in batch.asked for question in row]
+    total, right = 0.0, {}
+    for name in ASKED:
+        truth = torch.tensor([one[name] for one in known], device=states.device)
+        said = heads[name](states)
+        total = total + F.cross_entropy(said, truth)
+        right[name] = (said.argmax(-1) == truth).float().mean().item()
+    return total, right
+
+
+def _looks(batch: batches.Batch, looks: list[torch.Tensor]):
+    """How little of each question's attention goes to the cards it is about."""
+    wanted = torch.zeros(looks[0].shape)
+    for video, row in enumerate(batch.asked):
+        for number, question in enumerate(row):
+            wanted[video, number, batch.patch_at[list(question.about)].flatten()] = 1
+    wanted = wanted.to(looks[0].device)
+    mass = [(look * wanted).sum(-1) for look in looks]
+    total = sum(-(share + 1e-4).log().mean() for share in mass) / len(mass)
+    return total, {"look": sum(mass).mean().item() / len(mass)}
+
+
+def _previous(cards, index: int) -> int:
+    """Digit of the card before, unless the one before that is almost as near."""
+    if index == 0:
+        return IGNORE
+    if index > 1:
+        near = cards[index].at - cards[index - 1].at
+        if cards[index].at - cards[index - 2].at < CLEARLY_EARLIER * near:
+            return IGNORE
+    return cards[index - 1].value

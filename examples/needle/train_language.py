@@ -1,0 +1,195 @@
+"""Stage B: teach the language model all skills on composed videos; the vision tower is frozen.
+
+    python examples/needle/train_language.py .needle/vision.pt .needle/language.pt
+
+Goes on where it was stopped. Lengths grow phase by phase, and most steps see a quarter of each
+picture's tokens.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import bank as banks
+import batches
+import hints
+import network
+import numpy as np
+import scenes
+import scoring
+import torch
+import torch.nn.functional as F
+from scenes import TRAINING_SEEDS
+from train_vision import GRIDS
+
+SEEDS_A_STEP = 64  # the most videos a batch can have
+FIRST_BANK_SEED = 90_000_000  # of TRAINING_SEEDS
+HELD_OUT_BANK_SEED = scenes.HELD_OUT_SEEDS[90_000_000]
+END_WEIGHT = 0.1  # of the loss on the token that ends the answer
+HINT_WEIGHT = 0.2
+# Once the others are known these are asked more often.
+HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`steps` steps on videos of `patches` (from, to) temporal patches."""
+
+    steps: int
+    patches: tuple[int, int]
+    videos: int
+    asked: int
+    rate: tuple[float, float]  # learning rate at its beginning and end
+    kept: int | None = 4  # tokens of a picture
+    shaped: float = 0.0  # share of the steps on frames of other shapes
+    skills: tuple[str, ...] = scenes.SKILLS
+
+
+SCHEDULE = (
+    Phase(250, (4, 8), 32, 4, (1e-5, 1e-3)),
+    Phase(800, (10, 20), 24, 6, (1e-3, 1e-3)),
+    Phase(550, (20, 40), 16, 8, (1e-3, 1e-3)),
+    Phase(500, (20, 96), 10, 8, (1e-3, 1e-3), shaped=0.1, skills=HARDER),
+    Phase(300, (20, 128), 10, 8, (1e-3, 7e-4), shaped=0.2, skills=HARDER),
+    Phase(200, (24, 64), 6, 8, (7e-4, 5e-4), kept=None, shaped=0.4, skills=HARDER),
+    Phase(250, (96, 320), 5, 10, (5e-4, 3e-4), shaped=0.2, skills=HARDER),
+    Phase(120, (64, 256), 2, 12, (3e-4, 1.5e-4), kept=None, shaped=0.4),
+    # Counting depends on how many tokens a picture has, so the end is trained on all of them.
+    Phase(150, (20, 96), 4, 10, (4e-4, 3e-4), kept=None, shaped=0.3, skills=HARDER),
+    Phase(100, (96, 400), 1, 16, (2e-4, 1e-4), kept=None, shaped=0.2, skills=HARDER),
+    Phase(40, (256, 800), 1, 20, (1e-4, 1e-5), kept=None),
+)
+
+
+def make_banks(model, seed: int, share: float = 1.0) -> dict[tuple[int, int], banks.Bank]:
+    """One bank per frame shape; the first, which most videos are made of, is the largest."""
+    made = {}
+    for number, grid in enumerate(GRIDS):
+        variants, clips = (32, 40) if number == 0 else (10, 12)
+        sizes = [max(2, round(share * size)) for size in (variants, 12 * variants, clips)]
+        made[grid] = banks.make(model, seed + number, grid, *sizes)
+    return made
+
+
+def step_loss(model, heads, batch: batches.Batch, words):
+    """The loss, and which questions were answered rightly, bool [batch, Q]."""
+    said, made = scoring.logits(model, batch, watch=True)
+    answer = F.cross_entropy(said[:, :, 0].flatten(0, 1), batch.answers.flatten())
+    ends = torch.full_like(batch.answers, words.end).flatten()
+    end = F.cross_entropy(said[:, :, 1].flatten(0, 1), ends)
+    hint, known = hints.loss(heads, batch, made)
+    loss = answer + END_WEIGHT * end + HINT_WEIGHT * hint
+    return loss, said[:, :, 0].argmax(-1) == batch.answers, known
+
+
+class Trainer:
+    def __init__(self, vision: Path, path: Path, device: str):
+        self.path = path
+        self.model = network.build()
+        tower = torch.load(vision, map_location="cpu")["weights"]
+        self.model.model.visual.load_state_dict(
+            {n.removeprefix("tower."): w for n, w in tower.items() if n.startswith("tower.")}
+        )
+        self.model.model.visual.requires_grad_(False)
+        self.model.to(device)
+        self.words = batches.Words(network.tokenizer())
+        self.heads = hints.make_heads(self.model.config.text_config.hidden_size).to(device)
+        self.weights = [w for w in self.model.parameters() if w.requires_grad]
+        self.weights += list(self.heads.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=0, weight_decay=0.01, betas=(0.9, 0.98))
+        self.step = 0
+        if path.exists():
+            saved = torch.load(path, map_location=device)
+            self.model.load_state_dict(saved["model"])
+            if set(saved["heads"]) == set(self.heads.state_dict()):
+                self.heads.load_state_dict(saved["heads"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
+        start = time.monotonic()
+        self.banks = make_banks(self.model, TRAINING_SEEDS[FIRST_BANK_SEED])
+        self.held_out = banks.make(self.model, HELD_OUT_BANK_SEED, GRIDS[0], 6, 96, 12)
+        pictures = sum(len(bank.tokens) for bank in self.banks.values())
+        print(f"{pictures} pictures encoded in {time.monotonic() - start:.0f} s", flush=True)
+
+    def save(self) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state | {"heads": self.heads.state_dict(), "step": self.step}, self.path)
+
+    def train(self, phase: Phase, done: int) -> None:
+        """The rest of a phase of which `done` steps have been made."""
+        running: dict[str, float] = {}
+        start = time.monotonic()
+        for number in range(done, phase.steps):
+            low, high = phase.rate
+            for group in self.optimizer.param_groups:
+                group["lr"] = low + (high - low) * number / phase.steps
+            rng = np.random.default_rng((5, self.step))
+            shaped = rng.random() < phase.shaped
+            grid = GRIDS[int(rng.integers(1, len(GRIDS)))] if shaped else GRIDS[0]
+            first = self.step * SEEDS_A_STEP
+            seeds = list(TRAINING_SEEDS[first : first + phase.videos])
+            patches = int(rng.integers(phase.patches[0], phase.patches[1] + 1))
+            batch = batches.make(
+                rng,
+                self.model,
+                self.words,
+                self.banks[grid],
+                seeds,
+                patches,
+                phase.asked,
+                skills=phase.skills,
+                kept=phase.kept,
+            )
+            loss, right, known = step_loss(self.model, self.heads, batch, self.words)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+            self.step += 1
+            _follow(running, batch, right.tolist())
+            if self.step % 25 == 0:
+                figures = " ".join(f"{skill} {running[skill]:.2f}" for skill in sorted(running))
+                figures += " | " + " ".join(f"{name} {share:.2f}" for name, share in known.items())
+                print(
+                    f"{self.step} patches {patches} {time.monotonic() - start:.0f} s "
+                    f"loss {loss.item():.3f} {figures}",
+                    flush=True,
+                )
+            if self.step % 200 == 0:
+                self.save()
+        self.save()
+
+    def report(self) -> None:
+        """Accuracy on held-out scenes and pictures."""
+        for patches, videos in ((16, 64), (64, 32), (256, 12)):
+            counts = scoring.accuracy(self.model, self.words, self.held_out, patches, videos)
+            print(f"  held out, {patches} patches: {scoring.shares(counts)}", flush=True)
+
+
+def _follow(running: dict[str, float], batch: batches.Batch, right) -> None:
+    """Running accuracy per skill."""
+    for row, marks in zip(batch.asked, right):
+        for question, mark in zip(row, marks):
+            before = running.get(question.skill, float(mark))
+            running[question.skill] = 0.995 * before + 0.005 * mark
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("vision", type=Path, help="what train_vision.py wrote")
+    parser.add_argument("path", type=Path, help="file to write, and to go on from if it exists")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    trainer = Trainer(arguments.vision, arguments.path, arguments.device)
+    first = 0
+    for phase in SCHEDULE:
+        if trainer.step < first + phase.steps:
+            print(phase, flush=True)
+            trainer.train(phase, max(0, trainer.step - first))
+            trainer.report()
+        first += phase.steps
+
+
+if __name__ == "__main__":
+    main()
