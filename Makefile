@@ -44,7 +44,7 @@ fidelity: venv ## compare the tile rule with the paper's per-token rule: table a
 pictures: venv ## draw the README's pictures of the cube order and of a selection
 	$(RUN) benchmarks/pictures.py $(ARGS)
 
-needle-sweep: venv ## accuracy against FLOPs of many settings, on the needle model (15 minutes)
+needle-sweep: venv ## accuracy against FLOPs of many settings, on the needle model (6 minutes)
 	$(RUN) benchmarks/needle_sweep.py $(ARGS)
 
 bench-attention: venv ## time sparse against dense attention on the CPU

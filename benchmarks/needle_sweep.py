@@ -1,6 +1,6 @@
 """What settings cost in accuracy and save in FLOPs, on the needle model: the tuning guide's curves.
 
-    make needle-sweep                               # benchmarks/results/needle_sweep.json, .png
+    make needle-sweep                               # writes the JSON, and the guide's picture
     python benchmarks/needle_sweep.py --videos 4    # a quick look
 
 Every contender answers the same held-out questions about the same real mp4 files, in one engine
@@ -26,6 +26,8 @@ sys.path.append(str(NEEDLE))
 
 SKILLS = ("basic", "marked", "before", "order")  # those the model has learnt
 DENSE = {"p_attn": 1.0, "p_ffn": 1.0}
+BOTH = ((0.9, 0.8), (0.7, 0.5), (0.5, 0.5), (0.5, 0.3))
+BUDGETS = (0.7, 0.5, 0.35)
 CONTENDERS: dict[str, dict[str, dict]] = {
     "dense": {"stock order": {"off": True}, "cube order": DENSE},
     "attention, top_p": {f"p={p}": DENSE | {"p_attn": p} for p in (0.95, 0.9, 0.8, 0.7, 0.5, 0.3)},
@@ -35,21 +37,25 @@ CONTENDERS: dict[str, dict[str, dict]] = {
     "attention, uniform": {
         f"keep={k}": DENSE | {"selection": "uniform", "keep": k} for k in (0.7, 0.5, 0.3)
     },
-    "FFN, mean": {f"p={p}": DENSE | {"p_ffn": p} for p in (0.8, 0.5, 0.3)},
+    "FFN, mean": {f"p={p}": DENSE | {"p_ffn": p, "compensation": "mean"} for p in (0.8, 0.5, 0.3)},
     "FFN, bypass": {
         f"p={p}": DENSE | {"p_ffn": p, "compensation": "bypass"} for p in (0.8, 0.5, 0.3)
     },
-    "both": {
-        f"p={a}/{f}": {"p_attn": a, "p_ffn": f} for a, f in ((0.9, 0.8), (0.7, 0.5), (0.5, 0.5))
+    "both, mean": {
+        f"p={a}/{f}": {"p_attn": a, "p_ffn": f, "compensation": "mean"} for a, f in BOTH
     },
-    "budget": {f"flops={f}": {"flops": f} for f in (0.7, 0.5, 0.35)},
+    "both, bypass": {
+        f"p={a}/{f}": {"p_attn": a, "p_ffn": f, "compensation": "bypass"} for a, f in BOTH
+    },
+    "budget, mean": {f"flops={f}": {"flops": f, "compensation": "mean"} for f in BUDGETS},
+    "budget, bypass": {f"flops={f}": {"flops": f, "compensation": "bypass"} for f in BUDGETS},
 }
 
 
 def start(checkpoint: Path, tokens: int):
     """vLLM with the plugin, in this process."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # WARNING: two lines a request
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
@@ -173,13 +179,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=NEEDLE / "checkpoint")
     parser.add_argument("--patches", type=int, default=256, help="of 16 tokens each")
-    parser.add_argument("--videos", type=int, default=16)
+    parser.add_argument("--videos", type=int, default=24)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/needle_sweep.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/needle_sweep.png")
     options = parser.parse_args()
     rows = measure(options.checkpoint, options.patches, options.videos)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    draw(rows, options.out.with_suffix(".png"))
+    draw(rows, options.picture)
     print(table(rows))
 
 
