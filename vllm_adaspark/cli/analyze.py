@@ -80,35 +80,25 @@ def _analyze(
     args: argparse.Namespace, shares: list[float], settings: dict[str, Any], config: Any
 ) -> tuple[dict[str, Any], list[Path]]:
     """The numbers, and the picture that needs the engine."""
-    from .. import cost as costs
     from ..analysis.probe import ProbeError
     from ..analysis.study import StudyError, study
     from . import media, offline
-    from .ask import _prompt
-    from .inspect import ways_to_fit
+    from .inspect import fitting_cost
     from .progress import Progress
 
     data = media.read_video(args.video)
     model = media.find_model(args.model, args.revision)
     sampling = media.sampling(args)
     text_tokens = 64 + len(args.question.encode())  # at the most
-    try:
-        video = media.probe(data, args.video)
-        cost = costs.cost(model, video, config, sampling, text_tokens=text_tokens)
-    except costs.CostError as error:
-        raise UsageError(str(error)) from None
-    if not cost.fits:
-        raise UsageError(
-            f"the video has {cost.video_tokens:,} tokens, more than the model's "
-            f"{model.max_positions:,} positions hold; what fits: {' or '.join(ways_to_fit(cost))}"
-        )
+    video = media.probe(data, args.video)
+    cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
     offline.prepare_environment()
     options = _engine_options(args, model.name, cost)
     with Progress("decode", None, "frames", quiet=True) as decoding:
         frames = offline.decode(data, sampling, options, decoding)
     _say("starting the engine")
     with offline.engine(options, settings, config.cube_volume, cost) as llm:
-        prompt = _prompt(llm, args.question, frames, args.max_pixels)
+        prompt = offline.video_prompt(llm, args.question, frames, args.max_pixels)
         try:
             numbers = study(llm, prompt, shares, args.queries, _say)
         except (StudyError, ProbeError) as error:

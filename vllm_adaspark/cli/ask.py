@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, and print answer, times and account."""
-    from .. import cost as costs
     from . import media
+    from .inspect import fitting_cost
     from .progress import Progress
 
     settings = given_settings(args)
@@ -58,17 +58,7 @@ def run(args: argparse.Namespace) -> int:
     data = _read(args.video, quiet=args.json)
     video = media.probe(data, args.video)
     model = media.find_model(args.model, args.revision)
-    try:
-        cost = costs.cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
-    except costs.CostError as error:
-        raise UsageError(str(error)) from None
-    if not cost.fits:
-        from .inspect import ways_to_fit
-
-        raise UsageError(
-            f"the video has {cost.video_tokens:,} tokens, more than the model's "
-            f"{model.max_positions:,} positions hold; what fits: {' or '.join(ways_to_fit(cost))}"
-        )
+    cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
 
     from . import offline
 
@@ -81,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         with Progress("start", None, "", quiet=args.json) as starting:
             engine = offline.engine(options, settings, config.cube_volume, cost)
             llm = stack.enter_context(engine)
-        prompt = _prompt(llm, args.question, frames, args.max_pixels)
+        prompt = offline.video_prompt(llm, args.question, frames, args.max_pixels)
         watched = {"max_tokens": args.max_tokens, "quiet": args.json}
         # Named by the request too, since a budget that cannot be met is refused only there.
         ours = request_settings(settings) | ({"trace": True} if args.picture else {})
@@ -131,17 +121,6 @@ def _read(source: str, *, quiet: bool) -> bytes:
         return media.read_video(source)
     with Progress("fetch", None, "bytes", quiet=quiet) as progress:
         return media.read_video(source, progress.to)
-
-
-def _prompt(llm: Any, question: str, frames: Any, max_pixels: int | None) -> dict[str, Any]:
-    content = [{"type": "video"}, {"type": "text", "text": question}]
-    text = llm.get_tokenizer().apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    prompt = {"prompt": text, "multi_modal_data": {"video": [frames]}}
-    if max_pixels is not None:
-        prompt["mm_processor_kwargs"] = {"max_pixels": max_pixels}
-    return prompt
 
 
 def _with(prompt: dict[str, Any], settings: Any) -> dict[str, Any]:

@@ -182,6 +182,26 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
     return "\n".join(lines)
 
 
+def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: int) -> Any:
+    """``cost.cost`` of a question about a video.
+
+    Raises:
+        UsageError: it cannot be asked, or the model has too few positions for it.
+    """
+    from .. import cost as costs
+
+    try:
+        cost = costs.cost(model, video, config, sampling, **tokens)
+    except costs.CostError as error:
+        raise UsageError(str(error)) from None
+    if not cost.fits:
+        raise UsageError(
+            f"the video has {cost.video_tokens:,} tokens, more than the model's "
+            f"{model.max_positions:,} positions hold; what fits: {' or '.join(ways_to_fit(cost))}"
+        )
+    return cost
+
+
 def ways_to_fit(cost: Any) -> list[str]:
     """Options with which a video that does not fit would."""
     ways = [f"--max-frames {cost.fitting_frames}"] if cost.fitting_frames >= 2 else []

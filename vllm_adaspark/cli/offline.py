@@ -148,6 +148,18 @@ def decode(data: bytes, sampling: Sampling, options: Any, progress: Progress) ->
         raise CommandError(f"VIDEO: {error}") from None
 
 
+def video_prompt(llm: Any, question: str, frames: Any, max_pixels: int | None) -> dict[str, Any]:
+    """A question about a decoded video, by the checkpoint's chat template."""
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    text = llm.get_tokenizer().apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = {"prompt": text, "multi_modal_data": {"video": [frames]}}
+    if max_pixels is not None:
+        prompt["mm_processor_kwargs"] = {"max_pixels": max_pixels}
+    return prompt
+
+
 class _WatchedReader:
     """OpenCV's reader, telling of each frame it goes over."""
 
