@@ -19,7 +19,6 @@ from engine.engines import (
     video_prompt,
 )
 from engine.twin import TwinModel
-from vllm_adaspark.accounting import ModelShape
 from vllm_adaspark.budget import prompt_cost
 from vllm_adaspark.config import AdaSparkConfig
 
@@ -101,18 +100,13 @@ def test_a_budget_equals_the_twin(checkpoint) -> None:
         (answer,) = ask(llm, [video_prompt(video, question=question, flops=flops)], 4, 20)
         prompt_ids = llm.get_tokenizer().encode(chat(VIDEO, question))
         text = llm.llm_engine.model_config.hf_text_config
+    from vllm_adaspark.models.processing import language_model_shape  # imports vLLM
+
     frames, _ = video
     height, width = (side // 28 for side in frames.shape[1:3])
     tokens = len(frames) // 2 * height * width
-    shape = ModelShape(
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_size=text.hidden_size // text.num_attention_heads,
-        intermediate=text.intermediate_size,
-    )
     cost = prompt_cost(
-        shape,
+        language_model_shape(text),
         text.num_hidden_layers,
         len(prompt_ids) - 1 + tokens,
         [(prompt_ids.index(llm_video_token(prompt_ids, checkpoint)), tokens)],
