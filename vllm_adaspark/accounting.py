@@ -69,7 +69,7 @@ class StepCounts:
     scored: np.ndarray  # [layers, rows] (query token, cube) pairs scored
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
     cubes_attended: np.ndarray  # [layers, rows]
-    ffn_skipped: np.ndarray  # [layers, rows] tokens
+    ffn_skipped: np.ndarray  # [layers, rows] FFN evaluations saved
     choices: np.ndarray  # [rows] tiles and FFN cubes that could leave something out
     fallback_tokens: dict[str, np.ndarray]  # by reason: [rows], see plan.FALLBACKS
     selection_seconds: np.ndarray  # [rows] the step's, by each row's part in the work
@@ -130,7 +130,8 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
         counts.scored[nth] = scored
     if plan.ffn_active:
         nth, active = _to_host(plan.ffn_active, layers)  # [layers, cubes]
-        counts.ffn_skipped[nth] = _sum_by_row(plan.block_size - active, plan.ffn.row, number)
+        ran = np.minimum(active + plan.ffn.extra, plan.block_size)
+        counts.ffn_skipped[nth] = _sum_by_row(plan.block_size - ran, plan.ffn.row, number)
     return counts
 
 
@@ -237,8 +238,8 @@ class Account:
         """Densities and FLOPs, JSON-ready.
 
         ``attention_density``: share of the preceding cubes attended, weighted by query tokens.
-        ``ffn_density``: share of the video tokens that ran the FFN.  1.0 where there was nothing
-        to leave out.  ``flops_ratio``: executed over dense.
+        ``ffn_density``: FFN evaluations per video token; a cube's centroid is one.  1.0 where there
+        was nothing to leave out.  ``flops_ratio``: executed over dense.
         """
         shape, number = self.shape, len(self.layers)
         qkvo = float(self.tokens * number * shape.qkvo_flops_per_token)

@@ -30,6 +30,7 @@ class PromptCost:
     dense: float  # all of it, run densely
     optional: float  # what selection may leave out
     selection: float  # scoring cubes, if anything is left out
+    compensation: float  # FFN evaluations for skipped tokens, if any skips
 
     @property
     def least(self) -> float:
@@ -51,7 +52,7 @@ class PromptCost:
 
     @property
     def _always(self) -> float:
-        return self.dense - self.optional + self.selection
+        return self.dense - self.optional + self.selection + self.compensation
 
 
 def prompt_cost(
@@ -64,6 +65,7 @@ def prompt_cost(
     dense_below: int,
     dense_layers: int,
     sparse_text: bool,
+    compensation: str,
 ) -> PromptCost:
     """Count a prompt as the plan will cut it (attention/planner.py).
 
@@ -73,7 +75,7 @@ def prompt_cost(
         tokens: of the prompt.
         videos: (offset, tokens) of each video in it.
         block_size: tokens in a KV block.
-        dense_below, dense_layers, sparse_text: as in AdaSparkConfig.
+        dense_below, dense_layers, sparse_text, compensation: as in AdaSparkConfig.
     """
     is_video = np.zeros(tokens, bool)
     for offset, length in videos:
@@ -97,9 +99,11 @@ def prompt_cost(
         scored * block_size * shape.attention_flops_per_pair
         + float(is_cube.sum()) * block_size * shape.ffn_flops_per_token
     )
+    centroids = float(is_cube.sum()) if compensation == "centroid" else 0.0
     sparse_layers = max(0, layers - dense_layers)
     return PromptCost(
         dense=layers * dense,
         optional=sparse_layers * optional,
         selection=sparse_layers * scored * shape.score_flops_per_pair,
+        compensation=sparse_layers * centroids * shape.ffn_flops_per_token,
     )

@@ -7,7 +7,8 @@ Three sources, in rising priority (design, section 2):
 3. the request:     ``mm_processor_kwargs={"adaspark": {...}}``
 
 ``{"off": true}``, or ``"off"`` for the whole object, is short for ``{"enabled": false, "order":
-"raster"}``: dense, and token for token what the stock model computes.
+"raster"}``: dense, and token for token what the stock model computes.  ``{"paper": true}``, or
+``"paper"``, is short for the paper's own rules where ours differ.
 
 Unknown keys, wrong types and values out of range are errors that name the key, the value and what
 is allowed: at start for the first two, HTTP 400 for the last.  This module imports nothing but the
@@ -24,10 +25,17 @@ from typing import Any
 
 ORDERS = ("cube", "raster")
 SELECTIONS = ("top_p", "top_k", "uniform")
-COMPENSATIONS = ("mean", "bypass")
+IMPORTANCES = ("deviation", "norm")
+COMPENSATIONS = ("centroid", "mean", "bypass")
 TEXT_QUERIES = ("sparse", "dense")
 
 OFF = "off"
+PAPER = "paper"
+# What each word is short for.  Settings named beside "paper" are laid over it.
+SHORT_FOR = {
+    OFF: {"enabled": False, "order": "raster"},
+    PAPER: {"selection": "top_p", "importance": "norm", "compensation": "mean"},
+}
 REPLACED_BY_FLOPS = ("p_attn", "p_ffn", "keep")
 
 # Shares travel to the layers in ten bits per token (see tags.py): a thousandth is the resolution.
@@ -60,7 +68,7 @@ class AdaSparkConfig:
         0.9, "probability mass of preceding cubes a query keeps (top_p)", share=True
     )
     p_ffn: float = _setting(
-        0.8, "share of a cube's token-norm mass that runs the FFN (1: dense)", share=True
+        0.8, "share of a cube's token importance that runs the FFN (1: dense)", share=True
     )
     flops: float | None = _setting(
         None,
@@ -78,8 +86,16 @@ class AdaSparkConfig:
     text_queries: str = _setting(
         "sparse", "whether text after a video selects cubes too", choices=TEXT_QUERIES
     )
+    importance: str = _setting(
+        "deviation",
+        "what makes a token run the FFN: its distance from the cube's mean, or its norm",
+        choices=IMPORTANCES,
+    )
     compensation: str = _setting(
-        "mean", "what a token that skips the FFN gets", choices=COMPENSATIONS
+        "centroid",
+        "what a token that skips the FFN gets: the FFN of the skipped tokens' mean, the mean of "
+        "the active tokens' FFN, or nothing",
+        choices=COMPENSATIONS,
     )
     cube: tuple[int, int, int] = _setting(
         (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
@@ -149,9 +165,9 @@ class AdaSparkConfig:
         """This config with ``settings`` laid over it.
 
         Args:
-            settings: keys of this class, ``"off"``, or ``None``, which changes nothing.  A budget
-                (``flops``) and the settings it replaces (``p_attn``, ``p_ffn``, ``keep``) cannot
-                both be named; of two sources, the later decides which of them counts.
+            settings: keys of this class, a word of SHORT_FOR, or ``None``, which changes nothing.
+                A budget (``flops``) and the settings it replaces (``p_attn``, ``p_ffn``, ``keep``)
+                cannot both be named; of two sources, the later decides which of them counts.
             source: where the settings came from, for the error message.
             request: whether they came from a request, which may not set server-wide keys.
 
@@ -160,18 +176,19 @@ class AdaSparkConfig:
         """
         if settings is None:
             return self
-        if settings == OFF:
-            settings = {OFF: True}
+        if isinstance(settings, str) and settings in SHORT_FOR:
+            settings = {settings: True}
         if not isinstance(settings, Mapping):
+            words = " or ".join(repr(word) for word in SHORT_FOR)
             raise AdaSparkConfigError(
-                f"{source} must be an object of settings or {OFF!r}, got {settings!r} "
+                f"{source} must be an object of settings or {words}, got {settings!r} "
                 f"({type(settings).__name__})"
             )
         known = {spec.name: spec for spec in fields(self)}
         settable = [name for name, spec in known.items() if spec.metadata["request"] or not request]
-        settable.append(OFF)
+        settable += SHORT_FOR
         for key in settings:
-            if key not in known and key != OFF:
+            if key not in known and key not in SHORT_FOR:
                 close = difflib.get_close_matches(str(key), settable, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise AdaSparkConfigError(
@@ -205,13 +222,14 @@ class AdaSparkConfig:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` with ``off`` spelt out, and with a budget where it counts."""
-    plain = {key: value for key, value in settings.items() if key != OFF}
-    off = settings.get(OFF, False)
-    if not isinstance(off, bool):
-        raise AdaSparkConfigError(f"{OFF}={off!r}: expected true or false")
-    if off:
-        plain |= {"enabled": False, "order": "raster"}
+    """``settings`` with short words spelt out, and with a budget where it counts."""
+    plain = {key: value for key, value in settings.items() if key not in SHORT_FOR}
+    for word, meaning in SHORT_FOR.items():
+        said = settings.get(word, False)
+        if not isinstance(said, bool):
+            raise AdaSparkConfigError(f"{word}={said!r}: expected true or false")
+        if said:
+            plain = plain | meaning if word == OFF else meaning | plain
     replaced = [key for key in REPLACED_BY_FLOPS if key in plain]
     if replaced and plain.get("flops") is not None:
         raise AdaSparkConfigError(

@@ -327,6 +327,7 @@ def _flops(
             dense_below=config.dense_below,
             dense_layers=config.dense_layers,
             sparse_text=config.text_queries == "sparse",
+            compensation=config.compensation,
         )
 
     whole = count(model.shape)
@@ -342,6 +343,8 @@ def _flops(
     spent = whole.dense - (1 - share) * attention - (1 - ffn_share) * ffn
     if share < 1:
         spent += whole.selection
+    if ffn_share < 1:
+        spent += whole.compensation
     return whole.dense, spent, whole.least
 
 

@@ -1,10 +1,22 @@
 """AdaS-FFN: inside a cube only the tokens that matter run the FFN.
 
-A token matters by the L2 norm of its residual stream *before* the post-attention norm (after
-RMSNorm all norms are nearly alike); Top-p over the cube's normalised norms picks the active tokens,
-with a budget at the p that keeps its share of all tokens of the request's cubes in the step.
-A token that skips gets the mean of the active tokens' FFN outputs, or nothing ("bypass").  Only
-cubes that lie wholly in a step take part; a cube cut by a chunk edge, and all text, run dense.
+Top-p over a cube's normalised importances picks the active tokens, with a budget at the p that
+keeps its share of all tokens of the request's cubes in the step.  Importance is one of
+
+* ``"deviation"``: how far the token's FFN input lies from the cube's mean input, L2.
+* ``"norm"``: the L2 norm of the residual stream *before* the post-attention norm (after RMSNorm all
+  norms are nearly alike).  The paper's.
+
+A token that skips gets one of
+
+* ``"centroid"``: the FFN of the mean input of the cube's skipped tokens, one more evaluation a cube.
+* ``"mean"``: the mean of the active tokens' FFN outputs.  The paper's.
+* ``"bypass"``: nothing.
+
+The first of each belong together: to first order the error of a token that takes its centroid's
+output grows with its distance from it, so the tokens farthest away run (measured in
+docs/quality.md).  Only cubes that lie wholly in a step take part; a cube cut by a chunk edge, and
+all text, run dense.
 
 The choice depends on the data, so it is one opaque custom op: torch.compile and piecewise CUDA
 graphs split there.  (Paper: AdaS-FFN; design, section 2.)
@@ -26,9 +38,11 @@ from vllm.utils.torch_utils import (
 
 from . import selection
 from .attention.plan import FFNPlan
+from .config import COMPENSATIONS, IMPORTANCES
 from .runtime import Runtime
 
 OP_NAME = "vllm::adaspark_ffn"
+CENTROID, MEAN = (COMPENSATIONS.index(name) for name in ("centroid", "mean"))
 
 
 class SparseMLP(Qwen2MLP):
@@ -59,7 +73,7 @@ class SparseMLP(Qwen2MLP):
         plan = step.ffn if step is not None else None
         if plan is None or self.adaspark_layer < plan.dense_layers_range[0]:
             return super().forward(x)
-        active = active_tokens(residual, plan, self.adaspark_layer)
+        active = active_tokens(x, residual, plan, self.adaspark_layer)
         if get_tensor_model_parallel_world_size() > 1:
             # All ranks must gather the same tokens.  They see the same residual, but a rounding
             # difference in an all-reduce must not be able to hang the next one.
@@ -70,16 +84,26 @@ class SparseMLP(Qwen2MLP):
         return sparse_ffn(x, super().forward, active, plan)
 
 
-def active_tokens(residual: torch.Tensor, plan: FFNPlan, layer: int) -> torch.Tensor:
+def active_tokens(
+    x: torch.Tensor, residual: torch.Tensor, plan: FFNPlan, layer: int
+) -> torch.Tensor:
     """Which tokens of each cube run the FFN, ``[cubes, block_size]`` bool.
 
     Args:
+        x: ``[tokens, hidden]`` the FFN's input.
         residual: ``[tokens, hidden]`` stream before the post-attention norm.
         plan: the step's FFN plan.
         layer: layer index; cubes whose first ``dense_layers`` include it are all active.
     """
-    norm = torch.linalg.vector_norm(residual[plan.tokens], dim=-1, dtype=torch.float32)
-    importance = norm / norm.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    measures = {
+        IMPORTANCES.index("deviation"): lambda: _deviation(x[plan.tokens]),
+        IMPORTANCES.index("norm"): lambda: _norm(residual[plan.tokens]),
+    }
+    measured = measures[plan.importances[0]]()
+    for other in plan.importances[1:]:
+        measured = torch.where((plan.importance == other)[:, None], measures[other](), measured)
+    total = measured.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    importance = measured / total
     everywhere = torch.ones_like(importance, dtype=torch.bool)
     least = torch.ones_like(plan.dense_layers)
     active = selection.top_p(importance, everywhere, plan.share, least)
@@ -91,11 +115,21 @@ def active_tokens(residual: torch.Tensor, plan: FFNPlan, layer: int) -> torch.Te
     return active
 
 
+def _norm(residual: torch.Tensor) -> torch.Tensor:
+    """``[cubes, block_size, hidden]`` to L2 norms ``[cubes, block_size]``, fp32."""
+    return torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
+
+
+def _deviation(x: torch.Tensor) -> torch.Tensor:
+    """L2 distances from the cube's mean; shapes as in :func:`_norm`."""
+    return _norm(x - x.mean(1, keepdim=True, dtype=torch.float32))
+
+
 def sparse_ffn(x: torch.Tensor, ffn, active: torch.Tensor, plan: FFNPlan) -> torch.Tensor:
     """Run ``ffn`` on the active tokens and all tokens outside the plan's cubes.
 
     Args:
-        x: ``[tokens, hidden]`` normed input.
+        x: ``[tokens, hidden]`` FFN input.
         ffn: maps ``[n, hidden]`` to ``[n, hidden]``, token by token.
         active: ``[cubes, block_size]`` bool, from :func:`active_tokens`.
         plan: the step's FFN plan.
@@ -103,14 +137,28 @@ def sparse_ffn(x: torch.Tensor, ffn, active: torch.Tensor, plan: FFNPlan) -> tor
     runs = torch.ones(len(x), dtype=torch.bool, device=x.device)
     runs[plan.tokens] = active
     index = runs.nonzero().squeeze(1)  # waits for the GPU: the one data-dependent size
+    inputs = x[index]
+    if CENTROID in plan.compensations:
+        inputs = torch.cat([inputs, _centroids(x[plan.tokens], ~active)])
+    outputs = ffn(inputs)
     out = torch.zeros_like(x)
-    out.index_copy_(0, index, ffn(x[index]))
+    out.index_copy_(0, index, outputs[: len(index)])
 
     cubes = out[plan.tokens]  # [cubes, block_size, hidden], zero where skipped
-    mean = cubes.sum(1, dtype=torch.float32) / active.sum(1, keepdim=True)
-    fill = torch.where(plan.mean[:, None], mean, 0.0).to(out.dtype)
+    fill = torch.zeros_like(cubes[:, 0])
+    if CENTROID in plan.compensations:
+        fill = torch.where((plan.compensation == CENTROID)[:, None], outputs[len(index) :], fill)
+    if MEAN in plan.compensations:
+        mean = cubes.sum(1, dtype=torch.float32) / active.sum(1, keepdim=True)
+        fill = torch.where((plan.compensation == MEAN)[:, None], mean.to(out.dtype), fill)
     out[plan.tokens] = torch.where(active[..., None], cubes, fill[:, None])
     return out
+
+
+def _centroids(x: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """Mean of ``x [cubes, block_size, hidden]`` over the ``skipped [cubes, block_size]`` tokens."""
+    total = torch.where(skipped[..., None], x, 0.0).sum(1, dtype=torch.float32)
+    return (total / skipped.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def _adaspark_ffn(

@@ -97,14 +97,15 @@ def paper_ffn(
     p: float,
     compensation: str = "mean",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """AdaS-FFN: in every cube the tokens that hold ``p`` of the norm mass run the FFN.
+    """The paper's AdaS-FFN: in every cube the tokens that hold ``p`` of the norm mass run the FFN.
 
     Args:
         x: ``[n, hidden]`` residual stream before the post-attention norm.
         ffn: norm and FFN, ``[m, hidden]`` to ``[m, hidden]``, without the residual.
         cube_of: ``[n]`` as in :func:`paper_attention`; text always runs the FFN.
         compensation: ``"mean"``: a skipped token gets the mean FFN output of its cube's active
-            tokens; ``"bypass"``: it gets nothing.
+            tokens; ``"bypass"``: it gets nothing; ``"centroid"``: the FFN of the skipped tokens'
+            mean (ours; here of the stream before the norm).
 
     Returns:
         ``[n, hidden]`` the residual stream after the FFN, and ``[n]`` bool, the active tokens.
@@ -278,8 +279,13 @@ def tile_ffn(
     if not config.sparse_ffn or layer < config.dense_layers:
         return branch, active
     cubes = [at for at in _by_block(chunk, block_size) if _is_cube(is_video, at, block_size)]
-    norms = [x[at.start : at.stop].norm(dim=-1) for at in cubes]
-    importance = [norm / norm.sum() for norm in norms]
+    measured = []
+    for tokens in cubes:
+        here = slice(tokens.start, tokens.stop)
+        rows = x[here] if config.importance == "norm" else h[here] - h[here].mean(0)
+        measured.append(rows.norm(dim=-1))
+    tiny = torch.finfo(torch.float32).tiny  # tokens that are all alike all run
+    importance = [measure / measure.sum().clamp(min=tiny) for measure in measured]
     if config.flops is None:
         runs = [top_p(share, config.p_ffn, min_keep=1)[0] for share in importance]
     elif cubes:
@@ -348,6 +354,8 @@ def _ffn_of(
     branch[active] = ffn(h[active])
     if compensation == "mean":
         branch[~active] = branch[active].mean(0)
+    if compensation == "centroid" and not active.all():
+        branch[~active] = ffn(h[~active].mean(0, keepdim=True))[0]
     return branch
 
 

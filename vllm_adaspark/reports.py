@@ -18,7 +18,14 @@ import numpy as np
 
 from . import tags
 from .accounting import PER_LAYER, SECONDS, Account
-from .config import COMPENSATIONS, ORDERS, SELECTIONS, SHARE_STEPS, TEXT_QUERIES
+from .config import (
+    COMPENSATIONS,
+    IMPORTANCES,
+    ORDERS,
+    SELECTIONS,
+    SHARE_STEPS,
+    TEXT_QUERIES,
+)
 
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
 DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback")
@@ -146,7 +153,8 @@ def settings_of(video: tuple[int, ...]) -> dict[str, Any] | None:
         "min_cubes": carried.min_cubes,
         "dense_layers": carried.dense_layers,
         "text_queries": TEXT_QUERIES[0 if carried.sparse_text else 1],
-        "compensation": COMPENSATIONS[0 if carried.mean_compensation else 1],
+        "importance": IMPORTANCES[carried.importance],
+        "compensation": COMPENSATIONS[carried.compensation],
         "cube": cube,
         "order": ORDERS[order],
         "trace": bool(trace),

@@ -2,13 +2,15 @@
 
 Per-token facts must reach every layer, on every tensor- and pipeline-parallel rank, for every
 prefill chunk, in both of vLLM's model runners.  M-RoPE positions already go everywhere a token
-goes, three numbers a token; runner V2 stages them as int32.  We keep 20 bits of each for the
-position and use the 11 bits above it in each of the three rows::
+goes, three numbers a token; runner V2 stages them as int32.  We keep 19 bits of each for the
+position and use the 12 bits above it in each of the three rows::
 
-    row 0 (time)    bit 20: is video | bits 21-30: attention share, in thousandths
-    row 1 (height)  bit 20: mean compensation | bits 21-30: FFN share, in thousandths
-    row 2 (width)   bits 20-21: selection rule | bit 22: text queries sparse
-                    bits 23-26: min_cubes - 1 | bits 27-30: dense_layers
+    row 0 (time)    bit 19: is video | bit 20: importance | bits 21-30: attention share
+    row 1 (height)  bits 19-20: compensation | bits 21-30: FFN share
+    row 2 (width)   bits 19-20: selection rule | bit 21: text queries sparse
+                    bits 22-25: min_cubes - 1 | bits 26-29: dense_layers
+
+Shares are in thousandths.
 
 With a budget (``flops``) the rule is :data:`BUDGET`, and both shares say how much of the cubes and
 of the FFN tokens may be kept; the model sets them when it knows the whole prompt (budget.py).
@@ -24,14 +26,21 @@ from typing import NamedTuple
 
 import torch
 
-from .config import COMPENSATIONS, SELECTIONS, SHARE_STEPS, TEXT_QUERIES, AdaSparkConfig
+from .config import (
+    COMPENSATIONS,
+    IMPORTANCES,
+    SELECTIONS,
+    SHARE_STEPS,
+    TEXT_QUERIES,
+    AdaSparkConfig,
+)
 
-POSITION_BITS = 20
+POSITION_BITS = 19
 MAX_POSITION = (1 << POSITION_BITS) - 1
 BUDGET = len(SELECTIONS)  # the selection rule of a request with a budget
-_FIELD_BITS = 11
+_FIELD_BITS = 12
 _FIELD_MASK = (1 << _FIELD_BITS) - 1
-_SHARE_BITS = (_FIELD_MASK & ~1) * (1 | 1 << _FIELD_BITS)
+_SHARE_BITS = (_FIELD_MASK & ~3) * (1 | 1 << _FIELD_BITS)
 
 
 class Tags(NamedTuple):
@@ -43,7 +52,8 @@ class Tags(NamedTuple):
     is_video: torch.Tensor
     attn_share: torch.Tensor
     ffn_share: torch.Tensor
-    mean_compensation: torch.Tensor
+    importance: torch.Tensor  # index into config.IMPORTANCES
+    compensation: torch.Tensor  # index into config.COMPENSATIONS
     rule: torch.Tensor  # index into config.SELECTIONS, or BUDGET
     sparse_text: torch.Tensor
     min_cubes: torch.Tensor
@@ -51,7 +61,7 @@ class Tags(NamedTuple):
 
 
 def tag_word(config: AdaSparkConfig) -> int:
-    """The 33-bit word a video token carries under ``config``.
+    """The 36-bit word a video token carries under ``config``.
 
     A budget's shares are provisional: see :func:`with_shares`.
     """
@@ -62,19 +72,20 @@ def tag_word(config: AdaSparkConfig) -> int:
         attn, ffn, rule = config.flops, config.flops, BUDGET
     if not config.enabled:
         attn = ffn = 1.0
-    height = COMPENSATIONS.index(config.compensation) ^ 1
+    time = 1 | IMPORTANCES.index(config.importance) << 1
+    height = COMPENSATIONS.index(config.compensation)
     width = (
         rule
         | (TEXT_QUERIES.index(config.text_queries) ^ 1) << 2
         | (config.min_cubes - 1) << 3
         | config.dense_layers << 7
     )
-    return with_shares(1 | height << _FIELD_BITS | width << 2 * _FIELD_BITS, attn, ffn)
+    return with_shares(time | height << _FIELD_BITS | width << 2 * _FIELD_BITS, attn, ffn)
 
 
 def with_shares(word: int, attn: float, ffn: float) -> int:
     """``word`` with other shares, each above 0 and at most 1."""
-    shares = round(attn * SHARE_STEPS) << 1 | round(ffn * SHARE_STEPS) << _FIELD_BITS + 1
+    shares = round(attn * SHARE_STEPS) << 2 | round(ffn * SHARE_STEPS) << _FIELD_BITS + 2
     return word & ~_SHARE_BITS | shares
 
 
@@ -85,9 +96,10 @@ def unpack(word: torch.Tensor) -> Tags:
     width = word >> 2 * _FIELD_BITS & _FIELD_MASK
     return Tags(
         is_video=(time & 1) != 0,
-        attn_share=time >> 1,
-        ffn_share=height >> 1,
-        mean_compensation=(height & 1) != 0,
+        attn_share=time >> 2,
+        ffn_share=height >> 2,
+        importance=time >> 1 & 1,
+        compensation=height & 3,
         rule=width & 3,
         sparse_text=(width >> 2 & 1) != 0,
         min_cubes=(width >> 3 & 15) + 1,
@@ -104,7 +116,7 @@ def add_tags(positions: torch.Tensor, word: int, tokens: slice) -> None:
         tokens: the video's tokens.
 
     Raises:
-        ValueError: a position does not fit in 20 bits.
+        ValueError: a position does not fit in 19 bits.
     """
     largest = int(positions[:, tokens].max()) if positions[:, tokens].numel() else 0
     if largest > MAX_POSITION:

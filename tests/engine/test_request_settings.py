@@ -114,6 +114,7 @@ def test_a_budget_equals_the_twin(checkpoint) -> None:
         dense_below=SPARSE["dense_below"],
         dense_layers=0,
         sparse_text=True,
+        compensation=AdaSparkConfig().compensation,
     )
     # The twin takes the share of cubes and tokens, not of FLOPs.
     twin = TwinModel(checkpoint, AdaSparkConfig().override(SPARSE | {"flops": None}))

@@ -8,7 +8,7 @@ from vllm_adaspark.accounting import ModelShape
 from vllm_adaspark.attention.planner import build_plan
 from vllm_adaspark.attention.state import BlockTags, StepRows
 from vllm_adaspark.budget import LEAST_SHARE, prompt_cost
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.config import COMPENSATIONS, AdaSparkConfig
 from vllm_adaspark.tags import tag_word
 
 SHAPE = ModelShape(hidden=64, heads=4, kv_heads=2, head_size=16, intermediate=160)
@@ -26,12 +26,12 @@ def layout(seed: int) -> tuple[int, list[tuple[int, int]]]:
     return tokens, videos
 
 
-def naive_cost(tokens, videos, *, dense_below, dense_layers, sparse_text):
-    """(dense, optional, selection) FLOPs, token by token and layer by layer."""
+def naive_cost(tokens, videos, *, dense_below, dense_layers, sparse_text, compensation):
+    """(dense, optional, selection, compensation) FLOPs, token by token and layer by layer."""
     video = [any(start <= t < start + n for start, n in videos) for t in range(tokens)]
     cube = {b: all(video[b * BLOCK : (b + 1) * BLOCK]) for b in range(tokens // BLOCK)}
     h, kv, d, f = SHAPE.heads, SHAPE.kv_heads, SHAPE.head_size, SHAPE.intermediate
-    dense = optional = selection = 0
+    dense = optional = selection = centroids = 0
     for layer in range(LAYERS):
         for token in range(tokens):
             projections = 2 * SHAPE.hidden * (h + 2 * kv) * d + 2 * h * d * SHAPE.hidden
@@ -43,20 +43,23 @@ def naive_cost(tokens, videos, *, dense_below, dense_layers, sparse_text):
             whole = cube.get(own, False)
             if whole:
                 optional += 3 * 2 * SHAPE.hidden * f
+                if token % BLOCK == 0 and compensation == "centroid":
+                    centroids += 3 * 2 * SHAPE.hidden * f
             chooses = whole or (not video[token] and sparse_text)
             if chooses and before and before >= dense_below:
                 optional += before * BLOCK * h * 4 * d
                 selection += before * h * 2 * d
-    return dense, optional, selection
+    return dense, optional, selection, centroids
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_cost_of_a_prompt_equals_the_loops(seed):
     tokens, videos = layout(seed)
     rules = dict(dense_below=seed % 4, dense_layers=seed % 5, sparse_text=seed % 3 > 0)
+    rules["compensation"] = COMPENSATIONS[seed % 3]
     cost = prompt_cost(SHAPE, LAYERS, tokens, videos, block_size=BLOCK, **rules)
     expected = naive_cost(tokens, videos, **rules)
-    assert (cost.dense, cost.optional, cost.selection) == pytest.approx(expected)
+    assert (cost.dense, cost.optional, cost.selection, cost.compensation) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -80,14 +83,16 @@ def test_the_cost_counts_what_the_plan_scores(seed):
     cost = prompt_cost(
         SHAPE, 1, tokens, videos,
         block_size=BLOCK, dense_below=2, dense_layers=0, sparse_text=True,
+        compensation=config.compensation,
     )  # fmt: skip
     assert cost.selection == scored * SHAPE.score_flops_per_pair
     attention = scored * BLOCK * SHAPE.attention_flops_per_pair
     assert cost.optional == attention + cubes * BLOCK * SHAPE.ffn_flops_per_token
+    assert cost.compensation == cubes * SHAPE.ffn_flops_per_token
 
 
 def long_video(**rules):
-    rules = dict(dense_below=2, dense_layers=0, sparse_text=True) | rules
+    rules = dict(dense_below=2, dense_layers=0, sparse_text=True, compensation="mean") | rules
     return prompt_cost(SHAPE, LAYERS, 4030, [(10, 4000)], block_size=BLOCK, **rules)
 
 
@@ -107,7 +112,8 @@ def test_edges_of_a_budget():
     assert cost.share(cost.least + 0.001) >= LEAST_SHARE
     assert cost.share(cost.least - 0.01) == cost.least - 0.01  # cannot be met: see its docstring
     text = prompt_cost(
-        SHAPE, LAYERS, 50, [], block_size=BLOCK, dense_below=2, dense_layers=0, sparse_text=True
-    )
+        SHAPE, LAYERS, 50, [],
+        block_size=BLOCK, dense_below=2, dense_layers=0, sparse_text=True, compensation="mean",
+    )  # fmt: skip
     assert (text.optional, text.least, text.share(0.4)) == (0, 1.0, 1.0)
     assert long_video(dense_layers=LAYERS).share(0.4) == 1.0

@@ -67,7 +67,7 @@ def test_settings_must_be_an_object(settings):
         ("keep", 2, "above 0 and at most 1"),
         ("selection", "topp", "'top_p', 'top_k', 'uniform'"),
         ("selection", 1, "'top_p', 'top_k', 'uniform'"),
-        ("compensation", "none", "'mean', 'bypass'"),
+        ("compensation", "none", "'centroid', 'mean', 'bypass'"),
         ("text_queries", ["sparse"], "'sparse', 'dense'"),
         ("order", "hilbert", "'cube', 'raster'"),
         ("min_cubes", 0, "an integer from 1 to 16"),
@@ -176,6 +176,22 @@ def test_off_is_dense_in_the_stock_models_order(off):
     assert not request.enabled
     assert request.order == "raster"
     assert not (request.sparse_attention or request.sparse_ffn)
+
+
+@pytest.mark.parametrize("paper", ["paper", {"paper": True}])
+def test_paper_is_the_papers_own_rules(paper):
+    ours = AdaSparkConfig(p_attn=0.4, selection="top_k")
+    config = ours.override(paper, request=True)
+    assert config.p_attn == 0.4
+    assert (config.selection, config.importance, config.compensation) == ("top_p", "norm", "mean")
+
+
+def test_what_is_named_beside_paper_counts():
+    config = AdaSparkConfig().override({"compensation": "bypass", "paper": True})
+    assert (config.importance, config.compensation) == ("norm", "bypass")
+    assert AdaSparkConfig().override({"paper": False}) == AdaSparkConfig()
+    with pytest.raises(AdaSparkConfigError, match="paper='yes': expected true or false"):
+        AdaSparkConfig().override({"paper": "yes"})
 
 
 def test_off_false_changes_nothing_and_off_must_be_a_bool():

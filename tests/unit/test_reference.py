@@ -13,6 +13,7 @@ from vllm_adaspark.reference import paper_attention, paper_ffn, tile_attention, 
 B = 8  # KV block
 HEADS, KV_HEADS, D = 4, 2, 16
 CONFIG = AdaSparkConfig(p_attn=0.6, p_ffn=0.6, dense_below=0)
+PAPER = CONFIG.override("paper")
 
 
 def random_qkv(n, seed=0, heads=HEADS, kv_heads=KV_HEADS, d=D):
@@ -496,23 +497,45 @@ def test_ffn_by_hand():
     assert runs.tolist() == active
     torch.testing.assert_close(y, x + branch)
 
-    config = AdaSparkConfig(p_ffn=0.6)
-    out, runs = tile_ffn(x, x, square, cube_of >= 0, 4, (0, 5), config)
+    out, runs = tile_ffn(x, x, square, cube_of >= 0, 4, (0, 5), PAPER)
     assert runs.tolist() == active
     torch.testing.assert_close(out, branch)
 
-    branch[[1, 3]] = 0
-    y, _ = paper_ffn(x, square, cube_of, 0.6, "bypass")
-    torch.testing.assert_close(y, x + branch)
-    out, _ = tile_ffn(x, x, square, cube_of >= 0, 4, (0, 5), replace(config, compensation="bypass"))
-    torch.testing.assert_close(out, branch)
+    # The skipped tokens' mean is (.5, 1).
+    for compensation, fill in (("bypass", [0.0, 0]), ("centroid", [0.25, 1])):
+        branch[[1, 3]] = torch.tensor(fill)
+        y, _ = paper_ffn(x, square, cube_of, 0.6, compensation)
+        torch.testing.assert_close(y, x + branch)
+        config = replace(PAPER, compensation=compensation)
+        out, _ = tile_ffn(x, x, square, cube_of >= 0, 4, (0, 5), config)
+        torch.testing.assert_close(out, branch)
+
+
+def test_deviation_by_hand():
+    # The FFN's input decides, not the stream before the norm (x).  The mean input is (2, 1); the
+    # distances from it are 3, 1, 1, 3, so the shares .375 .125 .125 .375: p = .7 keeps 0 and 3.
+    x = torch.tensor([[0.0, 1], [9, 9], [9, 9], [1, 0]])
+    h = torch.tensor([[-1.0, 1], [2, 2], [2, 0], [5, 1]])
+    is_video = torch.ones(4, dtype=torch.bool)
+    config = AdaSparkConfig(p_ffn=0.7, importance="deviation", compensation="centroid")
+    out, active = tile_ffn(x, h, square, is_video, 4, (0, 4), config)
+    assert active.tolist() == [True, False, False, True]
+    # The two others' mean is the mean itself.
+    assert out.tolist() == [[1, 1], [4, 1], [4, 1], [25, 1]]
+
+
+def test_tokens_that_are_all_alike_all_run():
+    config = AdaSparkConfig(p_ffn=0.5, importance="deviation")
+    is_video = torch.ones(8, dtype=torch.bool)
+    _, active = tile_ffn(torch.ones(8, 4), torch.ones(8, 4), square, is_video, 8, (0, 8), config)
+    assert active.all()
 
 
 def test_ffn_reads_importance_before_the_norm():
     x = torch.tensor([[8.0], [1.0], [1.0], [1.0]])
     h = torch.tensor([[1.0], [5.0], [6.0], [7.0]])
     is_video = torch.ones(4, dtype=torch.bool)
-    out, active = tile_ffn(x, h, square, is_video, 4, (0, 4), AdaSparkConfig(p_ffn=0.5))
+    out, active = tile_ffn(x, h, square, is_video, 4, (0, 4), replace(PAPER, p_ffn=0.5))
     assert active.tolist() == [True, False, False, False]
     assert out.flatten().tolist() == [1.0] * 4
 
@@ -521,7 +544,7 @@ def test_ffn_reads_importance_before_the_norm():
 def test_equal_norms_keep_the_earlier_tokens(p, count):
     x = torch.ones(8, 4)
     is_video = torch.ones(8, dtype=torch.bool)
-    _, active = tile_ffn(x, x, square, is_video, 8, (0, 8), AdaSparkConfig(p_ffn=p))
+    _, active = tile_ffn(x, x, square, is_video, 8, (0, 8), replace(PAPER, p_ffn=p))
     assert active.tolist() == [True] * count + [False] * (8 - count)
 
 
@@ -555,7 +578,7 @@ def test_tile_ffn_is_the_paper_on_whole_cubes():
     x = torch.randn(6 * B, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     cube_of = torch.tensor([-1, 0, 1, 2, -1, 3]).repeat_interleave(B)
     for compensation in ("mean", "bypass"):
-        config = replace(CONFIG, compensation=compensation)
+        config = replace(PAPER, compensation=compensation)
         y, expected = paper_ffn(x, square, cube_of, 0.6, compensation)
         out, active = tile_ffn(x, x, square, cube_of >= 0, B, (0, 6 * B), config)
         assert torch.equal(active, expected)

@@ -6,7 +6,13 @@ import random
 import pytest
 import torch
 
-from vllm_adaspark.config import COMPENSATIONS, SELECTIONS, TEXT_QUERIES, AdaSparkConfig
+from vllm_adaspark.config import (
+    COMPENSATIONS,
+    IMPORTANCES,
+    SELECTIONS,
+    TEXT_QUERIES,
+    AdaSparkConfig,
+)
 from vllm_adaspark.tags import (
     BUDGET,
     MAX_POSITION,
@@ -26,7 +32,8 @@ HIGHEST = AdaSparkConfig(
     min_cubes=16,
     dense_layers=15,
     text_queries="sparse",
-    compensation="mean",
+    importance=IMPORTANCES[-1],
+    compensation=COMPENSATIONS[-1],
 )
 LOWEST = AdaSparkConfig(
     p_attn=0.001,
@@ -35,7 +42,8 @@ LOWEST = AdaSparkConfig(
     min_cubes=1,
     dense_layers=0,
     text_queries="dense",
-    compensation="bypass",
+    importance=IMPORTANCES[0],
+    compensation=COMPENSATIONS[0],
 )
 
 
@@ -45,7 +53,8 @@ def expected(config: AdaSparkConfig) -> dict:
         "is_video": True,
         "attn_share": round(share * 1000) if config.enabled else 1000,
         "ffn_share": round(config.p_ffn * 1000) if config.enabled else 1000,
-        "mean_compensation": config.compensation == "mean",
+        "importance": IMPORTANCES.index(config.importance),
+        "compensation": COMPENSATIONS.index(config.compensation),
         "rule": SELECTIONS.index(config.selection),
         "sparse_text": config.text_queries == "sparse",
         "min_cubes": config.min_cubes,
@@ -67,6 +76,7 @@ def random_config(rng: random.Random) -> AdaSparkConfig:
         min_cubes=rng.randint(1, 16),
         dense_layers=rng.randint(0, 15),
         text_queries=rng.choice(TEXT_QUERIES),
+        importance=rng.choice(IMPORTANCES),
         compensation=rng.choice(COMPENSATIONS),
     )
 
@@ -80,6 +90,7 @@ def random_config(rng: random.Random) -> AdaSparkConfig:
         *({"min_cubes": n} for n in range(1, 17)),
         *({"dense_layers": n} for n in range(16)),
         *({"text_queries": t} for t in TEXT_QUERIES),
+        *({"importance": i} for i in IMPORTANCES),
         *({"compensation": c} for c in COMPENSATIONS),
         {"enabled": False},
     ],

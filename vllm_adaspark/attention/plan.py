@@ -102,11 +102,15 @@ class FFNPlan:
 
     tokens: torch.Tensor  # [cubes, block_size] int64, index into the step
     share: torch.Tensor  # [cubes] fp32
-    mean: torch.Tensor  # [cubes] bool: mean compensation, else bypass
+    importance: torch.Tensor  # [cubes] int64, index into config.IMPORTANCES
+    importances: tuple[int, ...]  # those that occur
+    compensation: torch.Tensor  # [cubes] int64, index into config.COMPENSATIONS
+    compensations: tuple[int, ...]  # those that occur
     by_budget: torch.Tensor  # [cubes] bool: of a request with a budget
     budget: tuple[BudgetGroups, ...]  # over these
     dense_layers: torch.Tensor  # [cubes] int64
     row: np.ndarray  # [cubes], host
+    extra: np.ndarray  # [cubes], host: FFN evaluations that compensation costs, 0 or 1
     dense_layers_range: tuple[int, int]
 
 

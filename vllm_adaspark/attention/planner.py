@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import tags
-from ..config import SHARE_STEPS
+from ..config import COMPENSATIONS, SHARE_STEPS
 from ..selection import BudgetGroups
 from .plan import (
     DENSE,
@@ -274,13 +274,17 @@ def _ffn_plan(
         return None
     row = tokens.row[first]
     dense_layers = settings.dense_layers[row]
+    compensation = settings.compensation[row]
     by_budget = settings.rule[row] == tags.BUDGET
     keep = size * settings.ffn_share[row] / SHARE_STEPS
     of_request = [np.flatnonzero(row == r) for r in np.unique(row[by_budget])]
     return FFNPlan(
         tokens=torch.as_tensor(first[:, None] + np.arange(size)).to(device),
         share=torch.as_tensor(settings.ffn_share[row] / SHARE_STEPS).to(device, torch.float32),
-        mean=torch.as_tensor(settings.mean_compensation[row]).to(device),
+        importance=torch.as_tensor(settings.importance[row]).to(device),
+        importances=tuple(np.unique(settings.importance[row]).tolist()),
+        compensation=torch.as_tensor(compensation).to(device),
+        compensations=tuple(np.unique(compensation).tolist()),
         by_budget=torch.as_tensor(by_budget).to(device),
         budget=tuple(
             BudgetGroups.of(cubes[None], keep[cubes].sum(keepdims=True), device)
@@ -288,6 +292,7 @@ def _ffn_plan(
         ),
         dense_layers=torch.as_tensor(dense_layers).to(device),
         row=row,
+        extra=(compensation == COMPENSATIONS.index("centroid")).astype(int),
         dense_layers_range=(int(dense_layers.min()), int(dense_layers.max())),
     )
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ARCHITECTURE
-from ..config import AdaSparkConfig
+from ..config import SHORT_FOR, AdaSparkConfig
 from . import PROGRAM, CommandError, UsageError
 from .settings import add_settings, checked, given_settings, misspelt
 from .vllm_options import from_config_file, json_object, merge, take_json, value_of
@@ -116,8 +116,8 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
             "filled in if it is left out"
         )
     settings = additional.get(PLUGIN) or {}
-    if settings == "off":
-        settings = {"off": True}
+    if isinstance(settings, str) and settings in SHORT_FOR:
+        settings = {settings: True}
     if not isinstance(settings, dict):
         raise UsageError(f"--additional-config {PLUGIN}={settings!r}: expected an object")
     settings = settings | given_settings(args)

@@ -15,13 +15,16 @@ from . import UsageError
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add ``--p``, ``--off`` and a flag for every setting; unset flags leave no trace."""
+    """Add ``--p``, ``--off``, ``--paper`` and a flag for every setting; unset flags leave no trace."""
     group = parser.add_argument_group("AdaSpark", "unset: the defaults in the README's table")
     group.add_argument(
         "--p", type=float, metavar="P", help="short for --p-attn P --p-ffn P, 0 < P <= 1"
     )
     group.add_argument(
         "--off", action="store_true", default=None, help="dense, exactly as the stock model"
+    )
+    group.add_argument(
+        "--paper", action="store_true", default=None, help="the paper's own rules"
     )
     for spec in fields(AdaSparkConfig):
         rule, flag = spec.metadata, _flag(spec.name)
@@ -57,7 +60,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the flags name, as a JSON-ready object."""
     settings = {spec.name: getattr(args, spec.name, None) for spec in fields(AdaSparkConfig)}
-    settings["off"] = args.off
+    settings |= {"off": args.off, "paper": args.paper}
     settings = {key: value for key, value in settings.items() if value is not None}
     if args.p is not None:
         settings = {"p_attn": args.p, "p_ffn": args.p} | settings

@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
 
 from ..accounting import ModelShape
 from ..budget import PromptCost, prompt_cost
-from ..config import ORDERS, SHARE_STEPS, AdaSparkConfig, AdaSparkConfigError
+from ..config import COMPENSATIONS, ORDERS, SHARE_STEPS, AdaSparkConfig, AdaSparkConfigError
 from ..tags import MAX_POSITION, tag_word, unpack
 
 REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
@@ -85,6 +85,7 @@ def budget_cost(
         dense_below=config.dense_below,
         dense_layers=int(settings.dense_layers),
         sparse_text=bool(settings.sparse_text),
+        compensation=COMPENSATIONS[settings.compensation],
     )
 
 
