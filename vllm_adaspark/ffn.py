@@ -9,7 +9,7 @@ keeps its share of all tokens of the request's cubes in the step.  Importance is
 
 A token that skips gets one of
 
-* ``"centroid"``: the FFN of the mean input of the cube's skipped tokens, one more evaluation a cube.
+* ``"centroid"``: the FFN of the skipped tokens' mean input, one more evaluation a cube.
 * ``"mean"``: the mean of the active tokens' FFN outputs.  The paper's.
 * ``"bypass"``: nothing.
 

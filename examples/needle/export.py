@@ -18,8 +18,9 @@ def export(trained: Path, path: Path) -> Path:
     Raises:
         ValueError: the files are larger than `LARGEST`.
     """
-    model = network.build()
-    model.load_state_dict(torch.load(trained, map_location="cpu")["model"])
+    weights = torch.load(trained, map_location="cpu")["model"]
+    model = network.build(layers=network.layers_of(weights))
+    model.load_state_dict(weights)
     network.save(model, path)
     size = sum(file.stat().st_size for file in path.iterdir())
     if size > LARGEST:

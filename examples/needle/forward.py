@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-TAP = 2  # layers below the states that `hints.py` reads
+TAPS = (2, 4)  # `hints.py` reads the states after so many layers
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
@@ -65,14 +65,15 @@ class Pass:
     """What one pass through the language model leaves.
 
     hidden: normed last states of the questions, [batch, S, hidden].
-    prefix, questions: states after `TAP` layers, [batch, N, hidden] and [batch, S, hidden].
-    looks: for each later layer how the watched question tokens share their attention to the prefix
-        out, mean over the heads, float32 [batch, watched, N].
+    prefix, questions: states at each of `TAPS` below the last layer, [batch, N, hidden] and
+        [batch, S, hidden].
+    looks: for each layer above the first tap how the watched question tokens share their attention
+        to the prefix out, mean over the heads, float32 [batch, watched, N].
     """
 
     hidden: torch.Tensor = None
-    prefix: torch.Tensor = None
-    questions: torch.Tensor = None
+    prefix: list[torch.Tensor] = field(default_factory=list)
+    questions: list[torch.Tensor] = field(default_factory=list)
     looks: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -123,7 +124,7 @@ def language(
         )
         x_value, y_value = project(attention.v_proj, x_in), project(attention.v_proj, y_in)
         y_query = project(attention.q_proj, y_in, rope_y)
-        if watched is not None and number >= TAP:
+        if watched is not None and number >= TAPS[0]:
             rows = watched[:, None, :, None].expand(-1, heads, -1, head)
             scores = y_query.gather(2, rows).float() @ x_key.float().transpose(2, 3) * head**-0.5
             made.looks.append(scores.softmax(-1).mean(1))
@@ -142,8 +143,9 @@ def language(
             )
             x = x + _linear(attention.o_proj, join(mixed))
             x = x + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, x))
-        if number + 1 == TAP:
-            made.prefix, made.questions = x, y
+        if number + 1 in TAPS and number + 1 < len(decoder.layers):
+            made.prefix.append(x)
+            made.questions.append(y)
     made.hidden = _norm(decoder.norm, y)
     return made
 

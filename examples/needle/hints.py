@@ -10,7 +10,7 @@ last token is drawn to the cards it speaks of. The heads are thrown away after t
 import batches
 import torch
 import torch.nn.functional as F
-from forward import Pass
+from forward import TAPS, Pass
 from scenes import CLEARLY_EARLIER, COLOUR_NAMES, SIGNS, SKILLS, Question, Scene
 
 IGNORE = -100
@@ -20,13 +20,17 @@ CLASSES = {"sign": len(SIGNS), "previous": 10, "nth": 4}
 SETS = ("seen", "named_by")
 # Classes of what a question asks for.
 ASKED = {"skill": len(SKILLS), "colour": len(COLOUR_NAMES), "other": 9, "figure": len(SIGNS) + 1}
+# What a question must have found out two layers higher: the colour that a frame names.
+FOUND = {"target": len(COLOUR_NAMES)}
 LOOK_WEIGHT = 1.5
 
 
-def make_heads(hidden: int) -> torch.nn.ModuleDict:
-    sizes = CLASSES | dict.fromkeys(SETS, 8) | ASKED
-    return torch.nn.ModuleDict(
-        {name: torch.nn.Linear(hidden, size) for name, size in sizes.items()}
+def make_heads(hidden: int) -> torch.nn.ModuleList:
+    """Per tap a head for every hint."""
+    sizes = CLASSES | dict.fromkeys(SETS, 8) | ASKED | FOUND
+    return torch.nn.ModuleList(
+        torch.nn.ModuleDict({name: torch.nn.Linear(hidden, size) for name, size in sizes.items()})
+        for _ in TAPS
     )
 
 
@@ -48,8 +52,11 @@ def of_scene(scene: Scene) -> tuple[list[int], dict[str, list]]:
     return [card.at for card in cards], known
 
 
-def of_question(question: Question) -> dict[str, int]:
-    """The skill, the first and second colour and the sign that a question asks for."""
+def of_question(question: Question, scene: Scene) -> dict[str, int]:
+    """The skill, the first and second colour and the sign that a question asks for.
+
+    And the colour of the card it ends at: another than it asks for if a frame names it.
+    """
     words = question.text.strip("?").replace(",", "").split()
     colours = [COLOUR_NAMES.index(word) for word in words if word in COLOUR_NAMES]
     figures = [SIGNS.index(word) for word in words if word in SIGNS]
@@ -58,23 +65,28 @@ def of_question(question: Question) -> dict[str, int]:
         "colour": colours[0],
         "other": colours[1] if len(colours) > 1 else 8,
         "figure": figures[0] if figures else len(SIGNS),
+        "target": next(e.colour for e in scene.events if e.at == question.about[-1]),
     }
 
 
 def loss(heads, batch: batches.Batch, made: Pass):
-    """The summed losses, and the share of each hint that is known."""
-    cards, card_shares = _cards(heads, batch, made.prefix)
-    questions, question_shares = _questions(heads, batch, made.questions)
+    """The summed losses, and the share of each hint that is known, at the highest tap."""
+    total, shares = 0.0, {}
+    for tap, (prefix, questions) in enumerate(zip(made.prefix, made.questions)):
+        for part, known in (
+            _cards(heads[tap], batch, prefix),
+            _questions(heads[tap], batch, questions, ASKED | FOUND if tap else ASKED),
+        ):
+            total, shares = total + part, shares | known
     looks, look_shares = _looks(batch, made.looks)
-    total = cards + questions + LOOK_WEIGHT * looks
-    return total, card_shares | question_shares | look_shares
+    return total + LOOK_WEIGHT * looks, shares | look_shares
 
 
-def _cards(heads, batch: batches.Batch, half_way: torch.Tensor):
+def _cards(heads, batch: batches.Batch, prefix: torch.Tensor):
     states, known = [], {name: [] for name in (*CLASSES, *SETS)}
     for video, scene in enumerate(batch.scenes):
         places, values = of_scene(scene)
-        states.append(half_way[video, batch.patch_at[places]].float())  # [cards, tokens, hidden]
+        states.append(prefix[video, batch.patch_at[places]].float())  # [cards, tokens, hidden]
         for name in known:
             known[name] += values[name]
     tokens = torch.cat(states)
@@ -97,12 +109,12 @@ def _cards(heads, batch: batches.Batch, half_way: torch.Tensor):
     return total, right
 
 
-def _questions(heads, batch: batches.Batch, half_way: torch.Tensor):
-    rows = batch.last_token()[..., None].expand(-1, -1, half_way.shape[-1])
-    states = half_way.gather(1, rows).float().flatten(0, 1)
-    known = [of_question(question) for row in batch.asked for question in row]
+def _questions(heads, batch: batches.Batch, states: torch.Tensor, asked: dict[str, int]):
+    rows = batch.last_token()[..., None].expand(-1, -1, states.shape[-1])
+    states = states.gather(1, rows).float().flatten(0, 1)
+    known = [of_question(q, s) for s, row in zip(batch.scenes, batch.asked) for q in row]
     total, right = 0.0, {}
-    for name in ASKED:
+    for name in asked:
         truth = torch.tensor([one[name] for one in known], device=states.device)
         said = heads[name](states)
         total = total + F.cross_entropy(said, truth)
@@ -111,13 +123,20 @@ def _questions(heads, batch: batches.Batch, half_way: torch.Tensor):
 
 
 def _looks(batch: batches.Batch, looks: list[torch.Tensor]):
-    """How little of each question's attention goes to the cards it is about."""
-    wanted = torch.zeros(looks[0].shape)
+    """How little of each question's attention goes to the cards it is about.
+
+    Of the frame and the card of a `two_hop` question the layers above the second tap want the card.
+    """
+    early = torch.zeros(looks[0].shape)
+    late = torch.zeros(looks[0].shape)
     for video, row in enumerate(batch.asked):
         for number, question in enumerate(row):
-            wanted[video, number, batch.patch_at[list(question.about)].flatten()] = 1
-    wanted = wanted.to(looks[0].device)
-    mass = [(look * wanted).sum(-1) for look in looks]
+            early[video, number, batch.patch_at[list(question.about)].flatten()] = 1
+            last = question.about[-1:] if question.skill == "two_hop" else question.about
+            late[video, number, batch.patch_at[list(last)].flatten()] = 1
+    between = TAPS[1] - TAPS[0]
+    mass = [(look * early.to(look)).sum(-1) for look in looks[:between]]
+    mass += [(look * late.to(look)).sum(-1) for look in looks[between:]]
     total = sum(-(share + 1e-4).log().mean() for share in mass) / len(mass)
     return total, {"look": sum(mass).mean().item() / len(mass)}
 

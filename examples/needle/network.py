@@ -64,6 +64,24 @@ def build(seed: int = 0, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
+def grow(model: Qwen2_5_VLForConditionalGeneration, layers: int):
+    """The model with more layers, which at first add nothing to what the others say."""
+    grown = build(layers=layers)
+    first = model.config.text_config.num_hidden_layers
+    missing, unknown = grown.load_state_dict(model.state_dict(), strict=False)
+    assert not unknown and all(f"layers.{first - 1}." not in name for name in missing)
+    for layer in grown.model.language_model.layers[first:]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
+
+
+def layers_of(weights: dict[str, torch.Tensor]) -> int:
+    """How many layers the language model of a state dict has."""
+    numbers = [name.split("layers.")[1].split(".")[0] for name in weights if "layers." in name]
+    return 1 + max(int(number) for number in numbers)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE to which every word of a question and every answer is one token."""
     made = Tokenizer(models.BPE())

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from scenes import TRAINING_SEEDS
 from train_vision import GRIDS
 
-SEEDS_A_STEP = 64  # the most videos a batch can have
+SEEDS_A_STEP = 64  # twice the most videos a batch can have
+WARM_UP = 20  # steps, at the beginning of each phase
+LAYERS = (4, 6)  # of the language model, at first and later
 FIRST_BANK_SEED = 90_000_000  # of TRAINING_SEEDS
 HELD_OUT_BANK_SEED = scenes.HELD_OUT_SEEDS[90_000_000]
 END_WEIGHT = 0.1  # of the loss on the token that ends the answer
@@ -43,6 +45,7 @@ class Phase:
     rate: tuple[float, float]  # learning rate at its beginning and end
     kept: int | None = 4  # tokens of a picture
     shaped: float = 0.0  # share of the steps on frames of other shapes
+    layers: int = LAYERS[0]
     skills: tuple[str, ...] = scenes.SKILLS
 
 
@@ -55,10 +58,15 @@ SCHEDULE = (
     Phase(200, (24, 64), 6, 8, (7e-4, 5e-4), kept=None, shaped=0.4, skills=HARDER),
     Phase(250, (96, 320), 5, 10, (5e-4, 3e-4), shaped=0.2, skills=HARDER),
     Phase(120, (64, 256), 2, 12, (3e-4, 1.5e-4), kept=None, shaped=0.4),
+    # Two more layers, for what takes two looks one after the other.
+    Phase(400, (16, 64), 12, 10, (8e-4, 8e-4), shaped=0.2, skills=HARDER, layers=LAYERS[1]),
     # Counting depends on how many tokens a picture has, so the end is trained on all of them.
-    Phase(150, (20, 96), 4, 10, (4e-4, 3e-4), kept=None, shaped=0.3, skills=HARDER),
-    Phase(100, (96, 400), 1, 16, (2e-4, 1e-4), kept=None, shaped=0.2, skills=HARDER),
-    Phase(40, (256, 800), 1, 20, (1e-4, 1e-5), kept=None),
+    Phase(200, (20, 96), 4, 12, (8e-4, 5e-4), None, 0.3, LAYERS[1], HARDER),
+    Phase(200, (96, 320), 5, 12, (5e-4, 3e-4), 4, 0.2, LAYERS[1], HARDER),
+    Phase(150, (64, 300), 2, 16, (3e-4, 2e-4), None, 0.2, LAYERS[1], HARDER),
+    Phase(150, (24, 96), 6, 12, (4e-4, 2e-4), None, 0.3, LAYERS[1], HARDER),
+    Phase(100, (96, 400), 1, 24, (2e-4, 1e-4), None, 0.2, LAYERS[1], HARDER),
+    Phase(40, (256, 700), 1, 24, (1e-4, 1e-5), None, 0.1, LAYERS[1]),
 )
 
 
@@ -85,32 +93,38 @@ def step_loss(model, heads, batch: batches.Batch, words):
 
 class Trainer:
     def __init__(self, vision: Path, path: Path, device: str):
-        self.path = path
-        self.model = network.build()
-        tower = torch.load(vision, map_location="cpu")["weights"]
-        self.model.model.visual.load_state_dict(
-            {n.removeprefix("tower."): w for n, w in tower.items() if n.startswith("tower.")}
-        )
-        self.model.model.visual.requires_grad_(False)
-        self.model.to(device)
+        self.path, self.device = path, device
         self.words = batches.Words(network.tokenizer())
-        self.heads = hints.make_heads(self.model.config.text_config.hidden_size).to(device)
-        self.weights = [w for w in self.model.parameters() if w.requires_grad]
-        self.weights += list(self.heads.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=0, weight_decay=0.01, betas=(0.9, 0.98))
         self.step = 0
-        if path.exists():
-            saved = torch.load(path, map_location=device)
+        saved = torch.load(path, map_location="cpu") if path.exists() else None
+        self.model = network.build(layers=network.layers_of(saved["model"]) if saved else LAYERS[0])
+        self.heads = hints.make_heads(self.model.config.text_config.hidden_size)
+        if saved:
             self.model.load_state_dict(saved["model"])
-            if set(saved["heads"]) == set(self.heads.state_dict()):
-                self.heads.load_state_dict(saved["heads"])
-                self.optimizer.load_state_dict(saved["optimizer"])
+            self.heads.load_state_dict(saved["heads"])
             self.step = saved["step"]
+        else:
+            tower = torch.load(vision, map_location="cpu")["weights"]
+            self.model.model.visual.load_state_dict(
+                {n.removeprefix("tower."): w for n, w in tower.items() if n.startswith("tower.")}
+            )
+        self._begin()
+        if saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
         start = time.monotonic()
         self.banks = make_banks(self.model, TRAINING_SEEDS[FIRST_BANK_SEED])
         self.held_out = banks.make(self.model, HELD_OUT_BANK_SEED, GRIDS[0], 6, 96, 12)
         pictures = sum(len(bank.tokens) for bank in self.banks.values())
         print(f"{pictures} pictures encoded in {time.monotonic() - start:.0f} s", flush=True)
+
+    def _begin(self) -> None:
+        """Train these weights from now on, with an optimizer that knows nothing yet."""
+        self.model.model.visual.requires_grad_(False)
+        self.model.to(self.device)
+        self.heads.to(self.device)
+        self.weights = [w for w in self.model.parameters() if w.requires_grad]
+        self.weights += list(self.heads.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=0, weight_decay=0.01, betas=(0.9, 0.98))
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -118,18 +132,21 @@ class Trainer:
 
     def train(self, phase: Phase, done: int) -> None:
         """The rest of a phase of which `done` steps have been made."""
+        if phase.layers > self.model.config.text_config.num_hidden_layers:
+            self.model = network.grow(self.model, phase.layers)
+            self._begin()
         running: dict[str, float] = {}
         start = time.monotonic()
         for number in range(done, phase.steps):
             low, high = phase.rate
+            warm = min(1.0, (number + 1) / WARM_UP)
             for group in self.optimizer.param_groups:
-                group["lr"] = low + (high - low) * number / phase.steps
+                group["lr"] = warm * (low + (high - low) * number / phase.steps)
             rng = np.random.default_rng((5, self.step))
             shaped = rng.random() < phase.shaped
             grid = GRIDS[int(rng.integers(1, len(GRIDS)))] if shaped else GRIDS[0]
-            first = self.step * SEEDS_A_STEP
-            seeds = list(TRAINING_SEEDS[first : first + phase.videos])
             patches = int(rng.integers(phase.patches[0], phase.patches[1] + 1))
+            seeds = _seeds(self.step, patches, phase.videos)
             batch = batches.make(
                 rng,
                 self.model,
@@ -165,6 +182,14 @@ class Trainer:
         for patches, videos in ((16, 64), (64, 32), (256, 12)):
             counts = scoring.accuracy(self.model, self.words, self.held_out, patches, videos)
             print(f"  held out, {patches} patches: {scoring.shares(counts)}", flush=True)
+
+
+def _seeds(step: int, patches: int, videos: int) -> list[int]:
+    """Of twice as many, the scenes with the most frames: with one there is nothing to confuse."""
+    first = step * SEEDS_A_STEP
+    candidates = TRAINING_SEEDS[first : first + 2 * videos]
+    frames = {seed: len(scenes.make(seed, patches).of("frame")) for seed in candidates}
+    return sorted(candidates, key=frames.get, reverse=True)[:videos]
 
 
 def _follow(running: dict[str, float], batch: batches.Batch, right) -> None:

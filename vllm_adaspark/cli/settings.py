@@ -15,7 +15,7 @@ from . import UsageError
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add ``--p``, ``--off``, ``--paper`` and a flag for every setting; unset flags leave no trace."""
+    """Add a flag for every setting and short word, and ``--p``; unset flags leave no trace."""
     group = parser.add_argument_group("AdaSpark", "unset: the defaults in the README's table")
     group.add_argument(
         "--p", type=float, metavar="P", help="short for --p-attn P --p-ffn P, 0 < P <= 1"
@@ -23,9 +23,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--off", action="store_true", default=None, help="dense, exactly as the stock model"
     )
-    group.add_argument(
-        "--paper", action="store_true", default=None, help="the paper's own rules"
-    )
+    group.add_argument("--paper", action="store_true", default=None, help="the paper's own rules")
     for spec in fields(AdaSparkConfig):
         rule, flag = spec.metadata, _flag(spec.name)
         if spec.name == "enabled":
