@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The tests' tools that are not Python packages: promtool, kubectl and Chromium, from Debian.
+# The tests' tools that are not packages of the tests' own environment: promtool, kubectl and
+# Chromium, from Debian, and lmms-eval, a Python package that wants an environment of its own.
 #
-#   deploy/test/tools.sh [FOLDER]     FOLDER: for single programs, default .venv/bin
+#   deploy/test/tools.sh [FOLDER]     FOLDER: programs of the environment, default .venv/bin
 #
 # What is there already stays. promtool and kubectl need no root: they are unpacked out of their
 # packages, without the service that the package `prometheus` would start. Chromium needs its
@@ -67,6 +68,8 @@ missing=()
 unpack promtool prometheus || missing+=("promtool (Debian, Ubuntu: package prometheus)")
 unpack kubectl kubernetes-client || missing+=("kubectl (package kubernetes-client)")
 install_package chromium chromium || missing+=("chromium (package chromium)")
+"$folder/python" "$(dirname "$0")/../../examples/eval/install.py" ||
+    missing+=("lmms-eval (from the package index, by examples/eval/install.py)")
 
 [[ ${#missing[@]} -gt 0 ]] || exit 0
 echo "not installed, and could not be installed here:" >&2
