@@ -11,11 +11,12 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 # Tests make their checkpoints. The demo does not get these: it may be asked for a real model.
-test test-unit fidelity pictures needle-sweep bench-attention: export HF_HUB_OFFLINE = 1
-test test-unit fidelity pictures needle-sweep bench-attention: export TRANSFORMERS_OFFLINE = 1
+OFFLINE := test test-unit fidelity pictures needle needle-quick finetune bench-attention
+$(OFFLINE): export HF_HUB_OFFLINE = 1
+$(OFFLINE): export TRANSFORMERS_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit fidelity pictures needle-sweep bench-attention lint clean
+.PHONY: help venv demo lint clean $(OFFLINE)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +45,14 @@ fidelity: venv ## compare the tile rule with the paper's per-token rule: table a
 pictures: venv ## draw the README's pictures of the cube order and of a selection
 	$(RUN) benchmarks/pictures.py $(ARGS)
 
-needle-sweep: venv ## accuracy against FLOPs of many settings, on the needle model (6 minutes)
-	$(RUN) benchmarks/needle_sweep.py $(ARGS)
+needle: venv ## what sparsity costs: accuracy against FLOPs, through real servers (under an hour)
+	$(RUN) -m benchmarks.needle $(ARGS)
+
+needle-quick: venv ## a corner of it, in minutes; changes nothing in docs/
+	$(RUN) -m benchmarks.needle --quick $(ARGS)
+
+finetune: venv ## what a sparse fine-tune of the needle model wins back
+	$(RUN) benchmarks/finetune.py $(ARGS)
 
 bench-attention: venv ## time sparse against dense attention on the CPU
 	$(RUN) benchmarks/attention_cpu.py $(ARGS)

@@ -1,0 +1,232 @@
+"""Who competes, and over which videos: pure data.
+
+A contender is a kind of server and the settings its requests carry.  Settings name every key that
+matters, so that a changed default of the plugin changes nothing here.  A contender that must match
+another one (`like`) gets the missing number from what that one measured at the same length: top_k
+and uniform the share of cubes to keep, EVS the pruning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from typing import Any
+
+from .videos import Cell
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)  # video tokens
+MIDDLE = (4096, 8192)  # where contenders meet that do not run at every length
+TOKENS_PER_PATCH = 16  # at 112×112 pixels
+VIDEOS = 12  # a cell, each asks one question per skill: 72
+
+ATTENTION_SHARES = (0.99, 0.9, 0.7, 0.5, 0.3, 0.2)
+FFN_SHARES = (1.0, 0.8, 0.6, 0.5, 0.3)
+
+BASE: dict[str, Any] = {
+    "p_attn": 1.0,
+    "p_ffn": 1.0,
+    "selection": "top_p",
+    "importance": "deviation",
+    "compensation": "centroid",
+    "order": "cube",
+    "cube": [4, 4, 4],
+    "min_cubes": 1,
+    "dense_layers": 0,
+    "text_queries": "sparse",
+}
+# (p_attn, p_ffn) followed at every length, with rivals at equal cost; the first one's too.
+FOLLOWED = ((0.5, 0.5), (0.3, 0.5))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    Attributes:
+        name: as in the rows; begins with its curve.
+        kind: of server, see servers.Server.
+        settings: of each request; None sends none.
+        rate: for "evs", the share of video tokens that is dropped.
+        like: the contender whose density (top_k, uniform) or FLOPs (evs) this one matches.
+        lengths: video tokens it is asked at.
+    """
+
+    name: str
+    kind: str = "adaspark"
+    settings: dict[str, Any] | None = None
+    rate: float | None = None
+    like: str | None = None
+    lengths: tuple[int, ...] = MIDDLE
+
+    @property
+    def curve(self) -> str:
+        """ "dense", "adaspark", "topk", "uniform" or "evs"."""
+        return self.name.split()[0]
+
+    @property
+    def block(self) -> int:
+        """Tokens in a KV block of its server."""
+        return math.prod(self.settings["cube"]) if self.settings else 64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """
+    Attributes:
+        contenders: in the order of the report.
+        videos: a cell.
+        extra: further cells, for the stock dense contender alone.
+    """
+
+    contenders: tuple[Contender, ...]
+    videos: int = VIDEOS
+    extra: tuple[Cell, ...] = ()
+
+    def __post_init__(self) -> None:
+        by_name = {contender.name: contender for contender in self.contenders}
+        if len(by_name) < len(self.contenders):
+            raise ValueError("two contenders have the same name; rename one")
+        for contender in self.contenders:
+            like = by_name.get(contender.like)
+            if contender.like and (like is None or not {*contender.lengths} <= {*like.lengths}):
+                raise ValueError(
+                    f"contender {contender.name!r} is to match {contender.like!r}, "
+                    "which does not run at all of its lengths"
+                )
+
+    def cells(self, contender: Contender) -> list[Cell]:
+        usual = [Cell(tokens // TOKENS_PER_PATCH) for tokens in contender.lengths]
+        return usual + (list(self.extra) if contender.kind == "stock" else [])
+
+    @property
+    def longest(self) -> int:
+        """Video tokens of the longest prompt."""
+        return max(cell.tokens for c in self.contenders for cell in self.cells(c))
+
+
+def ours(p_attn: float = 1.0, p_ffn: float = 1.0, **more: Any) -> dict[str, Any]:
+    """Settings of a request that differ from ``BASE``."""
+    return BASE | {"p_attn": p_attn, "p_ffn": p_ffn} | more
+
+
+def top_p(p_attn: float, p_ffn: float, lengths: tuple[int, ...] = MIDDLE) -> Contender:
+    return Contender(label(p_attn, p_ffn), settings=ours(p_attn, p_ffn), lengths=lengths)
+
+
+def label(p_attn: float, p_ffn: float) -> str:
+    return f"adaspark p={p_attn:g}/{p_ffn:g}"
+
+
+def rivals(p_attn: float, p_ffn: float, lengths: tuple[int, ...] = MIDDLE) -> list[Contender]:
+    """top_k and uniform at the density of a top_p contender, EVS at its FLOPs."""
+    like = label(p_attn, p_ffn)
+    short = like.removeprefix("adaspark ")
+    chosen = [
+        Contender(f"{curve} like {short}", settings=ours(1, p_ffn, selection=rule), like=like)
+        for curve, rule in (("topk", "top_k"), ("uniform", "uniform"))
+    ]
+    chosen.append(Contender(f"evs like {short}", kind="evs", like=like))
+    return [replace(contender, lengths=lengths) for contender in chosen]
+
+
+DENSE = Contender("dense", kind="stock", lengths=LENGTHS)
+CUBE_ORDER = Contender("adaspark p=1/1", settings=ours(), lengths=LENGTHS)
+STOCK_ORDER = Contender("adaspark p=1/1 raster", settings=ours(order="raster"))
+MAIN = top_p(*FOLLOWED[0], lengths=LENGTHS)
+ATTENTION_ONLY = [top_p(p, 1.0) for p in (0.9, 0.7, 0.5, 0.3, 0.2)]
+FFN_ONLY = [top_p(1.0, p) for p in (0.8, 0.5, 0.3)]
+BOTH = [top_p(0.9, 0.8), top_p(0.7, 0.6), top_p(0.3, 0.3), top_p(0.2, 0.3)]
+ATTENTION_RIVALS = [r for p in (0.3, 0.2) for r in rivals(p, 1.0) if r.kind != "evs"]
+# What makes a token run the FFN, and what the others get; norm and mean are the paper's.
+OTHER_FFN_RULES = [
+    (importance, given)
+    for importance in ("deviation", "norm")
+    for given in ("centroid", "mean", "bypass")
+    if (importance, given) != (BASE["importance"], BASE["compensation"])
+]
+FFN_RULES = [
+    Contender(
+        f"{label(*pair)} {importance} {given}",
+        settings=ours(*pair, importance=importance, compensation=given),
+    )
+    for pair, rules in (
+        ((1.0, 0.5), OTHER_FFN_RULES),
+        ((0.5, 0.5), [("norm", "mean"), ("deviation", "bypass")]),
+    )
+    for importance, given in rules
+]
+PAPER = Contender(
+    f"{label(0.9, 0.8)} norm mean",
+    settings=ours(0.9, 0.8, importance="norm", compensation="mean"),
+)
+CUBES = [
+    Contender(f"{MAIN.name} cube {t}×{h}×{w}", settings=MAIN.settings | {"cube": [t, h, w]})
+    for t, h, w in ((1, 8, 8), (16, 2, 2), (8, 4, 4))
+]
+RASTER = Contender(f"{MAIN.name} raster", settings=MAIN.settings | {"order": "raster"})
+EVS = [Contender(f"evs q={q:g}", kind="evs", rate=q) for q in (0.5, 0.75, 0.9)]
+
+EXTRA_CELLS = (Cell(128, (112, 168)), Cell(256, parts=2))
+
+
+def default() -> Grid:
+    main, second = FOLLOWED
+    followed = [MAIN, *rivals(*main, LENGTHS), top_p(*second, LENGTHS), *rivals(*second)]
+    middle = [
+        *ATTENTION_ONLY,
+        *FFN_ONLY,
+        *BOTH,
+        *ATTENTION_RIVALS,
+        *FFN_RULES,
+        PAPER,
+        *CUBES,
+        RASTER,
+        *EVS,
+    ]
+    return Grid(tuple([DENSE, CUBE_ORDER, STOCK_ORDER, *followed, *middle]), extra=EXTRA_CELLS)
+
+
+def full() -> Grid:
+    """The default grid, every pair of shares, and EVS at every length: hours."""
+    grid = default()
+    known = {contender.name for contender in grid.contenders}
+    pairs = [top_p(a, f) for a in ATTENTION_SHARES for f in FFN_SHARES]
+    more = [contender for contender in pairs if contender.name not in known]
+    return replace(grid, contenders=(*grid.contenders, *more))
+
+
+def quick() -> Grid:
+    """The main setting and its rivals at two lengths, few videos."""
+    few = [DENSE, CUBE_ORDER, MAIN, *rivals(*FOLLOWED[0])]
+    return Grid(tuple(replace(contender, lengths=MIDDLE) for contender in few), videos=4)
+
+
+def narrowed(grid: Grid, patterns: Iterable[str], lengths: Iterable[int]) -> Grid:
+    """The contenders that match one of ``patterns``, those they depend on, and stock dense.
+
+    Args:
+        patterns: of names, with * and ?; none keeps all contenders.
+        lengths: video tokens to keep; none keeps all.
+
+    Raises:
+        ValueError: a pattern matches nothing, or no contender runs at these lengths.
+    """
+    patterns, lengths = list(patterns), set(lengths)
+    names = [contender.name for contender in grid.contenders]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"--only {pattern!r} matches no contender; there are: {names}")
+    wanted = {n for n in names if not patterns or any(fnmatch(n, p) for p in patterns)}
+    wanted |= {c.like for c in grid.contenders if c.name in wanted and c.like} | {DENSE.name}
+    kept = [
+        replace(c, lengths=tuple(n for n in c.lengths if not lengths or n in lengths))
+        for c in grid.contenders
+        if c.name in wanted
+    ]
+    kept = [contender for contender in kept if contender.lengths]
+    if not kept:
+        raise ValueError(
+            f"--lengths {sorted(lengths)}: no contender runs there; {LENGTHS} are known"
+        )
+    return replace(grid, contenders=tuple(kept), extra=() if lengths or patterns else grid.extra)

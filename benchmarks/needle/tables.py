@@ -1,0 +1,241 @@
+"""The result in Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import scenes
+
+from .grid import CUBE_ORDER, DENSE, FOLLOWED, LENGTHS, label, rivals
+from .intervals import Interval, Row, accuracy, difference
+from .videos import MOTIONS
+
+Result = dict[str, Any]
+STOCK_FRAME = "112×112"
+LONG = 8192  # video tokens from which savings are judged
+
+
+class Rows:
+    """The rows of a result, to be narrowed.  Only videos of the usual shape, unless asked."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = list(rows)
+
+    @classmethod
+    def of(cls, result: Result) -> Rows:
+        return cls(r for r in result["rows"] if r["frame"] == STOCK_FRAME and r["parts"] == 1)
+
+    def __iter__(self):
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, keep: Callable[[Row], bool] | None = None, **equal: Any) -> Rows:
+        """Rows with these values (of a collection: one of them), and for which ``keep`` holds."""
+
+        def fits(row: Row) -> bool:
+            for name, value in equal.items():
+                wanted = value if isinstance(value, (tuple, list, set)) else (value,)
+                if row[name] not in wanted:
+                    return False
+            return keep is None or keep(row)
+
+        return Rows(row for row in self._rows if fits(row))
+
+    def mean(self, name: str) -> float | None:
+        """Of a share, over the rows that have it."""
+        values = [row[name] for row in self._rows if row[name] is not None]
+        return float(np.mean(values)) if values else None
+
+    def values(self, name: str) -> list:
+        """Which there are, in order of appearance."""
+        return list(dict.fromkeys(row[name] for row in self._rows))
+
+
+def meeting(result: Result) -> list[int]:
+    """The lengths at which every contender ran, in video tokens."""
+    rows = Rows.of(result)
+    ran = [set(rows.where(contender=n).values("tokens")) for n in rows.values("contender")]
+    return sorted(set.intersection(*ran))
+
+
+def lengths(result: Result) -> str:
+    """Contenders that run at every length: right answers and, in brackets, FLOPs."""
+    rows = Rows.of(result)
+    there = [n for n in LENGTHS if n in rows.values("tokens")]
+    lines = []
+    for name in rows.values("contender"):
+        mine = rows.where(contender=name)
+        if set(there) <= set(mine.values("tokens")):
+            at = [mine.where(tokens=n) for n in there]
+            cells = [
+                f"{percent(accuracy(r).value)} ({percent(r.mean('flops_ratio'), 0)})" for r in at
+            ]
+            lines.append([name, *cells])
+    return markdown(["contender", *(f"{n:,}" for n in there)], lines)
+
+
+def dense(result: Result) -> str:
+    """The stock model skill by skill."""
+    everything = Rows(result["rows"]).where(contender=DENSE.name)
+    lines = []
+    for frame, parts, tokens in sorted(
+        {(row["frame"], row["parts"], row["tokens"]) for row in everything},
+        key=lambda cell: (cell[1], cell[0] != STOCK_FRAME, cell[2]),
+    ):
+        for motion in MOTIONS:
+            mine = everything.where(frame=frame, parts=parts, tokens=tokens, haystack=motion)
+            if len(mine):
+                shown = [counts(mine.where(skill=skill)) for skill in scenes.SKILLS]
+                which = frame if parts == 1 else f"{frame}, {parts} videos"
+                lines.append([which, f"{tokens:,}", motion, *shown, percent(accuracy(mine).value)])
+    return markdown(["frames", "video tokens", "haystack", *scenes.SKILLS, "all"], lines)
+
+
+def skills(result: Result) -> str:
+    """Contenders of the followed settings, skill by skill, where all contenders meet."""
+    rows = Rows.of(result).where(tokens=meeting(result))
+    names = [name for name in followed() if name in rows.values("contender")]
+    lines = []
+    for name in names:
+        mine = rows.where(contender=name)
+        shown = [percent(accuracy(mine.where(skill=skill)).value) for skill in scenes.SKILLS]
+        lines.append([name, *shown, percent(accuracy(mine).value)])
+    return markdown(["contender", *scenes.SKILLS, "all"], lines)
+
+
+def ablation(result: Result) -> str:
+    """Every contender where all of them meet, with its distance from stock dense."""
+    at = meeting(result)
+    rows = Rows.of(result).where(tokens=at)
+    reference = rows.where(contender=DENSE.name)
+    lines = []
+    for name in rows.values("contender"):
+        mine = rows.where(contender=name)
+        lines.append(
+            [
+                name,
+                *(percent(mine.where(tokens=n).mean("flops_ratio"), 0) for n in at),
+                percent(mine.mean("density"), 0),
+                percent(mine.mean("ffn_density"), 0),
+                *(percent(accuracy(mine.where(haystack=m)).value) for m in MOTIONS),
+                percent(accuracy(mine).value),
+                points(difference(mine, reference)),
+            ]
+        )
+    head = ["contender", *(f"FLOPs at {n:,}" for n in at), "attended", "FFN", *MOTIONS, "all"]
+    return markdown([*head, "minus dense, points"], lines)
+
+
+def matched(result: Result) -> str:
+    """Ours against the rivals at its density (top_k, uniform) or FLOPs (EVS)."""
+    rows = Rows.of(result)
+    lines = []
+    for curve in result["contenders"]:
+        mine = rows.where(contender=curve["like"]) if curve["like"] else Rows([])
+        theirs = rows.where(contender=curve["name"])
+        at = set(mine.values("tokens")) & set(theirs.values("tokens"))
+        mine, theirs = mine.where(tokens=at), theirs.where(tokens=at)
+        if len(mine):
+            calm, busy, both = (
+                points(difference(mine.where(haystack=m), theirs.where(haystack=m)))
+                for m in ("calm", "busy", MOTIONS)
+            )
+            flops = [percent(r.mean("flops_ratio"), 0) for r in (mine, theirs)]
+            tokens = ", ".join(f"{n:,}" for n in sorted(at))
+            lines.append([curve["like"], curve["name"], tokens, *flops, calm, busy, both])
+    head = ["ours", "rival", "video tokens", "FLOPs, ours", "FLOPs, rival"]
+    return markdown([*head, "ours minus rival: calm", "busy", "both"], lines)
+
+
+def long(result: Result) -> str:
+    """What is spent and lost at LONG tokens and more, cheapest last."""
+    rows = Rows.of(result).where(lambda row: row["tokens"] >= LONG)
+    at = [n for n in LENGTHS if n in rows.values("tokens")]
+    stock, ordered = (rows.where(contender=c.name) for c in (DENSE, CUBE_ORDER))
+    lines = []
+    for name in rows.values("contender"):
+        mine = rows.where(contender=name)
+        if set(mine.values("tokens")) == set(at):
+            flops = mine.mean("flops_ratio")
+            lines.append(
+                (
+                    flops,
+                    [
+                        name,
+                        percent(flops, 0),
+                        percent(accuracy(mine).value),
+                        points(difference(mine, stock)),
+                        points(difference(mine, ordered)),
+                    ],
+                )
+            )
+    lines.sort(key=lambda line: -line[0])
+    head = ["contender", "FLOPs", "right", "minus stock dense", "minus dense in cube order"]
+    return markdown(head, [line for _, line in lines])
+
+
+def provenance(result: Result) -> str:
+    """Where the figures come from."""
+    versions, machine, weights = result["versions"], result["machine"], result["checkpoint"]
+    layers = weights["config"].get("text_config", weights["config"])["num_hidden_layers"]
+    per_cell = result["videos_per_cell"] * len(scenes.SKILLS)
+    questions = f"{sum(row['total'] for row in result['rows']):,}"
+    return "\n".join(
+        [
+            f"* {result['date'][:10]}, `{result['command']}`, commit {result['commit']}",
+            f"* {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+            f"* vLLM {versions['vllm']}, torch {versions['torch']}, "
+            f"vllm-adaspark {versions['vllm-adaspark']}",
+            f"* checkpoint `{weights['path']}`, {layers} layers, sha256 {weights['sha256'][:16]}…",
+            f"* {questions} answers; {per_cell} questions for each contender and length, about "
+            f"{result['videos_per_cell']} held-out videos",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "provenance": provenance,
+    "dense": dense,
+    "lengths": lengths,
+    "long": long,
+    "matched": matched,
+    "skills": skills,
+    "ablation": ablation,
+}
+
+
+def followed() -> list[str]:
+    """Names of the contenders that pictures and the skill table show."""
+    names = [DENSE.name, CUBE_ORDER.name]
+    for pair in FOLLOWED:
+        names += [label(*pair), *(rival.name for rival in rivals(*pair))]
+    return names
+
+
+def counts(rows: Rows) -> str:
+    """Right answers of questions."""
+    if not len(rows):
+        return "–"
+    return f"{sum(r['correct'] for r in rows)}/{sum(r['total'] for r in rows)}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def points(interval: Interval | None) -> str:
+    """A difference in percentage points."""
+    if interval is None:
+        return "–"
+    value, low, high = (100 * x for x in (interval.value, interval.low, interval.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
