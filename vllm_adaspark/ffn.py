@@ -1,25 +1,8 @@
-"""AdaS-FFN: inside a cube only the tokens that matter run the FFN.
+"""AdaS-FFN in the model: an MLP whose tokens in cubes may skip it (token_ffn.py says which).
 
-Top-p over a cube's normalised importances picks the active tokens, with a budget at the p that
-keeps its share of all tokens of the request's cubes in the step.  Importance is one of
-
-* ``"deviation"``: how far the token's FFN input lies from the cube's mean input, L2.
-* ``"norm"``: the L2 norm of the residual stream *before* the post-attention norm (after RMSNorm all
-  norms are nearly alike).  The paper's.
-
-A token that skips gets one of
-
-* ``"centroid"``: the FFN of the skipped tokens' mean input, one more evaluation a cube.
-* ``"mean"``: the mean of the active tokens' FFN outputs.  The paper's.
-* ``"bypass"``: nothing.
-
-The first of each belong together: to first order the error of a token that takes its centroid's
-output grows with its distance from it, so the tokens farthest away run (measured in
-docs/quality.md).  Only cubes that lie wholly in a step take part; a cube cut by a chunk edge, and
-all text, run dense.
-
+Only cubes that lie wholly in a step take part; a cube cut by a chunk edge, and all text, run dense.
 The choice depends on the data, so it is one opaque custom op: torch.compile and piecewise CUDA
-graphs split there.  (Paper: AdaS-FFN; design, section 2.)
+graphs split there.
 """
 
 from __future__ import annotations
@@ -36,13 +19,10 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from . import selection
-from .attention.plan import FFNPlan
-from .config import COMPENSATIONS, IMPORTANCES
 from .runtime import Runtime
+from .token_ffn import active_tokens, sparse_ffn
 
 OP_NAME = "vllm::adaspark_ffn"
-CENTROID, MEAN = (COMPENSATIONS.index(name) for name in ("centroid", "mean"))
 
 
 class SparseMLP(Qwen2MLP):
@@ -82,83 +62,6 @@ class SparseMLP(Qwen2MLP):
         if step.trace is not None:
             step.trace.tokens(self.adaspark_layer, active)
         return sparse_ffn(x, super().forward, active, plan)
-
-
-def active_tokens(
-    x: torch.Tensor, residual: torch.Tensor, plan: FFNPlan, layer: int
-) -> torch.Tensor:
-    """Which tokens of each cube run the FFN, ``[cubes, block_size]`` bool.
-
-    Args:
-        x: ``[tokens, hidden]`` the FFN's input.
-        residual: ``[tokens, hidden]`` stream before the post-attention norm.
-        plan: the step's FFN plan.
-        layer: layer index; cubes whose first ``dense_layers`` include it are all active.
-    """
-    measures = {
-        IMPORTANCES.index("deviation"): lambda: _deviation(x[plan.tokens]),
-        IMPORTANCES.index("norm"): lambda: _norm(residual[plan.tokens]),
-    }
-    measured = measures[plan.importances[0]]()
-    for other in plan.importances[1:]:
-        measured = torch.where((plan.importance == other)[:, None], measures[other](), measured)
-    total = measured.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    importance = measured / total
-    everywhere = torch.ones_like(importance, dtype=torch.bool)
-    least = torch.ones_like(plan.dense_layers)
-    active = selection.top_p(importance, everywhere, plan.share, least)
-    if plan.budget:
-        limited = selection.under_budget(importance, everywhere, least, plan.budget)
-        active = torch.where(plan.by_budget[:, None], limited, active)
-    if layer < plan.dense_layers_range[1]:
-        active |= (plan.dense_layers > layer)[:, None]
-    return active
-
-
-def _norm(residual: torch.Tensor) -> torch.Tensor:
-    """``[cubes, block_size, hidden]`` to L2 norms ``[cubes, block_size]``, fp32."""
-    return torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
-
-
-def _deviation(x: torch.Tensor) -> torch.Tensor:
-    """L2 distances from the cube's mean; shapes as in :func:`_norm`."""
-    return _norm(x - x.mean(1, keepdim=True, dtype=torch.float32))
-
-
-def sparse_ffn(x: torch.Tensor, ffn, active: torch.Tensor, plan: FFNPlan) -> torch.Tensor:
-    """Run ``ffn`` on the active tokens and all tokens outside the plan's cubes.
-
-    Args:
-        x: ``[tokens, hidden]`` FFN input.
-        ffn: maps ``[n, hidden]`` to ``[n, hidden]``, token by token.
-        active: ``[cubes, block_size]`` bool, from :func:`active_tokens`.
-        plan: the step's FFN plan.
-    """
-    runs = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    runs[plan.tokens] = active
-    index = runs.nonzero().squeeze(1)  # waits for the GPU: the one data-dependent size
-    inputs = x[index]
-    if CENTROID in plan.compensations:
-        inputs = torch.cat([inputs, _centroids(x[plan.tokens], ~active)])
-    outputs = ffn(inputs)
-    out = torch.zeros_like(x)
-    out.index_copy_(0, index, outputs[: len(index)])
-
-    cubes = out[plan.tokens]  # [cubes, block_size, hidden], zero where skipped
-    fill = torch.zeros_like(cubes[:, 0])
-    if CENTROID in plan.compensations:
-        fill = torch.where((plan.compensation == CENTROID)[:, None], outputs[len(index) :], fill)
-    if MEAN in plan.compensations:
-        mean = cubes.sum(1, dtype=torch.float32) / active.sum(1, keepdim=True)
-        fill = torch.where((plan.compensation == MEAN)[:, None], mean.to(out.dtype), fill)
-    out[plan.tokens] = torch.where(active[..., None], cubes, fill[:, None])
-    return out
-
-
-def _centroids(x: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
-    """Mean of ``x [cubes, block_size, hidden]`` over the ``skipped [cubes, block_size]`` tokens."""
-    total = torch.where(skipped[..., None], x, 0.0).sum(1, dtype=torch.float32)
-    return (total / skipped.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def _adaspark_ffn(
