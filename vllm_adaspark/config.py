@@ -29,6 +29,8 @@ IMPORTANCES = ("deviation", "norm")
 COMPENSATIONS = ("centroid", "mean", "bypass")
 TEXT_QUERIES = ("sparse", "dense")
 
+CUBE_VOLUMES = (32, 64, 128)  # tested ones; a cube is a KV block
+
 OFF = "off"
 PAPER = "paper"
 # What each word is short for.  Settings named beside "paper" are laid over it.
@@ -65,10 +67,10 @@ class AdaSparkConfig:
 
     enabled: bool = _setting(True, "false: this request (or the whole server) runs dense")
     p_attn: float = _setting(
-        0.9, "probability mass of preceding cubes a query keeps (top_p)", share=True
+        0.5, "probability mass of preceding cubes a query keeps (top_p)", share=True
     )
     p_ffn: float = _setting(
-        0.8, "share of a cube's token importance that runs the FFN (1: dense)", share=True
+        0.5, "share of a cube's token importance that runs the FFN (1: dense)", share=True
     )
     flops: float | None = _setting(
         None,

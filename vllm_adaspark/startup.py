@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .config import AdaSparkConfig, AdaSparkConfigError
+from .config import CUBE_VOLUMES, AdaSparkConfig, AdaSparkConfigError
 from .tags import MAX_POSITION
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
 SERVER_KEY = "adaspark"  # in --additional-config
 CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
-BLOCK_SIZES = (32, 64, 128)  # cube volumes that are tested
 # What adapters can read head by head: no scales per token, no packing.
 CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -57,10 +56,10 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
-    if volume not in BLOCK_SIZES:
+    if volume not in CUBE_VOLUMES:
         raise AdaSparkConfigError(
             f"cube={list(config.cube)} holds {volume} tokens; allowed volumes: "
-            f"{', '.join(map(str, BLOCK_SIZES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
+            f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
         )
     if not cache.user_specified_block_size:
         cache.block_size = volume

@@ -11,6 +11,8 @@ PURE = (
     "cubes",
     "selection",
     "reference",
+    "token_ffn",
+    "training",
     "accounting",
     "budget",
     "reports",

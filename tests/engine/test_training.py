@@ -1,0 +1,179 @@
+"""Sparse training computes what is served: transformers against the engine; finetune.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from engine.engines import VIDEO, Answer, ask, chat, clip, engine, last_reports, video_prompt
+from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.training import enable_sparse_training
+
+pytestmark = pytest.mark.engine
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.append(str(EXAMPLES / "needle"))
+CLOSE = 1e-3  # of log-probabilities in float32
+SETTINGS = {
+    "dense, cube order": {"p_attn": 1.0, "p_ffn": 1.0},
+    "dense, raster order": {"p_attn": 1.0, "p_ffn": 1.0, "order": "raster"},
+    "sparse": {"p_attn": 0.5, "p_ffn": 0.5},
+    "paper": {"p_attn": 0.5, "p_ffn": 0.5, "paper": True},
+    "bypass": {"p_attn": 0.5, "p_ffn": 0.5, "compensation": "bypass"},
+    "top_k": {"selection": "top_k", "keep": 0.3},
+}
+
+
+class Trained:
+    """The checkpoint in transformers, sparse training on."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32
+        ).eval()
+
+    def logprobs(
+        self, config: AdaSparkConfig, text: str, videos: list, answer: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Log-probabilities ``[answer, vocab]``, all in one pass."""
+        enable_sparse_training(self.model, config)
+        inputs = self.processor(
+            text=[text],
+            videos=[list(frames) for frames, _ in videos],
+            video_metadata=[
+                {key: value for key, value in metadata.items() if key != "do_sample_frames"}
+                for _, metadata in videos
+            ],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer[:-1]]).long()], dim=1)
+        rest = {key: inputs[key] for key in inputs if "video" in key or "second" in key}
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, **rest).logits[0, -len(answer) :]
+        return logits.log_softmax(-1)
+
+
+def compare(answer: Answer, expected: torch.Tensor, what: str) -> None:
+    for step, (got, want) in enumerate(zip(answer.logprobs, expected, strict=True)):
+        named = torch.tensor(list(got))
+        difference = (want[named] - torch.tensor(list(got.values()))).abs().max()
+        assert difference < CLOSE, f"{what}, token {step}: {difference}"
+
+
+def test_training_pass_equals_the_engine(checkpoint) -> None:
+    trained = Trained(checkpoint)
+    server = AdaSparkConfig(dense_below=2)
+    one, two = [clip(44, seed=7)], [clip(30, seed=2), clip(20, 112, 196, seed=3)]
+    prompts = {"one video": (chat(VIDEO, "Which digit?"), one)}
+    prompts["two videos"] = (chat("First: ", VIDEO, " Second: ", VIDEO, " Which?"), two)
+    with engine(checkpoint, {"dense_below": 2}) as llm:
+        for name, settings in SETTINGS.items():
+            for which, (text, videos) in prompts.items():
+                prompt = {
+                    "prompt": text,
+                    "multi_modal_data": {"video": videos},
+                    "mm_processor_kwargs": {"adaspark": settings},
+                }
+                (answer,) = ask(llm, [prompt], max_tokens=4, logprobs=20)
+                (report,) = last_reports(llm)
+                config = server.override(settings)
+                assert (report["flops_ratio"] < 1) == (config.sparse_attention or config.sparse_ffn)
+                expected = trained.logprobs(config, text, videos, answer.ids)
+                compare(answer, expected, f"{name}, {which}")
+
+
+@pytest.fixture(scope="module")
+def needle(tmp_path_factory) -> Path:
+    """The needle checkpoint in float32, so that no rounding makes the choices differ."""
+    folder = tmp_path_factory.mktemp("needle") / "checkpoint"
+    source = EXAMPLES / "needle/checkpoint"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def needle_clip(frames: int, seed: int = 0):
+    """(frames, metadata) of 112 x 112 pixels."""
+    moving, metadata = clip(frames, 112, 112, seed=seed)
+    return np.ascontiguousarray(moving), metadata
+
+
+def test_training_pass_equals_the_engine_on_the_needle_model(needle) -> None:
+    trained, video = Trained(needle), needle_clip(120)
+    question = "Which digit is on the red card?"
+    with engine(needle, {}) as llm:
+        for name in ("dense, cube order", "sparse", "paper", "bypass", "top_k"):
+            prompt = video_prompt(video, question=question, **SETTINGS[name])
+            (answer,) = ask(llm, [prompt], max_tokens=2, logprobs=10)
+            config = AdaSparkConfig().override(SETTINGS[name])
+            expected = trained.logprobs(config, chat(VIDEO, question), [video], answer.ids)
+            compare(answer, expected, name)
+
+
+def run_finetune(folder: Path, *options: object) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "finetune.py"), str(folder), *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_finetune_goes_on_and_is_served_as_it_was_trained(tmp_path) -> None:
+    """The example on your own data: three steps, stopped after two, then served by the plugin."""
+    import footage
+    import scenes
+
+    scene = scenes.make(scenes.TRAINING_SEEDS[7], 24)
+    footage.write_mp4(footage.frames(scene), tmp_path / "clip.mp4")
+    entries = [
+        {"video": "clip.mp4", "question": question.text, "answer": question.answer}
+        for question in scenes.questions(scene)[:3]
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, entries)))
+    settings = {"p_attn": 0.4, "p_ffn": 0.3, "compensation": "mean", "dense_below": 1}
+    common = ["--data", data, "--settings", json.dumps(settings), "--questions", 2]
+    out = tmp_path / "tuned"
+    first = run_finetune(out, *common, "--steps", 2, "--lr", 1e-3)
+    assert "step 2 of 2" in first
+    before = load_file(out / "model.safetensors")
+    second = run_finetune(out, *common, "--steps", 3, "--lr", 1e-3)
+    assert "goes on after step 2" in second and "step 3 of 3" in second
+    after = load_file(out / "model.safetensors")
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and not any("visual" in name for name in changed), "vision stays as it is"
+
+    saved = json.loads((out / "config.json").read_text())
+    assert settings.items() <= saved["adaspark_config"].items()
+    with engine(out, {"p_attn": 0.9}, dtype="auto") as llm:
+        frames = footage.read_mp4(tmp_path / "clip.mp4")
+        metadata = needle_clip(2)[1] | {
+            "total_num_frames": len(frames),
+            "duration": len(frames) / 2,
+            "frames_indices": list(range(len(frames))),
+        }
+        prompt = video_prompt((frames, metadata), question=entries[0]["question"])
+        ask(llm, [prompt])
+        (report,) = last_reports(llm)
+    named = report["settings"]
+    assert {key: named[key] for key in ("p_attn", "p_ffn", "compensation")} == {
+        key: settings[key] for key in ("p_attn", "p_ffn", "compensation")
+    }
+    assert report["ffn_density"] < 0.6

@@ -1,0 +1,156 @@
+"""A padded batch to the tokens of one step, as a server would compute them, and back.
+
+The layers never see padding: the sequences' tokens stand one after the other, in served order.  A
+sequence that begins like the one before it (another question about the same video) shares its whole
+KV blocks, as with vLLM's prefix cache; the layers compute them once.  Whether two begin alike is
+seen from their embeddings and positions, on which alone everything else depends, so sharing changes
+no result and no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..accounting import ModelShape
+from ..attention.plan import StepPlan
+from ..attention.planner import build_plan
+from ..attention.state import BlockTags, StepRows
+from ..budget import prompt_cost
+from ..config import AdaSparkConfig
+from ..tags import tag_word, with_shares
+from .prompt import Prompt
+
+
+@dataclass
+class Step:
+    """What the layers share in one forward pass.
+
+    Attributes:
+        plan: tiles, candidates and FFN cubes; None if there is no video.
+        rows: the sequences, over a made-up block table.
+        keys: for each sequence ``[seq_len]`` the tokens of the step that are its keys.
+        positions: ``[3, 1, tokens]`` M-RoPE positions of the step's tokens.
+        num_blocks: blocks in the table.
+        take: ``[tokens]`` where in the padded batch, flattened, each token of the step is.
+        put: ``[batch, n]`` which token of the step each token of the batch is; 0 for padding.
+        cubes: per layer ``[sparse, kv_heads, blocks]`` bool, the cubes its tiles kept.
+        active: per layer ``[cubes, block_size]`` bool, the tokens that ran the FFN.
+
+    ``cubes`` and ``active`` are filled by the first pass through a layer and read by a second one,
+    when gradient checkpointing computes it again: the choice is the same by construction.
+    """
+
+    plan: StepPlan | None
+    rows: StepRows
+    keys: list[torch.Tensor]
+    take: torch.Tensor
+    put: torch.Tensor
+    positions: torch.Tensor
+    num_blocks: int
+    cubes: dict[int, torch.Tensor] = field(default_factory=dict)
+    active: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """``[batch, n, hidden]`` in prompt order to ``[1, tokens, hidden]`` in served order."""
+        return padded.flatten(0, 1)[self.take][None]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """``[1, tokens, hidden]`` to ``[batch, n, hidden]``; what padding gets means nothing."""
+        return packed[0][self.put]
+
+
+def pack(
+    embeddings: torch.Tensor, prompts: list[Prompt], text_config, config: AdaSparkConfig
+) -> Step:
+    """Plan a forward pass.
+
+    Args:
+        embeddings: ``[batch, n, hidden]`` of the padded batch, vision in place.
+        prompts: its sequences.
+        text_config: of the language model.
+        config: AdaSpark's settings.
+    """
+    device, size = embeddings.device, config.cube_volume
+    columns = [torch.from_numpy(prompt.columns).to(device) for prompt in prompts]
+    lengths = [len(prompt.columns) for prompt in prompts]
+    table = np.zeros((len(prompts), -(-max(lengths) // size)), np.int64)
+    put = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=device)
+    query_start, words, positions, take, keys, blocks = [0], [], [], [], [], 0
+    for row, (leader, shared) in enumerate(_shared(embeddings, prompts, columns, size)):
+        first, end = query_start[-1], query_start[-1] + lengths[row] - shared
+        query_start.append(end)
+        own = torch.arange(first, end, device=device)
+        keys.append(torch.cat([keys[leader][:shared], own]) if shared else own)
+        put[row, columns[row]] = keys[row]
+        take.append(row * embeddings.shape[1] + columns[row][shared:])
+        words.append(prompts[row].is_video[shared:] * _word(prompts[row], text_config, config))
+        positions.append(prompts[row].positions[:, shared:])
+
+        whole, of_row = shared // size, -(-lengths[row] // size)
+        table[row, :whole] = table[leader, :whole]
+        table[row, whole:of_row] = blocks + np.arange(of_row - whole)
+        blocks += of_row - whole
+    rows = StepRows(np.array(query_start), np.array(lengths), table)
+    plan = build_plan(
+        rows,
+        np.concatenate(words),
+        BlockTags(blocks, size),
+        dense_below=config.dense_below,
+        device=device,
+    )
+    at = torch.from_numpy(np.concatenate(positions, axis=1)).to(device)
+    return Step(plan, rows, keys, torch.cat(take), put, at[:, None], blocks)
+
+
+def _shared(
+    embeddings: torch.Tensor, prompts: list[Prompt], columns: list[torch.Tensor], size: int
+) -> list[tuple[int, int]]:
+    """For each sequence the one whose blocks it shares, and how many tokens of it (0: none)."""
+    result, leader = [], 0
+    for row, prompt in enumerate(prompts):
+        shared = 0
+        if row:
+            # At least one token is its own, so that every sequence has something to compute.
+            length = min(len(prompt.columns) - 1, len(prompts[leader].columns))
+            ours, theirs = columns[row][:length], columns[leader][:length]
+            same = (embeddings[row, ours] == embeddings[leader, theirs]).all(-1).cpu().numpy()
+            pairs = prompt, prompts[leader]
+            ours, theirs = (p.positions[:, :length] for p in pairs)
+            same &= (ours == theirs).all(0)
+            ours, theirs = (p.is_video[:length] for p in pairs)
+            same &= ours == theirs
+            shared = int(np.append(same, False).argmin()) // size * size
+        if not shared:
+            leader = row
+        result.append((leader, shared))
+    return result
+
+
+def _word(prompt: Prompt, text_config, config: AdaSparkConfig) -> int:
+    """The tags of the sequence's videos; with a budget, its shares follow from all its tokens."""
+    word = tag_word(config)
+    if config.flops is None or not prompt.videos:
+        return word
+    heads = text_config.num_attention_heads
+    cost = prompt_cost(
+        ModelShape(
+            hidden=text_config.hidden_size,
+            heads=heads,
+            kv_heads=text_config.num_key_value_heads,
+            head_size=text_config.hidden_size // heads,
+            intermediate=text_config.intermediate_size,
+        ),
+        text_config.num_hidden_layers,
+        len(prompt.columns),
+        prompt.videos,
+        block_size=config.cube_volume,
+        dense_below=config.dense_below,
+        dense_layers=config.dense_layers,
+        sparse_text=config.text_queries == "sparse",
+        compensation=config.compensation,
+    )
+    share = cost.share(config.flops)
+    return with_shares(word, share, share)
