@@ -36,7 +36,7 @@ PAPER = "paper"
 # What each word is short for.  Settings named beside "paper" are laid over it.
 SHORT_FOR = {
     OFF: {"enabled": False, "order": "raster"},
-    PAPER: {"selection": "top_p", "importance": "norm", "compensation": "mean"},
+    PAPER: {"selection": "top_p", "min_cubes": 1, "importance": "norm", "compensation": "mean"},
 }
 REPLACED_BY_FLOPS = ("p_attn", "p_ffn", "keep")
 
@@ -83,7 +83,7 @@ class AdaSparkConfig:
     keep: float = _setting(
         0.25, "share of the preceding cubes kept by top_k and uniform", share=True
     )
-    min_cubes: int = _setting(1, "cubes a query keeps at the least", low=1, high=16)
+    min_cubes: int = _setting(8, "cubes a query keeps at the least", low=1, high=16)
     dense_layers: int = _setting(0, "the first layers that stay dense", low=0, high=15)
     text_queries: str = _setting(
         "sparse", "whether text after a video selects cubes too", choices=TEXT_QUERIES

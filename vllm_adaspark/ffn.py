@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.utils.torch_utils import (
     LayerNameType,
@@ -19,6 +24,7 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
+from .kernels import use_triton
 from .runtime import Runtime
 from .token_ffn import active_tokens, sparse_ffn
 
@@ -61,7 +67,24 @@ class SparseMLP(Qwen2MLP):
         step.ffn_active[self.adaspark_layer] = active.sum(1)
         if step.trace is not None:
             step.trace.tokens(self.adaspark_layer, active)
+        if self._on_device(x):
+            from .kernels import ffn
+
+            weights = self.gate_up_proj.weight, self.down_proj.weight
+            reduce = tensor_model_parallel_all_reduce if self.down_proj.tp_size > 1 else None
+            return ffn.sparse_swiglu(x.contiguous(), *weights, active, plan, reduce)
         return sparse_ffn(x, super().forward, active, plan)
+
+    def _on_device(self, x: torch.Tensor) -> bool:
+        """Whether the FFN can run without the host knowing how many tokens are active."""
+        layers = self.gate_up_proj, self.down_proj
+        if not use_triton(x) or not all(
+            isinstance(layer.quant_method, UnquantizedLinearMethod) for layer in layers
+        ):
+            return False
+        from .kernels import ffn
+
+        return ffn.waits_for_nothing(x, *(layer.weight for layer in layers))
 
 
 def _adaspark_ffn(

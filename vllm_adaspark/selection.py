@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .config import SELECTIONS, SHARE_STEPS
+from .kernels import use_triton
 from .tags import BUDGET
 
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
@@ -31,6 +32,11 @@ def top_p(
     Returns:
         ``[..., n]`` bool.  Ties go to the earlier entry.  (Paper: AdaS-Attn and AdaS-FFN.)
     """
+    if use_triton(probs):
+        from .kernels import nucleus
+
+        if nucleus.takes(probs):
+            return nucleus.top_p(probs, valid, share, min_keep)
     # Entries that are not there sort last, so they never count towards min_keep or the mass.
     falling, index = torch.where(valid, probs, -1.0).sort(dim=-1, descending=True, stable=True)
     before = falling.cumsum(-1) - falling  # mass of all entries ranked higher

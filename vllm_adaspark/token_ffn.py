@@ -29,6 +29,10 @@ import torch
 from . import selection
 from .attention.plan import FFNPlan
 from .config import COMPENSATIONS, IMPORTANCES
+from .kernels import use_triton
+
+# Numbers measured at a time on a CPU, so that the float32 copies stay in its cache.
+SLAB_NUMBERS = 1 << 18
 
 CENTROID, MEAN = (COMPENSATIONS.index(name) for name in ("centroid", "mean"))
 
@@ -45,8 +49,8 @@ def active_tokens(
         layer: layer index; cubes whose first ``dense_layers`` include it are all active.
     """
     measures = {
-        IMPORTANCES.index("deviation"): lambda: _deviation(x[plan.tokens]),
-        IMPORTANCES.index("norm"): lambda: _norm(residual[plan.tokens]),
+        IMPORTANCES.index("deviation"): lambda: _deviation(x, plan.tokens),
+        IMPORTANCES.index("norm"): lambda: _norm(residual, plan.tokens),
     }
     measured = measures[plan.importances[0]]()
     for other in plan.importances[1:]:
@@ -64,15 +68,31 @@ def active_tokens(
     return active
 
 
-def _norm(residual: torch.Tensor) -> torch.Tensor:
-    """``[cubes, block_size, hidden]`` to L2 norms ``[cubes, block_size]``, fp32 at the least."""
-    dtype = torch.promote_types(residual.dtype, torch.float32)
-    return torch.linalg.vector_norm(residual, dim=-1, dtype=dtype)
+def _norm(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """L2 norms ``[cubes, block_size]`` of ``x[tokens]``, fp32 at the least."""
+    if use_triton(x):
+        from .kernels import ffn
+
+        return ffn.token_norms(x, tokens)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x[tokens], dim=-1, dtype=dtype)
 
 
-def _deviation(x: torch.Tensor) -> torch.Tensor:
+def _deviation(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """L2 distances from the cube's mean; shapes as in :func:`_norm`."""
-    return _norm(x - x.mean(1, keepdim=True, dtype=torch.float32))
+    if use_triton(x):
+        from .kernels import ffn
+
+        return ffn.token_norms(x, tokens, centred=True)
+    step = len(tokens)
+    if x.device.type == "cpu":
+        step = max(1, SLAB_NUMBERS // (tokens.shape[1] * x.shape[1]))
+    norms = []
+    for some in tokens.split(step):
+        slab = x[some]
+        centred = slab - slab.mean(1, keepdim=True, dtype=torch.float32)
+        norms.append(torch.linalg.vector_norm(centred, dim=-1, dtype=centred.dtype))
+    return torch.cat(norms)
 
 
 def sparse_ffn(
@@ -94,23 +114,28 @@ def sparse_ffn(
     index = runs.nonzero().squeeze(1)  # waits for the GPU: the one data-dependent size
     inputs = x[index]
     if CENTROID in plan.compensations:
-        inputs = torch.cat([inputs, _centroids(x[plan.tokens], ~active)])
+        inputs = torch.cat([inputs, _means(x[plan.tokens], ~active)])
     outputs = ffn(inputs)
-    out = outputs.new_zeros(x.shape)  # under autocast the FFN's dtype is not its input's
-    out.index_copy_(0, index, outputs[: len(index)])
 
-    cubes = out[plan.tokens]  # [cubes, block_size, hidden], zero where skipped
-    fill = torch.zeros_like(cubes[:, 0])
+    # One gather makes the result: a token's row is its own output, or its cube's fill.
+    row = runs.cumsum(0) - 1
+    own = row[plan.tokens]
     if CENTROID in plan.compensations:
-        fill = torch.where((plan.compensation == CENTROID)[:, None], outputs[len(index) :], fill)
-    if MEAN in plan.compensations:
-        mean = cubes.sum(1, dtype=torch.float32) / active.sum(1, keepdim=True)
-        fill = torch.where((plan.compensation == MEAN)[:, None], mean.to(out.dtype), fill)
-    out[plan.tokens] = torch.where(active[..., None], cubes, fill[:, None])
-    return out
+        fill = outputs[len(index) :]
+    else:
+        fill = outputs.new_zeros(len(own), outputs.shape[1])
+    if plan.compensations != (CENTROID,):
+        fill = torch.where((plan.compensation == CENTROID)[:, None], fill, 0.0)
+        if MEAN in plan.compensations:
+            mean = _means(outputs[own.clamp(min=0)], active)
+            fill = torch.where((plan.compensation == MEAN)[:, None], mean, fill)
+        outputs = torch.cat([outputs[: len(index)], fill])
+    fill_row = len(index) + torch.arange(len(own), device=x.device)
+    row[plan.tokens] = torch.where(active, own, fill_row[:, None])
+    return outputs.index_select(0, row)
 
 
-def _centroids(x: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
-    """Mean of ``x [cubes, block_size, hidden]`` over the ``skipped [cubes, block_size]`` tokens."""
-    total = torch.where(skipped[..., None], x, 0.0).sum(1, dtype=torch.float32)
-    return (total / skipped.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+def _means(x: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
+    """Mean of ``x [cubes, block_size, hidden]`` over ``some [cubes, block_size]`` tokens of each."""
+    total = torch.bmm(some.to(x.dtype).unsqueeze(1), x).squeeze(1)  # summed in float32
+    return (total / some.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from .accounting import Account
 from .attention.plan import StepPlan
-from .attention.state import StepRows
+from .attention.state import KeySums, StepRows
 from .ledger import Ledger
 from .models.processing import VideoSettings, language_model_shape
 from .reports import request_report
@@ -116,6 +117,23 @@ class RequestAccounts:
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
 
 
+def room_beside_key_sums(available: int, layers: Mapping[str, AttentionSpec]) -> int:
+    """How many of ``available`` bytes the KV cache may take.
+
+    Key sums are made at the first video, when vLLM has long given all memory to the cache; so the
+    cache leaves room for those of all its blocks.
+
+    Args:
+        available: bytes for both.
+        layers: this rank's, as vLLM sizes the cache by them.
+    """
+    page = sum(layer.page_size_bytes for layer in layers.values())
+    sums = sum(
+        KeySums.bytes_per_block(layer.num_kv_heads, layer.head_size) for layer in layers.values()
+    )
+    return available * page // (page + sums)
+
+
 class AccountingWorker:
     """Mixed in before a stock worker."""
 
@@ -134,6 +152,19 @@ class AccountingWorker:
         ledger = Ledger(language_model_shape(text), layers, text.num_hidden_layers)
         writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         self._accounts = RequestAccounts(runtime, ledger, writes)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache, of which key sums have got their part."""
+        available = super().determine_available_memory()
+        if getattr(self.get_model(), "runtime", None) is None:
+            return available
+        room = room_beside_key_sums(available, self.get_kv_cache_spec())
+        logger.info(
+            "AdaSpark: %.2f GiB for the KV cache, %.1f MiB of them for key sums",
+            available / 2**30,
+            (available - room) / 2**20,
+        )
+        return room
 
     def execute_model(self, scheduler_output: Any) -> Any:
         accounts = self._accounts

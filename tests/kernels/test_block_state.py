@@ -15,7 +15,7 @@ from vllm_adaspark.attention.state import BlockTags, KeySums, StepRows
 from vllm_adaspark.config import AdaSparkConfig
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
-CONFIG = AdaSparkConfig(p_attn=0.6, dense_below=1)
+CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)
 LAYOUT = [("text", 20), ("video", 64 * 9 + 10), ("text", 40)]
 BLOCK = CONFIG.cube_volume
 

@@ -20,7 +20,7 @@ from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.runtime import Runtime
 
 SHAPE = dict(heads=6, kv_heads=2, head_size=32, dtype=torch.float32)
-CONFIG = AdaSparkConfig(p_attn=0.6, dense_below=1)
+CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)
 
 
 def naive_paged(

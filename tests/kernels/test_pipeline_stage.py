@@ -15,7 +15,7 @@ from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.tags import add_tags, split_tags, tag_word
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
-CONFIG = AdaSparkConfig(p_attn=0.6, dense_below=1, dense_layers=3, p_ffn=0.7)
+CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1, dense_layers=3, p_ffn=0.7)
 
 
 def test_later_stage_plans_from_positions_alone() -> None:

@@ -63,6 +63,7 @@ class ScoreJob:
     tokens: torch.Tensor  # [rows, tokens] int64, index into the step
     tile_of: torch.Tensor  # [rows, tokens] or [rows, tiles] int64
     own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below it
+    limit: torch.Tensor  # the same on the device, int32
     first_token: int | None  # if all tokens are consecutive: the first
 
 
@@ -76,6 +77,7 @@ class AttentionPlan:
     tiles: Tiles
     jobs: list[ScoreJob]
     sparse_tiles: torch.Tensor  # [sparse] int64, index of each sparse tile
+    sparse_of: torch.Tensor  # [tiles] int32, the reverse; -1 for DENSE ones
     candidates: torch.Tensor  # [sparse, blocks] bool
     always: torch.Tensor  # [tiles, blocks] bool: attended without being chosen
     blocks: torch.Tensor  # [tiles, blocks] int32 physical blocks

@@ -180,6 +180,8 @@ def _attention_plan(
     sparse_row = tiles.row[sparse]
     up_to_own = np.arange(table.shape[1]) <= tiles.block[:, None]
     dense_layers = settings.dense_layers[sparse_row]
+    sparse_of = np.full(len(tiles), -1)
+    sparse_of[sparse] = np.arange(len(sparse))
 
     def to(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(array).to(device=device, dtype=dtype)
@@ -188,6 +190,7 @@ def _attention_plan(
         tiles=tiles,
         jobs=_score_jobs(tiles, sparse, size, device),
         sparse_tiles=to(sparse, torch.int64),
+        sparse_of=to(sparse_of, torch.int32),
         candidates=to(tiles.candidates[sparse], torch.bool),
         always=to(up_to_own & ~tiles.candidates, torch.bool),
         blocks=to(table[tiles.row], torch.int32),
@@ -259,6 +262,7 @@ def _score_jobs(
             tokens=torch.as_tensor(tokens).to(device),
             tile_of=torch.as_tensor(tile_of).to(device),
             own_block=tiles.block[sparse[tile_of]],
+            limit=torch.as_tensor(tiles.block[sparse[tile_of]]).to(device, torch.int32),
             first_token=int(tokens[0, 0]) if (np.diff(tokens.ravel()) == 1).all() else None,
         )
         for job_kind, job_rows, tokens, tile_of in jobs
@@ -304,7 +308,9 @@ def _key_writes(tokens: _Tokens, table: np.ndarray, size: int, device: torch.dev
     whole_tokens = whole_blocks = part_tokens = part_blocks = fresh = None
     first = tokens.whole_cubes
     if len(first):
-        whole_tokens = to((first[:, None] + np.arange(size)).reshape(-1))
+        whole_tokens = slice(int(first[0]), int(first[-1]) + size)
+        if (np.diff(first) != size).any():
+            whole_tokens = to((first[:, None] + np.arange(size)).reshape(-1))
         whole_blocks = to(table[tokens.row[first], tokens.block[first]])
     part = np.flatnonzero(tokens.is_video & ~tokens.in_whole_cube)
     if len(part):

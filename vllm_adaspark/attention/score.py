@@ -15,11 +15,12 @@ from __future__ import annotations
 import torch
 
 from .. import selection
+from ..kernels import use_triton
 from .plan import VIDEO, AttentionPlan, ScoreJob
 from .state import KeySums
 
 # Logits held at a time, in numbers: bounds memory, and on a CPU keeps the work in cache.
-SLAB_LOGITS = 1 << 21
+SLAB_LOGITS = 1 << 20
 
 
 def choose_cubes(
@@ -40,7 +41,11 @@ def choose_cubes(
     kv_heads, _, group, _ = query.shape
     sparse, blocks = plan.candidates.shape
     probs = torch.zeros(sparse, kv_heads, blocks, device=query.device)
+    fused = use_triton(query) and query.shape[-1].bit_count() == 1  # a power of two
     for job in plan.jobs:
+        if fused:
+            _score_fused(probs, query, key_sums, plan, job, scale)
+            continue
         score = _score_together if job.kind == VIDEO else _score_each
         row_slabs, item_slabs = _slabs(job, kv_heads * group)
         for rows in row_slabs:
@@ -48,7 +53,7 @@ def choose_cubes(
             means = key_sums.means(plan.row_blocks[row, :width])  # [rows, blocks, kv_heads, d]
             # Sums of blocks that are no cubes are stale; a NaN in one must not reach a softmax.
             # The scale goes into the means: there are far fewer of them than of queries.
-            means = torch.where(plan.row_cubes[row, :width, None, None], means * scale, 0.0)
+            means.mul_(scale).masked_fill_(~plan.row_cubes[row, :width, None, None], 0.0)
             for items in item_slabs:
                 width = int(job.own_block[rows, items].max())
                 score(probs, query, means[:, :width], plan, job, rows, items)
@@ -115,6 +120,35 @@ def _score_together(
     logits += _bias(valid)[None, :, None, :]
     pooled = logits.softmax(-1).mean(2)  # [kv_heads, tiles, blocks]
     probs[tile, :, :width] = pooled.transpose(0, 1)
+
+
+def _score_fused(
+    probs: torch.Tensor,
+    query: torch.Tensor,
+    key_sums: KeySums,
+    plan: AttentionPlan,
+    job: ScoreJob,
+    scale: float,
+) -> None:
+    """As :func:`_score_together` and :func:`_score_each`, all tiles of a job at once, in Triton."""
+    from ..kernels import score
+
+    if query.dtype.itemsize == 1:  # fp8 queries are widened
+        query = query.to(torch.bfloat16)
+    if job.kind != VIDEO:
+        score.token_probabilities(
+            probs, query, key_sums.sums, plan.row_blocks, plan.candidates, job.row, job.tile_of,
+            job.tokens, job.limit, key_sums.block_size, scale,
+        )  # fmt: skip
+        return
+    width = int(job.own_block.max())
+    blocks, is_cube = plan.row_blocks[job.row[0], :width], plan.row_cubes[job.row[0], :width]
+    means = score.cube_means(key_sums.sums, blocks, is_cube, key_sums.block_size, query.dtype)
+    tile_size = job.tokens.shape[1] // job.tile_of.shape[1]
+    score.pool_probabilities(
+        probs, query, means, plan.candidates, job.tile_of[0], job.tokens[0], job.limit[0],
+        tile_size, scale,
+    )  # fmt: skip
 
 
 def _score_each(

@@ -93,6 +93,11 @@ class KeySums:
         self.block_size = block_size
         self._sums = torch.zeros(num_blocks, kv_heads, head_size, device=device)
 
+    @staticmethod
+    def bytes_per_block(kv_heads: int, head_size: int) -> int:
+        """Memory that a KV block needs beside the cache, in one layer."""
+        return kv_heads * head_size * torch.float32.itemsize
+
     def write(self, key: torch.Tensor, writes: KeyWrites) -> None:
         """Add this step's keys ``[tokens, kv_heads, head_size]``."""
         if writes.whole_blocks is not None:
@@ -102,9 +107,15 @@ class KeySums:
             self._sums[writes.fresh_blocks] = 0
             self._sums.index_add_(0, writes.part_blocks, key[writes.part_tokens].float())
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """``[physical blocks, kv_heads, head_size]`` fp32; stale where a block is no cube."""
+        return self._sums
+
     def means(self, blocks: torch.Tensor) -> torch.Tensor:
         """Mean keys of ``blocks [...]``, ``[..., kv_heads, head_size]`` fp32."""
-        return self._sums[blocks] / self.block_size
+        sums = self._sums.index_select(0, blocks.flatten())  # a copy, so it may be changed
+        return sums.div_(self.block_size).unflatten(0, blocks.shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,8 @@ class KeyWrites:
     accumulate over the steps that write them.
     """
 
-    whole_tokens: torch.Tensor | None  # [whole_blocks * block_size]
+    # [whole_blocks * block_size]; a slice where they are consecutive, which saves a copy
+    whole_tokens: torch.Tensor | slice | None
     whole_blocks: torch.Tensor | None
     part_tokens: torch.Tensor | None
     part_blocks: torch.Tensor | None  # [part_tokens] physical block of each

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels import use_triton
 from .plan import AttentionPlan
 
 
@@ -22,7 +23,7 @@ class VirtualBatch:
     query_start: torch.Tensor  # [n + 1] int32
     seq_lens: torch.Tensor  # [n] int32
     block_table: torch.Tensor  # [n, blocks + 1] int32; the last column is never read
-    kept_blocks: torch.Tensor  # [kv_heads, tiles] int64, own block included
+    kept_blocks: torch.Tensor  # [kv_heads, tiles] int32, own block included
 
 
 def build_tables(
@@ -36,6 +37,13 @@ def build_tables(
         block_size: tokens in a KV block.
         query_start: ``[kv_heads * tiles + 1]``, from :class:`SharedTensors`.
     """
+    if use_triton(chosen):
+        from ..kernels.tables import compact_tables
+
+        table, seq_lens, kept_blocks = compact_tables(
+            chosen, plan.always, plan.blocks, plan.sparse_of, plan.tail_gap, block_size
+        )
+        return VirtualBatch(query_start, seq_lens, table, kept_blocks)
     kv_heads = chosen.shape[1]
     tiles, width = plan.always.shape
     kept = plan.always.expand(kv_heads, tiles, width).clone()

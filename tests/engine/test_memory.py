@@ -1,0 +1,55 @@
+"""Key sums are made at the first video, but their memory is set aside when the cache is sized."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.engines import SPARSE, ask, clip, engine, video_prompt
+from vllm_adaspark.attention.state import KeySums
+from vllm_adaspark.worker import room_beside_key_sums
+
+pytestmark = pytest.mark.engine
+
+
+def memory(worker) -> tuple[int, int, int]:
+    """(KV blocks, bytes of all caches, bytes of all key sums)."""
+    layers = [layer.self_attn.attn for layer in worker.get_model().language_model.model.layers]
+    caches = [layer.kv_cache for layer in layers]
+    sums = [layer.impl._key_sums for layer in layers if getattr(layer.impl, "_key_sums", None)]
+    return (
+        len(caches[0]),
+        sum(cache.nbytes for cache in caches),
+        sum(each._sums.nbytes for each in sums),
+    )
+
+
+def test_cache_and_key_sums_fit_what_was_given(checkpoint) -> None:
+    given = int(os.environ["VLLM_CPU_KVCACHE_SPACE"]) << 30
+    with engine(checkpoint, None) as llm:
+        [(stock_blocks, stock_cache, _)] = llm.collective_rpc(memory)
+    assert given - stock_cache // stock_blocks < stock_cache <= given
+    with engine(checkpoint, SPARSE) as llm:
+        [(blocks, cache, sums)] = llm.collective_rpc(memory)
+        assert sums == 0, "a server without videos does without"
+        ask(llm, [video_prompt(clip(24))])
+        [(same_blocks, same_cache, sums)] = llm.collective_rpc(memory)
+    assert (same_blocks, same_cache) == (blocks, cache) and sums > 0
+    assert cache + sums <= given, "nothing is taken that was not set aside"
+    assert cache + sums > given - 2 * (cache + sums) // blocks, "and no more than is needed"
+    assert blocks < stock_blocks
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 1 / 65), (torch.float8_e4m3fn, 1 / 33)])
+def test_room(dtype, share) -> None:
+    heads, size, block = 4, 128, 64
+    page = block * heads * 2 * size * dtype.itemsize
+    layer = SimpleNamespace(page_size_bytes=page, num_kv_heads=heads, head_size=size)
+    room = room_beside_key_sums(1 << 30, dict.fromkeys(("a", "b"), layer))
+    assert room / 2**30 == pytest.approx(1 - share, abs=1e-6)
+    blocks = room // (2 * page)
+    made = KeySums(blocks, heads, size, block, torch.device("meta"))
+    assert room + 2 * made._sums.nbytes <= 1 << 30

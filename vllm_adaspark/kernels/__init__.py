@@ -1,0 +1,38 @@
+"""Triton kernels for the GPU path, where vLLM has none: scores, nucleus, tables, FFN.
+
+Each function here has a twin in plain PyTorch that does the same and stays the path on a CPU.
+:func:`use_triton` is the one switch between them.  The modules below import Triton and so are
+imported where they are called, behind the switch; this one imports neither Triton nor vLLM.
+
+No kernel or wrapper waits for the GPU: sizes that depend on the data stay on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether work on ``tensor`` goes to the Triton kernels.
+
+    True on CUDA devices where Triton is installed, unless ``VLLM_ADASPARK_TRITON=0`` takes the
+    twins there too, and for CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``, set
+    before Triton is imported), as the tests run it.
+    """
+    if tensor.device.type == "cuda":
+        return os.environ.get("VLLM_ADASPARK_TRITON") != "0" and _installed()
+    return tensor.device.type == "cpu" and interpreted() and _installed()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
