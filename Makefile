@@ -11,7 +11,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 # Tests make their checkpoints. The demo does not get these: it may be asked for a real model.
-OFFLINE := test test-unit fidelity pictures needle needle-quick finetune bench-attention
+OFFLINE := test test-unit fidelity pictures needle needle-quick finetune \
+	bench bench-quick bench-gpu bench-attention
 $(OFFLINE): export HF_HUB_OFFLINE = 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE = 1
 
@@ -32,7 +33,7 @@ venv: $(RUN) ## create or update the environment
 demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what was computed (KEEP=1)
 	@$(RUN) examples/demo/demo.py $(if $(KEEP),--keep-server) $(ARGS)
 
-test: venv ## run all tests; fetches Chromium, promtool and kubectl from Debian if it may
+test: venv ## run all tests; fetches Chromium, promtool, kubectl and lmms-eval if it may
 	@deploy/test/tools.sh $(VENV)/bin
 	$(RUN) -m pytest $(ARGS)
 
@@ -53,6 +54,15 @@ needle-quick: venv ## a corner of it, in minutes; changes nothing in docs/
 
 finetune: venv ## what a sparse fine-tune of the needle model wins back
 	$(RUN) benchmarks/finetune.py $(ARGS)
+
+bench: venv ## seconds: attention, FFN, servers side by side (about half an hour)
+	$(RUN) benchmarks/speed $(ARGS)
+
+bench-quick: venv ## a small part of it
+	$(RUN) benchmarks/speed --quick $(ARGS)
+
+bench-gpu: venv ## attention on a CUDA GPU, ours against dense; says so where there is none
+	$(RUN) benchmarks/gpu_attention.py $(ARGS)
 
 bench-attention: venv ## time sparse against dense attention on the CPU
 	$(RUN) benchmarks/attention_cpu.py $(ARGS)

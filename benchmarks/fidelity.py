@@ -29,7 +29,7 @@ CHUNKS = (None, 512, 256, 100)
 UNALIGNED = 41  # text tokens before the video that push it off the block edge
 
 # The paper has no minimum number of cubes, so neither has the tile rule here.
-BARE = AdaSparkConfig(dense_below=0)
+BARE = AdaSparkConfig(dense_below=0).override("paper")
 
 
 class Row(NamedTuple):

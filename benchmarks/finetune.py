@@ -25,19 +25,19 @@ import torch
 from in_process import NEEDLE, ROOT, ask, start
 
 SETTINGS = {
+    "p=.2/.2, one cube at least": {"p_attn": 0.2, "p_ffn": 0.2, "min_cubes": 1},
     "paper, p=.3/.3": {"paper": True, "p_attn": 0.3, "p_ffn": 0.3},
-    "default rules, p=.2/.2": {"p_attn": 0.2, "p_ffn": 0.2},
 }
 MOTIONS = ("calm", "busy")
 GUIDE = ROOT / "docs/finetuning.md"
 PLACE = re.compile(r"(?<=<!-- finetune: table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def finetune(folder: Path, checkpoint: Path, settings: dict, steps: int) -> float:
+def finetune(folder: Path, checkpoint: Path, settings: dict, steps: int, rate: float) -> float:
     """Run examples/finetune.py, or what is left of it; how many CPU seconds its steps took."""
     command = [sys.executable, str(ROOT / "examples/finetune.py"), str(folder)]
     command += ["--model", str(checkpoint), "--settings", json.dumps(settings)]
-    subprocess.run([*command, "--steps", str(steps)], check=True)
+    subprocess.run([*command, "--steps", str(steps), "--lr", str(rate)], check=True)
     return torch.load(folder / "training.pt", weights_only=True)["cpu_seconds"]
 
 
@@ -126,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=NEEDLE / "checkpoint")
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
     parser.add_argument("--patches", type=int, nargs="+", default=[128], help="of 16 tokens")
     parser.add_argument("--videos", type=int, default=12, help="per length and haystack")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -136,11 +137,12 @@ def main() -> None:
     chosen = {name: SETTINGS[name] for name in options.only}
     how = (options.patches, options.videos)
     before = in_own_process(options.checkpoint, {"dense": {"off": True}} | chosen, *how)
-    results = {"steps": options.steps, "videos": options.videos, "before": before, "settings": {}}
+    results = {"steps": options.steps, "lr": options.lr, "videos": options.videos}
+    results |= {"before": before, "settings": {}}
     dense = share(before, "dense")
     for number, (name, settings) in enumerate(chosen.items()):
         folder = options.folder / str(number)
-        cpu_seconds = finetune(folder, options.checkpoint, settings, options.steps)
+        cpu_seconds = finetune(folder, options.checkpoint, settings, options.steps, options.lr)
         after = in_own_process(folder, {"after": None, "dense, after": {"off": True}}, *how)
         lost, left = dense - share(before, name), dense - share(after, "after")
         results["settings"][name] = {

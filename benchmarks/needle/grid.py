@@ -38,6 +38,8 @@ BASE: dict[str, Any] = {
 }
 # (p_attn, p_ffn) followed at every length, with rivals at equal cost; the first one's too.
 FOLLOWED = ((0.5, 0.5), (0.3, 0.5))
+# (p_attn, p_ffn, min_cubes) followed at every length; the first is the plugin's default.
+FLOORS = ((0.5, 0.5, 8), (0.3, 0.5, 8))
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,15 @@ def rivals(p_attn: float, p_ffn: float, lengths: tuple[int, ...] = MIDDLE) -> li
     return [replace(contender, lengths=lengths) for contender in chosen]
 
 
+def floored(p_attn: float, p_ffn: float, least: int) -> list[Contender]:
+    """One that keeps at least so many cubes a query, and top_k at its density."""
+    short = f"{label(p_attn, p_ffn).removeprefix('adaspark ')} min {least}"
+    mine = Contender(f"adaspark {short}", settings=ours(p_attn, p_ffn, min_cubes=least))
+    by_rank = ours(1, p_ffn, selection="top_k")
+    rival = Contender(f"topk like {short}", settings=by_rank, like=mine.name)
+    return [replace(contender, lengths=LENGTHS) for contender in (mine, rival)]
+
+
 DENSE = Contender("dense", kind="stock", lengths=LENGTHS)
 CUBE_ORDER = Contender("adaspark p=1/1", settings=ours(), lengths=LENGTHS)
 STOCK_ORDER = Contender("adaspark p=1/1 raster", settings=ours(order="raster"))
@@ -173,6 +184,7 @@ EXTRA_CELLS = (Cell(128, (112, 168)), Cell(256, parts=2))
 def default() -> Grid:
     main, second = FOLLOWED
     followed = [MAIN, *rivals(*main, LENGTHS), top_p(*second, LENGTHS), *rivals(*second)]
+    followed += [contender for floor in FLOORS for contender in floored(*floor)]
     middle = [
         *ATTENTION_ONLY,
         *FFN_ONLY,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scenes
 
-from .grid import CUBE_ORDER, DENSE, FOLLOWED, LENGTHS, label, rivals
+from .grid import CUBE_ORDER, DENSE, FLOORS, FOLLOWED, LENGTHS, floored, label, rivals
 from .intervals import Interval, Row, accuracy, difference
 from .videos import MOTIONS
 
@@ -211,6 +211,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
 def followed() -> list[str]:
     """Names of the contenders that pictures and the skill table show."""
     names = [DENSE.name, CUBE_ORDER.name]
+    names += [contender.name for floor in FLOORS for contender in floored(*floor)]
     for pair in FOLLOWED:
         names += [label(*pair), *(rival.name for rival in rivals(*pair))]
     return names

@@ -89,7 +89,6 @@ def make_server(options: argparse.Namespace, model: Path | str, video: Path) -> 
         settings = {
             "p_attn": options.p_attn,
             "p_ffn": options.p_ffn,
-            "compensation": "bypass",  # "mean" wants a model fine-tuned for it: docs/tuning.md
             "report_file": str(report_path(options)),
             "trace": True,  # every request; a client may also ask for it in one of its own
         }

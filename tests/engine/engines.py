@@ -21,7 +21,7 @@ os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # tests send functions to
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 RASTER_DENSE = {"p_attn": 1.0, "p_ffn": 1.0, "order": "raster"}
-SPARSE = {"p_attn": 0.6, "p_ffn": 0.5, "dense_below": 2}
+SPARSE = {"p_attn": 0.6, "p_ffn": 0.5, "min_cubes": 1, "dense_below": 2}
 
 
 @dataclass(frozen=True)

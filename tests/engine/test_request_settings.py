@@ -118,7 +118,8 @@ def test_a_budget_equals_the_twin(checkpoint) -> None:
     )
     # The twin takes the share of cubes and tokens, not of FLOPs.
     twin = TwinModel(checkpoint, AdaSparkConfig().override(SPARSE | {"flops": None}))
-    twin.config = AdaSparkConfig(flops=cost.share(flops), dense_below=SPARSE["dense_below"])
+    kept = {key: SPARSE[key] for key in ("min_cubes", "dense_below")}
+    twin.config = AdaSparkConfig(flops=cost.share(flops), **kept)
     assert agrees_with(answer, twin.logprobs(chat(VIDEO, question), video, list(answer.ids)))
 
 

@@ -27,9 +27,9 @@ CLOSE = 1e-3  # of log-probabilities in float32
 SETTINGS = {
     "dense, cube order": {"p_attn": 1.0, "p_ffn": 1.0},
     "dense, raster order": {"p_attn": 1.0, "p_ffn": 1.0, "order": "raster"},
-    "sparse": {"p_attn": 0.5, "p_ffn": 0.5},
+    "sparse": {"p_attn": 0.5, "p_ffn": 0.5, "min_cubes": 1},
     "paper": {"p_attn": 0.5, "p_ffn": 0.5, "paper": True},
-    "bypass": {"p_attn": 0.5, "p_ffn": 0.5, "compensation": "bypass"},
+    "bypass": {"p_attn": 0.5, "p_ffn": 0.5, "min_cubes": 1, "compensation": "bypass"},
     "top_k": {"selection": "top_k", "keep": 0.3},
 }
 

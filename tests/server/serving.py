@@ -13,7 +13,7 @@ import openai
 from server import VllmServer  # examples/demo
 
 REPORT_SECONDS = 10
-SETTINGS = {"p_attn": 0.6, "p_ffn": 0.5, "dense_below": 2}
+SETTINGS = {"p_attn": 0.6, "p_ffn": 0.5, "min_cubes": 1, "dense_below": 2}
 
 
 @dataclass

@@ -26,7 +26,7 @@ RUN_SECONDS = 600  # a run takes about 15
 VIDEOS, PATCHES, PATCH_TOKENS = 6, 64, 16
 SETTINGS = {
     "dense": {"off": True},
-    "sparse": {"p_attn": 0.3, "p_ffn": 0.5, "compensation": "bypass"},
+    "sparse": {"p_attn": 0.3, "p_ffn": 0.5, "min_cubes": 1, "compensation": "bypass"},
 }
 
 

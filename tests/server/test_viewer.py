@@ -36,7 +36,7 @@ def viewed(media, tmp_path_factory):
     """A server with the HTTP plugin and an API key, which has not been asked anything."""
     folder = tmp_path_factory.mktemp("viewer")
     checkpoint = demo_checkpoint.build(folder / "checkpoint", dtype="float32", seed=3)
-    settings = {"p_attn": 0.5, "p_ffn": 0.5, "dense_below": 2}
+    settings = {"p_attn": 0.5, "p_ffn": 0.5, "min_cubes": 1, "dense_below": 2}
     arguments = [
         *("--served-model-name", "tiny"),
         *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),

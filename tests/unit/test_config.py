@@ -180,10 +180,11 @@ def test_off_is_dense_in_the_stock_models_order(off):
 
 @pytest.mark.parametrize("paper", ["paper", {"paper": True}])
 def test_paper_is_the_papers_own_rules(paper):
-    ours = AdaSparkConfig(p_attn=0.4, selection="top_k")
+    ours = AdaSparkConfig(p_attn=0.4, selection="top_k", min_cubes=3)
     config = ours.override(paper, request=True)
     assert config.p_attn == 0.4
-    assert (config.selection, config.importance, config.compensation) == ("top_p", "norm", "mean")
+    assert (config.selection, config.min_cubes) == ("top_p", 1)
+    assert (config.importance, config.compensation) == ("norm", "mean")
 
 
 def test_what_is_named_beside_paper_counts():

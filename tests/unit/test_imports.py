@@ -13,6 +13,7 @@ PURE = (
     "reference",
     "token_ffn",
     "training",
+    "kernels",
     "accounting",
     "budget",
     "reports",

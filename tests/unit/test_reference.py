@@ -12,7 +12,7 @@ from vllm_adaspark.reference import paper_attention, paper_ffn, tile_attention, 
 
 B = 8  # KV block
 HEADS, KV_HEADS, D = 4, 2, 16
-CONFIG = AdaSparkConfig(p_attn=0.6, p_ffn=0.6, dense_below=0)
+CONFIG = AdaSparkConfig(p_attn=0.6, p_ffn=0.6, min_cubes=1, dense_below=0)
 PAPER = CONFIG.override("paper")
 
 
@@ -151,7 +151,7 @@ def hand_output(blocks, own, own_tokens):
 )
 def test_the_question_by_hand(p, kept, margin):
     q, k, v = hand_qkv()
-    config = AdaSparkConfig(p_attn=p, dense_below=0)
+    config = AdaSparkConfig(p_attn=p, min_cubes=1, dense_below=0)
     out, tiles = tile_attention(q, k, v, HAND_CUBE_OF >= 0, 2, (0, 12), config, scale=1.0)
     for question, token in zip(tiles[-2:], (10, 11), strict=True):
         assert (question.block, question.kind) == (5, "text")
@@ -172,7 +172,7 @@ def test_the_question_by_hand(p, kept, margin):
 
 def test_a_cubes_own_tokens_by_hand():
     q, k, v = hand_qkv()
-    config = AdaSparkConfig(p_attn=0.6, dense_below=0)
+    config = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=0)
     out, tiles = tile_attention(q, k, v, HAND_CUBE_OF >= 0, 2, (0, 12), config, scale=1.0)
     assert [tile.kind for tile in tiles] == ["text"] * 2 + ["video"] * 4 + ["text"] * 2
     assert [tile.candidates for tile in tiles[:5]] == [[], [], [], [1], [1, 2]]
@@ -201,7 +201,7 @@ def test_a_cubes_own_tokens_by_hand():
     ids=str,
 )
 def test_other_rules_by_hand(settings, kept):
-    config = AdaSparkConfig(dense_below=0, **settings)
+    config = AdaSparkConfig(**{"min_cubes": 1, "dense_below": 0} | settings)
     _, tiles = tile_attention(*hand_qkv(), HAND_CUBE_OF >= 0, 2, (0, 12), config, scale=1.0)
     assert tiles[-1].kept.tolist() == [[cube in kept for cube in range(4)]]
 
@@ -211,7 +211,7 @@ def test_video_averages_over_tokens_and_heads_and_text_over_heads_only():
     # less hard, the second.
     k = torch.tensor([[9.0, 0], [9, 0], [0, 9], [0, 9], [0, 0], [0, 0]])[:, None]
     first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.9])
-    config = AdaSparkConfig(p_attn=0.5, dense_below=0)
+    config = AdaSparkConfig(p_attn=0.5, min_cubes=1, dense_below=0)
 
     def tiles_of(token_4, token_5, video):
         """The tiles of the last block; a token is given as its query heads."""
@@ -244,7 +244,7 @@ def test_kv_heads_choose_on_their_own():
     k = torch.tensor([[9.0, 0], [9, 0], [0, 9], [0, 9], [0, 0], [0, 0]])[:, None].expand(6, 2, 2)
     q = torch.zeros(6, 2, 2)
     q[4:] = torch.eye(2)  # head 0 seeks the first cube, head 1 the second
-    config = AdaSparkConfig(p_attn=0.5, dense_below=0)
+    config = AdaSparkConfig(p_attn=0.5, min_cubes=1, dense_below=0)
     for kind in ("video", "text"):
         is_video = torch.tensor([True] * 4 + [kind == "video"] * 2)
         _, tiles = tile_attention(q, k, k, is_video, 2, (0, 6), config, scale=1.0)

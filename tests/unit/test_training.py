@@ -22,7 +22,7 @@ from vllm_adaspark.training.ffn import sparse_mlp
 from vllm_adaspark.training.packing import pack
 from vllm_adaspark.training.prompt import Prompt, read_prompts
 
-SPARSE = AdaSparkConfig(p_attn=0.5, p_ffn=0.5, dense_below=2, cube=(2, 4, 4))
+SPARSE = AdaSparkConfig(p_attn=0.5, p_ffn=0.5, min_cubes=1, dense_below=2, cube=(2, 4, 4))
 SETTINGS = {
     "sparse": {},
     "paper": {"paper": True},

@@ -1,0 +1,133 @@
+"""Run the benchmark: ``make bench``, ``make bench-quick``, ``make bench ARGS='--only ffn'``.
+
+Writes all samples and rows as JSON, the picture, and the tables of docs/performance.md; a quick run
+writes only its own files and prints the tables.  Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "demo")]
+
+from speed import attention, ffn, plots, report, scaling, served  # noqa: E402
+from speed.record import DENSE, Record, machine, progress, rows  # noqa: E402
+
+PARTS = ("attention", "ffn", "served", "scaling")
+WORK = ROOT / "build" / "bench"
+SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+FULL = {
+    "attention": [
+        attention.Plan(4096, SHARES, flex_shares=SHARES),
+        attention.Plan(8192, SHARES, flex_shares=(0.1, 0.2)),
+        attention.Plan(16384, SHARES, flex_shares=(0.1, 0.2)),
+        attention.Plan(32768, (0.05, 0.1, 0.2), rounds=3),
+        attention.Plan(65536, (0.05, 0.1), rounds=3, dense_rounds=1),
+    ],
+    "ffn": [
+        ffn.Plan("3B", (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)),
+        ffn.Plan("7B", (0.2, 0.5, 0.8, 1.0)),
+    ],
+    "served": [
+        served.Single(4096, (DENSE, "p=1", served.SPARSE), rounds=7),
+        served.Single(8192),
+        served.Single(16384, (DENSE, served.EVS, served.SPARSE)),
+        served.Single(32768, (DENSE, served.EVS, served.SPARSE)),
+        served.Decoding(32768, rounds=3),
+        served.AtOnce(1),
+        served.AtOnce(8),
+        served.AtOnce(32, rounds=1),
+    ],
+}
+QUICK = {
+    "attention": [
+        attention.Plan(4096, (0.1, 0.2, 0.5), flex_shares=(0.2,)),
+        attention.Plan(8192, (0.1, 0.2), rounds=3),
+    ],
+    "ffn": [ffn.Plan("3B", (0.2, 0.5, 1.0), tokens=4096, rounds=3)],
+    "served": [
+        served.Single(4096, (DENSE, served.EVS, served.SPARSE), rounds=3),
+        served.Decoding(4096, (DENSE, "p=0.9"), rounds=3),
+        served.AtOnce(8, 512, (DENSE, served.SPARSE), rounds=1),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small part, in minutes")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas: %(default)s")
+    parser.add_argument("--fresh", action="store_true", help="forget an interrupted run's samples")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: parts are {', '.join(PARTS)}")
+    name = "bench-quick" if options.quick else "bench"
+    results = WORK if options.quick else ROOT / "benchmarks" / "results"
+    out = options.out or results / f"{name}.json"
+
+    work = WORK / f"{name}.jsonl"
+    if options.fresh:
+        work.unlink(missing_ok=True)
+    try:
+        record = Record(work, {"machine": machine()})
+    except ValueError as error:
+        parser.error(str(error))
+    measure(record, QUICK if options.quick else FULL, parts)
+    result = with_other_parts(result_of(record), out, parts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    work.unlink()  # the next run measures anew
+    tables = report.markdown(result)
+    print(tables)
+    if options.quick:
+        plots.draw(result, WORK / f"{name}.png")
+    else:
+        plots.draw(result, ROOT / "docs" / "bench.png")
+        report.write_section(ROOT / "docs" / "performance.md", tables)
+    progress(f"wrote {out}")
+
+
+def measure(record: Record, plans: dict[str, list], parts: list[str]) -> None:
+    """Take all samples of some parts; ``scaling`` needs none of its own."""
+    if "attention" in parts:
+        attention.measure(record, plans["attention"])
+    if "ffn" in parts:
+        ffn.measure(record, plans["ffn"])
+    if "served" in parts:
+        # Not kept: the videos are distinct, so they are many.
+        with tempfile.TemporaryDirectory(prefix="adaspark-bench-") as folder:
+            served.measure(record, plans["served"], Path(folder))
+
+
+def result_of(record: Record) -> dict[str, Any]:
+    """What the JSON file holds, but for what is made of all rows."""
+    return {"about": record.about, "notes": record.notes, "rows": rows(record)}
+
+
+def with_other_parts(result: dict[str, Any], out: Path, parts: list[str]) -> dict[str, Any]:
+    """The result with the rows that ``out`` has of parts not measured now, on the same machine."""
+    if out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        if before.get("about") == json.loads(json.dumps(result["about"])):
+            kept = [row for row in before["rows"] if part_of(row) not in parts]
+            result["rows"] = kept + result["rows"]
+            result["notes"] = before["notes"] | result["notes"]
+    return result | {"scaling": scaling.summary(result["rows"])}
+
+
+def part_of(row: dict[str, Any]) -> str:
+    """The part that measures a row."""
+    return row["name"].split()[0] if row["name"].startswith(PARTS) else "served"
+
+
+if __name__ == "__main__":
+    main()

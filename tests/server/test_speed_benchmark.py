@@ -1,0 +1,58 @@
+"""The speed benchmark at its smallest, with real servers: all rows come out, whatever the times."""
+
+from __future__ import annotations
+
+import pytest
+from speed import __main__ as bench
+from speed import attention, ffn, report, scaling, served
+from speed.record import DENSE, Record, machine
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+PARTS = {"media decode", "processor", "vision tower", "language model", "other"}
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    return Record(tmp_path / "work.jsonl", {"machine": machine()})
+
+
+def test_layers(record, monkeypatch) -> None:
+    monkeypatch.setitem(ffn.SHAPES, "3B", (64, 128))
+    attention.measure(record, [attention.Plan(1024, (0.5,), rounds=1)])
+    ffn.measure(record, [ffn.Plan("3B", (0.5,), tokens=512, rounds=1)])
+    rows = {(row["name"], row["contender"]): row for row in bench.result_of(record)["rows"]}
+    assert rows.keys() == {
+        (name, contender) for name in ("attention", "ffn 3B") for contender in (DENSE, "adaspark")
+    }
+    for (_, contender), row in rows.items():
+        assert len(row["time_s"]) == 1 and row["efficiency"] > 0
+        assert (row["density"] < 1) == (contender != DENSE)
+    assert scaling.selection(list(rows.values()))[0]["share"] > 0
+
+
+def test_served(record, tmp_path, monkeypatch) -> None:
+    # One thread each, as in all tests: two would wait for each other on a busy machine.
+    monkeypatch.setenv(served.RESERVED, "1")
+    plans = [
+        served.Single(512, rounds=1),
+        served.AtOnce(2, 512, rounds=1),
+        served.Decoding(512, rounds=1, answer_tokens=4),
+    ]
+    served.measure(record, plans, tmp_path, shape="tiny")
+    result = bench.with_other_parts(bench.result_of(record), tmp_path / "none.json", ["served"])
+    rows = {(row["name"], row["contender"]): row for row in result["rows"]}
+    expected = [("ttft, language model", contender) for contender in plans[0].contenders]
+    expected += [(plan.name, contender) for plan in plans for contender in plan.contenders]
+    assert rows.keys() == set(expected)
+    for contender in plans[0].contenders:
+        row = rows["ttft", contender]
+        assert row["parts"].keys() == PARTS
+        assert all(row["parts"][part] > 0 for part in PARTS - {"other"}), "each part was noticed"
+        # Every token is kept and all is computed, or less is.
+        assert (row["density"] == 1) == (contender in (DENSE, "p=1")), contender
+    at_once = rows["2 at once", DENSE]
+    assert at_once["requests_per_s"] == pytest.approx(2 / at_once["median_s"])
+    text = report.markdown(result)
+    assert "EVS drops" in text and "### Requests at once" in text
+    served.measure(record, plans, tmp_path / "untouched", shape="tiny")  # all is there already
+    assert not (tmp_path / "untouched").exists()
