@@ -136,6 +136,6 @@ def sparse_ffn(
 
 
 def _means(x: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
-    """Mean of ``x [cubes, block_size, hidden]`` over ``some [cubes, block_size]`` tokens of each."""
+    """Mean of each cube of ``x [cubes, block_size, hidden]`` over ``some [cubes, block_size]``."""
     total = torch.bmm(some.to(x.dtype).unsqueeze(1), x).squeeze(1)  # summed in float32
     return (total / some.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
