@@ -33,7 +33,7 @@ def test_two_nodes_serve_one_model(tmp_path):
         f"--allowed-local-media-path={tmp_path}",
     ]
     env = {
-        "ADASPARK": '{"p_attn": 0.6, "dense_below": 2}',
+        "ADASPARK": '{"p_attn": 0.6, "min_cubes": 1, "dense_below": 2}',
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",

@@ -57,7 +57,7 @@ def test_compares_sparse_with_dense(ask, checkpoint):
     assert dense["account"]["attention_density"] == dense["account"]["ffn_density"] == 1
     assert sparse["account"]["mode"] == "sparse"
     assert sparse["account"]["flops_ratio"] < 0.8
-    assert sparse["account"]["ffn_density"] == pytest.approx(0.5, abs=0.05)
+    assert 0.2 < sparse["account"]["ffn_density"] < 0.55
     # Both runs computed the whole prompt: the second shares no video block with the first.
     assert dense["account"]["cached_tokens"] < 64
     assert sparse["account"]["flops"]["dense"]["total"] == pytest.approx(

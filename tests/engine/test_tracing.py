@@ -56,7 +56,9 @@ def agrees_with_account(llm, trace_id: str, report: dict) -> None:
     expected = [layer["attention_density"] for layer in layers]
     np.testing.assert_allclose(density_over_all(meta), expected, atol=5e-4)
     ffn = reader.merge_ffn(ask_trace(llm, trace_id, "ffn"))
-    np.testing.assert_allclose(ffn["share"], [x["ffn_density"] for x in layers], atol=5e-4)
+    # The account counts a cube's centroid as an evaluation, the trace the tokens that ran.
+    centroids = np.array([x["ffn_density"] for x in layers]) - ffn["share"]
+    assert (centroids > -5e-4).all() and (centroids < 1 / 64 + 5e-4).all(), centroids
     assert meta["usage"]["flops_ratio"] == pytest.approx(report["flops_ratio"])
 
 
