@@ -71,9 +71,7 @@ def lengths(result: Result) -> str:
         mine = rows.where(contender=name)
         if set(there) <= set(mine.values("tokens")):
             at = [mine.where(tokens=n) for n in there]
-            cells = [
-                f"{percent(accuracy(r).value)} ({percent(r.mean('flops_ratio'), 0)})" for r in at
-            ]
+            cells = [f"{right(r)} ({percent(r.mean('flops_ratio'), 0)})" for r in at]
             lines.append([name, *cells])
     return markdown(["contender", *(f"{n:,}" for n in there)], lines)
 
@@ -91,7 +89,7 @@ def dense(result: Result) -> str:
             if len(mine):
                 shown = [counts(mine.where(skill=skill)) for skill in scenes.SKILLS]
                 which = frame if parts == 1 else f"{frame}, {parts} videos"
-                lines.append([which, f"{tokens:,}", motion, *shown, percent(accuracy(mine).value)])
+                lines.append([which, f"{tokens:,}", motion, *shown, right(mine)])
     return markdown(["frames", "video tokens", "haystack", *scenes.SKILLS, "all"], lines)
 
 
@@ -102,8 +100,8 @@ def skills(result: Result) -> str:
     lines = []
     for name in names:
         mine = rows.where(contender=name)
-        shown = [percent(accuracy(mine.where(skill=skill)).value) for skill in scenes.SKILLS]
-        lines.append([name, *shown, percent(accuracy(mine).value)])
+        shown = [right(mine.where(skill=skill)) for skill in scenes.SKILLS]
+        lines.append([name, *shown, right(mine)])
     return markdown(["contender", *scenes.SKILLS, "all"], lines)
 
 
@@ -121,8 +119,8 @@ def ablation(result: Result) -> str:
                 *(percent(mine.where(tokens=n).mean("flops_ratio"), 0) for n in at),
                 percent(mine.mean("density"), 0),
                 percent(mine.mean("ffn_density"), 0),
-                *(percent(accuracy(mine.where(haystack=m)).value) for m in MOTIONS),
-                percent(accuracy(mine).value),
+                *(right(mine.where(haystack=m)) for m in MOTIONS),
+                right(mine),
                 points(difference(mine, reference)),
             ]
         )
@@ -167,7 +165,7 @@ def long(result: Result) -> str:
                     [
                         name,
                         percent(flops, 0),
-                        percent(accuracy(mine).value),
+                        right(mine),
                         points(difference(mine, stock)),
                         points(difference(mine, ordered)),
                     ],
@@ -222,6 +220,11 @@ def counts(rows: Rows) -> str:
     if not len(rows):
         return "–"
     return f"{sum(r['correct'] for r in rows)}/{sum(r['total'] for r in rows)}"
+
+
+def right(rows: Rows) -> str:
+    """Share of right answers."""
+    return percent(accuracy(rows).value) if len(rows) else "–"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

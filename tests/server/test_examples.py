@@ -199,7 +199,7 @@ def test_offline_batch(tmp_path: Path) -> None:
     assert lines.pop("bad.mp4").keys() == {"video", "error"}
     for line in lines.values():
         assert line["answer"] and line["prompt_tokens"] > 500
-        assert line["cost"]["flops_ratio"] < 1 and 0.5 <= line["cost"]["ffn_density"] < 0.6
+        assert line["cost"]["flops_ratio"] < 1 and 0.2 < line["cost"]["ffn_density"] < 0.6
     assert len({line["answer"] for line in lines.values()}) > 1
 
     (folder / "bad.mp4").unlink()

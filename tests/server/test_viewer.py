@@ -179,7 +179,8 @@ def test_trace_says_what_was_asked(viewed, trace) -> None:
 def test_trace_adds_up_to_the_usage(viewed, trace) -> None:
     assert 0 < trace["usage"]["flops_ratio"] < 1
     ffn = json.loads(fetch(viewed, f"/v1/adaspark/traces/{trace['id']}/ffn")[2])
-    assert np.mean(ffn["share"]) == pytest.approx(trace["usage"]["ffn_density"], abs=1e-3)
+    # Usage counts a cube's centroid as an evaluation, the trace the tokens that ran.
+    assert -1e-3 < trace["usage"]["ffn_density"] - np.mean(ffn["share"]) < 1 / 64 + 1e-3
     ran = [np.frombuffer(base64.b64decode(bits), np.uint8) for bits in ffn["ran"]]
     shares = [np.unpackbits(row, count=VIDEO_TOKENS, bitorder="little").mean() for row in ran]
     assert shares == pytest.approx(ffn["share"], abs=1e-3)
