@@ -42,18 +42,8 @@ def out(checkpoint, clip: Path) -> Path:
     """The folder that one run has filled."""
     folder = clip.parent / "out"
     command = ["analyze", "--model", checkpoint, "--video", clip, "--question", QUESTION]
-    command += [
-        "--out",
-        folder,
-        "--p",
-        "0.5,0.8,1",
-        "--queries",
-        QUERIES,
-        "--dense-below",
-        2,
-        "--min-cubes",
-        1,
-    ]
+    command += ["--out", folder, "--p", "0.5,0.8,1", "--queries", QUERIES]
+    command += ["--dense-below", 2, "--min-cubes", 1]
     code = "import sys; from vllm_adaspark.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, command), "--dtype", "float32"],
