@@ -186,7 +186,10 @@ def test_markdown_shows_every_picture(out: Path) -> None:
 
 
 def analyze(capsys, *arguments: object) -> tuple[int, str]:
-    code = main(["analyze", *map(str, arguments)])
+    try:
+        code = main(["analyze", *map(str, arguments)])
+    except SystemExit as end:  # argparse's own refusals
+        code = end.code
     return code, capsys.readouterr().err
 
 
@@ -204,8 +207,9 @@ def good(clip: Path, checkpoint, tmp_path: Path) -> list:
         (("--p", ""), ["--p", "above 0 and at most 1"]),
         (("--queries", 0), ["--queries 0", "1 or more"]),
         (("--question", " "), ["--question is empty"]),
-        (("--cube", "4,4"), ["cube=[4, 4]"]),
-        (("--cube", "a"), ["--cube a", "T,H,W"]),
+        (("--cube", "4,4"), ["--cube", "'4,4'", "T,H,W"]),
+        (("--cube", "a"), ["--cube", "'a'", "T,H,W"]),
+        (("--min-cubes", 99), ["min_cubes=99"]),
         (("--dense-below", -1), ["dense_below=-1"]),
         (("--video", "missing.mp4"), ["missing.mp4", "no such file"]),
         (("--model", "missing"), ["missing", "no such folder"]),

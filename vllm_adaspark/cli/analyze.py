@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from . import CommandError, UsageError
-from .settings import add_sampling, checked
+from .settings import add_rules, add_sampling, checked, given_rules
 
 PASSES_ON = True  # unknown options are vLLM's
 
 ANSWER_TOKENS = 32  # of the traced run, to be read below its picture
 SHARES = "0.5,0.7,0.8,0.9,0.95"
+# Settings that the study's runs choose themselves, or that it has no use for.
+CHOSEN = ("p_attn", "p_ffn", "flops", "trace", "report_file")
 # Fixed, because the numbers are taken in this process from a prompt computed in one step.
 OURS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
@@ -41,8 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--queries", type=int, default=64, help="query tokens of each kind to measure (64)"
     )
-    parser.add_argument("--cube", help="frames,rows,columns of a cube (4,4,4)")
-    parser.add_argument("--dense-below", type=int, help="fewer preceding cubes run dense (8)")
+    add_rules(parser, without=CHOSEN)
     add_sampling(parser)
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--queries {args.queries}: expected 1 or more")
     if not args.question.strip():
         raise UsageError("--question is empty")
-    settings = _settings(args)
+    settings = given_rules(args)
     config = checked(settings)
     try:
         plots.require_matplotlib()
@@ -150,18 +151,6 @@ def _shares(text: str) -> list[float]:
             f"--p {text}: expected numbers above 0 and at most 1, with commas, e.g. {SHARES}"
         ) from None
     return shares
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    if args.cube is not None:
-        try:
-            settings["cube"] = [int(part) for part in args.cube.split(",")]
-        except ValueError:
-            raise UsageError(f"--cube {args.cube}: expected T,H,W, e.g. 4,4,4") from None
-    if args.dense_below is not None:
-        settings["dense_below"] = args.dense_below
-    return settings
 
 
 def _say(what: str) -> None:

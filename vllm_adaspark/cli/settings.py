@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -16,18 +17,26 @@ from . import UsageError
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every setting and short word, and ``--p``; unset flags leave no trace."""
-    group = parser.add_argument_group("AdaSpark", "unset: the defaults in the README's table")
+    group = add_rules(parser, without=())
     group.add_argument(
         "--p", type=float, metavar="P", help="short for --p-attn P --p-ffn P, 0 < P <= 1"
     )
     group.add_argument(
         "--off", action="store_true", default=None, help="dense, exactly as the stock model"
     )
+
+
+def add_rules(parser: argparse.ArgumentParser, without: Collection[str]) -> Any:
+    """Add ``--paper`` and a flag for every setting that is not in ``without``; returns the group.
+
+    For a command that chooses the others, ``--p`` and ``--off`` included, by itself.
+    """
+    group = parser.add_argument_group("AdaSpark", "unset: the defaults in the README's table")
     group.add_argument("--paper", action="store_true", default=None, help="the paper's own rules")
     for spec in fields(AdaSparkConfig):
         rule, flag = spec.metadata, _flag(spec.name)
-        if spec.name == "enabled":
-            continue  # --off
+        if spec.name == "enabled" or spec.name in without:
+            continue  # --off is there for the first
         if spec.name == "cube":
             options = {"type": _cube, "metavar": "T,H,W"}
         elif isinstance(spec.default, bool):
@@ -43,6 +52,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default = f" (default: {spec.default})" if spec.default not in (None, False) else ""
         text = rule["doc"] + default
         group.add_argument(flag, dest=spec.name, default=None, help=text, **options)
+    return group
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +65,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the flags name, as a JSON-ready object."""
+def given_rules(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the flags of :func:`add_rules` name, as a JSON-ready object."""
     settings = {spec.name: getattr(args, spec.name, None) for spec in fields(AdaSparkConfig)}
-    settings |= {"off": args.off, "paper": args.paper}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings |= {"off": getattr(args, "off", None), "paper": args.paper}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the flags of :func:`add_settings` name, as a JSON-ready object."""
+    settings = given_rules(args)
     if args.p is not None:
         settings = {"p_attn": args.p, "p_ffn": args.p} | settings
     return settings
