@@ -21,7 +21,7 @@ from harness import PagedLayer, one_request
 
 from vllm_adaspark.accounting import count_step
 from vllm_adaspark.attention import score
-from vllm_adaspark.attention.tables import build_tables, to_virtual
+from vllm_adaspark.attention.tables import build_tables
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.tags import tag_word
 
@@ -52,8 +52,7 @@ def measure(tokens: int, share: float, rule: str, repeats: int, threads: int) ->
         layer.attend(query, output)  # warm up
     sparse = layers["sparse"]
     plan = sparse.runtime.plan
-    shared = plan.attention.shared
-    by_head = to_virtual(query, shared.query)
+    by_head = query.unflatten(1, (4, -1)).transpose(0, 1)
     for _ in range(repeats):
         for name, layer in layers.items():
             start = time.perf_counter()
@@ -61,7 +60,7 @@ def measure(tokens: int, share: float, rule: str, repeats: int, threads: int) ->
             times[name].append(time.perf_counter() - start)
         start = time.perf_counter()
         chosen = score.choose_cubes(by_head, sparse.impl._key_sums, plan.attention, 128**-0.5, 0)
-        build_tables(chosen, plan.attention, config.cube_volume, shared.query_start)
+        build_tables(chosen, plan.attention, config.cube_volume)
         times["selection"].append(time.perf_counter() - start)
     counts = count_step(rows, plan, range(1))
     median = {name: statistics.median(samples) for name, samples in times.items()}

@@ -50,6 +50,10 @@ class PagedLayer:
         self.runtime = Runtime(config)
         self.runtime.expect_video()
         isa = cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
+        if isa == "amx":
+            # The system hands out tile registers on request.  In an engine oneDNN has asked, in the
+            # projections before; without, the kernel dies of an illegal instruction.
+            torch.cpu._init_amx()
         self.layer = SimpleNamespace(
             isa=isa,
             _q_scale_float=1.0,

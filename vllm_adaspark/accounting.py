@@ -115,7 +115,7 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
     scored = np.zeros(number)  # (query token, candidate cube) pairs, the same in every sparse layer
     if plan.attention is not None:
         tiles = plan.attention.tiles
-        scored = by_row(tiles.row, tiles.candidates.sum(axis=1) * tiles.length)
+        scored = by_row(tiles.row, tiles.candidates.sum(axis=1) * tiles.asked)
         counts.choices += by_row(tiles.row[tiles.kind != DENSE])
     if plan.ffn is not None:
         counts.choices += by_row(plan.ffn.row)

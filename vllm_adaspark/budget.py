@@ -66,6 +66,7 @@ def prompt_cost(
     dense_layers: int,
     sparse_text: bool,
     compensation: str,
+    score_tokens: int,
 ) -> PromptCost:
     """Count a prompt as the plan will cut it (attention/planner.py).
 
@@ -75,7 +76,7 @@ def prompt_cost(
         tokens: of the prompt.
         videos: (offset, tokens) of each video in it.
         block_size: tokens in a KV block.
-        dense_below, dense_layers, sparse_text, compensation: as in AdaSparkConfig.
+        dense_below, dense_layers, sparse_text, compensation, score_tokens: as in AdaSparkConfig.
     """
     is_video = np.zeros(tokens, bool)
     for offset, length in videos:
@@ -88,7 +89,8 @@ def prompt_cost(
     block = np.arange(tokens) // block_size
     chooses = is_cube[block] | (~is_video & sparse_text)
     chooses &= before[block] >= max(dense_below, 1)
-    scored = float(before[block][chooses].sum())  # (query token, cube) pairs
+    seen = before[block] * chooses  # [tokens] cubes that a token may leave out
+    asked = np.where(is_video, min(score_tokens, block_size) / block_size, 1.0)
 
     pairs = tokens * (tokens + 1) / 2
     dense = (
@@ -96,7 +98,7 @@ def prompt_cost(
         + pairs * shape.attention_flops_per_pair
     )
     optional = (
-        scored * block_size * shape.attention_flops_per_pair
+        float(seen.sum()) * block_size * shape.attention_flops_per_pair
         + float(is_cube.sum()) * block_size * shape.ffn_flops_per_token
     )
     centroids = float(is_cube.sum()) if compensation == "centroid" else 0.0
@@ -104,6 +106,6 @@ def prompt_cost(
     return PromptCost(
         dense=layers * dense,
         optional=sparse_layers * optional,
-        selection=sparse_layers * scored * shape.score_flops_per_pair,
+        selection=sparse_layers * float((seen * asked).sum()) * shape.score_flops_per_pair,
         compensation=sparse_layers * centroids * shape.ffn_flops_per_token,
     )

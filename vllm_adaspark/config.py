@@ -111,6 +111,13 @@ class AdaSparkConfig:
         low=0,
         high=1_000_000,
     )
+    score_tokens: int = _setting(
+        16,
+        "tokens of a video cube that are asked which cubes it keeps, spread over it",
+        request=False,
+        low=1,
+        high=128,
+    )
     encoder_patches: int = _setting(
         32768,
         "patches the vision tower encodes at a time",
@@ -130,6 +137,10 @@ class AdaSparkConfig:
             value = getattr(self, spec.name)
             object.__setattr__(self, spec.name, _checked(spec, value))
 
+        if self.score_tokens.bit_count() != 1:
+            raise AdaSparkConfigError(
+                f"score_tokens={self.score_tokens}: expected a power of two, e.g. 16"
+            )
         if self.flops is not None and self.selection != "top_p":
             raise AdaSparkConfigError(
                 f"flops={self.flops!r} chooses p, so selection={self.selection!r} cannot be kept: "

@@ -83,6 +83,27 @@ def block_spread(
     return float(((at - at.mean(1, keepdims=True)) ** 2).sum(-1).mean())
 
 
+def spread_tokens(volume: int, count: int) -> np.ndarray:
+    """Some tokens of a cube that stand for all of it: one or more of every frame, row and column.
+
+    They lie on a diagonal of the walk: every n-th token alone would all be of one frame.
+
+    Args:
+        volume: tokens of a cube, a power of two.
+        count: how many, a power of two; all of them where that is more.
+
+    Returns:
+        ``[min(count, volume)]`` int64 offsets in the cube, rising.
+
+    Example:
+        >>> spread_tokens(64, 16).tolist()
+        [0, 5, 10, 15, 17, 22, 27, 28, 34, 39, 40, 45, 51, 52, 57, 62]
+    """
+    step = max(1, volume // count)
+    nth = np.arange(volume // step)
+    return nth * step + (nth + nth // step) % step
+
+
 def _slabs(frames: int, cube: tuple[int, int, int]) -> int:
     """How many slabs to cut a video into: ``frames / t``, rounded to where blocks are compacter.
 

@@ -26,6 +26,7 @@ from itertools import groupby
 import torch
 
 from .config import AdaSparkConfig
+from .cubes import spread_tokens
 from .reference_choice import choose, choose_under_budget, top_p
 
 
@@ -141,9 +142,9 @@ def tile_attention(
     tokens are known (below the chunk's end) and video; every other block is an *anchor block*.
     The chunk's tokens form *tiles*:
 
-    * ``"video"``: a cube wholly in the chunk.  Its tokens and the heads of a GQA group average
-      their probabilities and choose once per KV head.  Its logits, and the scaled mean keys in
-      them, are rounded to the inputs' dtype.
+    * ``"video"``: a cube wholly in the chunk.  ``config.score_tokens`` of its tokens, spread over
+      it, and the heads of a GQA group average their probabilities and choose once per KV head.  Its
+      logits, and the scaled mean keys in them, are rounded to the inputs' dtype.
     * ``"text"``: one token that is not video.  The heads of a GQA group average and choose once.
     * ``"cut"``: the video tokens of any other block.  They attend to everything.
 
@@ -191,7 +192,8 @@ def tile_attention(
         if not dense and candidates:
             means = scale * torch.stack([mean_keys[b] for b in candidates])
             if kind == "video":  # products in the inputs' dtype, see attention/score.py
-                logits = _logits(q[rows], means.to(dtype).to(q.dtype)).to(dtype).to(q.dtype)
+                asking = q[rows][spread_tokens(block_size, config.score_tokens)]
+                logits = _logits(asking, means.to(dtype).to(q.dtype)).to(dtype).to(q.dtype)
             else:
                 logits = _logits(q[rows], means)
             probs = logits.softmax(-1)  # [m, heads, candidates]

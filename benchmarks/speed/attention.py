@@ -18,7 +18,6 @@ from harness import PagedLayer, one_request
 
 from vllm_adaspark.accounting import count_step
 from vllm_adaspark.attention.score import choose_cubes
-from vllm_adaspark.attention.tables import to_virtual
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.tags import tag_word
 
@@ -150,7 +149,7 @@ class _Ours:
     def block_mask(self) -> torch.Tensor:
         """Which key blocks a query block attends, ``[kv_heads, blocks, blocks]`` bool."""
         plan, impl = self.plan.attention, self.layer.impl
-        by_head = to_virtual(self.inputs.query, plan.shared.query)
+        by_head = self.inputs.query.unflatten(1, (SHAPE["kv_heads"], -1)).transpose(0, 1)
         chosen = choose_cubes(by_head, impl._key_sums, plan, impl.scale, 0)
         blocks = chosen.shape[-1]
         kept = torch.ones(SHAPE["kv_heads"], blocks, blocks).tril().bool()

@@ -60,13 +60,16 @@ def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     shape = dict(heads=heads, kv_heads=kv_heads, head_size=head_size, dtype=dtype)
     layer_index = int(rng.integers(0, 3))
 
-    # dense_below is the server's; all else may differ from request to request.
-    dense_below = int(rng.integers(0, 4))
-    server = AdaSparkConfig(cube=CUBES[block], dense_below=dense_below)
+    # These are the server's; all else may differ from request to request.
+    servers = {
+        "dense_below": int(rng.integers(0, 4)),
+        "score_tokens": int(rng.choice([4, 16, 128])),
+    }
+    server = AdaSparkConfig(cube=CUBES[block], **servers)
     pool = list(range(1, 200))
     requests = []
     for _ in range(int(rng.integers(1, 4))):
-        settings = random_config(rng, block).to_dict() | {"dense_below": dense_below}
+        settings = random_config(rng, block).to_dict() | servers
         config = AdaSparkConfig().override(settings)
         layout = random_layout(rng, block) if rng.random() > 0.15 else [("text", 3 * block + 5)]
         sharpness = float(rng.choice([0.3, 1.0, 3.0]))

@@ -395,7 +395,9 @@ def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.Monkey
     step = [(request, len(request.is_video)) for request in requests]
     rows = rows_of(step)
     words, q, k = (gather(step, name) for name in ("words", "q", "k"))
-    plan = build_plan(rows, words.numpy(), BlockTags(40, 32), dense_below=1, device=q.device)
+    plan = build_plan(
+        rows, words.numpy(), BlockTags(40, 32), dense_below=1, score_tokens=16, device=q.device
+    )
     sums = KeySums(40, 2, 16, 32, q.device)
     sums.write(k, plan.key_writes)
     by_head = q.unflatten(1, (2, 2)).transpose(0, 1).contiguous()
@@ -412,7 +414,7 @@ def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.Monkey
 
     def run() -> tuple:
         chosen = attention_score.choose_cubes(by_head, sums, plan.attention, 16**-0.5, 0)
-        return chosen, attention_tables.build_tables(chosen, plan.attention, 32, torch.zeros(1))
+        return chosen, attention_tables.build_tables(chosen, plan.attention, 32)
 
     chosen, batch = run()
     used = [bool(each) for each in calls]
@@ -448,7 +450,7 @@ def test_layer_ffn_equals_torch(
     step = [(request, len(request.is_video))]
     plan = build_plan(
         rows_of(step), request.words.numpy(), BlockTags(9, 32), dense_below=1,
-        device=torch.device("cpu"),
+        score_tokens=16, device=torch.device("cpu"),
     )  # fmt: skip
 
     class Linear(torch.nn.Module):

@@ -54,7 +54,7 @@ def step(*requests: tuple[int, int, int], tags: BlockTags | None = None) -> tupl
         block_table=block[:, None] + np.arange(8),
     )
     words = np.concatenate([WORD * IS_VIDEO[a : a + n] for a, n, _ in requests])
-    plan = build_plan(rows, words, tags, dense_below=1, device=torch.device("cpu"))
+    plan = build_plan(rows, words, tags, dense_below=1, score_tokens=16, device=torch.device("cpu"))
     return rows, plan
 
 
@@ -127,7 +127,7 @@ def test_counts_of_the_hand_made_step(whole) -> None:
     assert counts.pairs[:, 0].tolist() == [9316, sum(tile_pairs)] == [9316, 8420]
     # Half a block left out for 32 tokens, 1.5 blocks for 8.
     assert counts.cubes_attended[:, 0].tolist() == [120, 120 - 16 - 12]
-    assert counts.scored[:, 0].tolist() == [0, 32 + 64 + 24]
+    assert counts.scored[:, 0].tolist() == [0, 16 + 32 + 24]  # 16 tokens of a cube are asked
     assert counts.ffn_skipped[:, 0].tolist() == [15 + 11 + 0, 3 * 21]
 
 
@@ -144,11 +144,11 @@ def test_report_of_the_hand_made_step(whole) -> None:
     assert executed == {
         "qkvo": 104_448,
         "attention": (9316 + 8420) * 32,
-        "selection": 120 * 16,
+        "selection": 72 * 16,
         "ffn": 208_896 - (26 + 63) * 768,  # a centroid for each cube that skips
-        "total": 104_448 + 567_552 + 1_920 + 140_544,
+        "total": 104_448 + 567_552 + 1_152 + 140_544,
     }
-    assert report["flops_ratio"] == pytest.approx(814_464 / 909_568)
+    assert report["flops_ratio"] == pytest.approx(813_696 / 909_568)
     assert report["attention_density"] == pytest.approx((1 + 92 / 120) / 2)
     assert report["ffn_density"] == pytest.approx(1 - (26 + 63) / (2 * 96))
     assert report["layers"] == [
@@ -208,7 +208,9 @@ def test_decode_step() -> None:
     tags = BlockTags(64, BLOCK)
     step((0, 136, 5), tags=tags)
     rows = StepRows(np.array([0, 1]), np.array([137]), 5 + np.arange(8)[None])
-    plan = build_plan(rows, np.zeros(1, int), tags, dense_below=1, device=torch.device("cpu"))
+    plan = build_plan(
+        rows, np.zeros(1, int), tags, dense_below=1, score_tokens=16, device=torch.device("cpu")
+    )
     plan.kept_blocks = {1: torch.tensor([[3], [4]])}
     counts = count_step(rows, plan, LAYERS)
     assert counts.dense_pairs.tolist() == [137]
@@ -304,7 +306,7 @@ def test_requests_of_a_batch_are_counted_apart(whole) -> None:
         block_table=np.stack([np.arange(8) + 40, np.arange(8) + 5, np.zeros(8, int)]),
     )
     words = np.concatenate([np.zeros(20, int), WORD * IS_VIDEO])
-    plan = build_plan(rows, words, tags, dense_below=1, device=torch.device("cpu"))
+    plan = build_plan(rows, words, tags, dense_below=1, score_tokens=16, device=torch.device("cpu"))
     own = {1: torch.cat([torch.tensor([[1], [1]]), KEPT[1]], dim=1)}  # the text request is a tile
     plan.kept_blocks, plan.ffn_active = own, dict(ACTIVE)
     alone = account_of(*whole).report()

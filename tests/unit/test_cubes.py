@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from vllm_adaspark.cubes import block_spread, cube_order
+from vllm_adaspark.cubes import block_spread, cube_order, spread_tokens
 
 IDEAL = 3.75  # mean squared spread of a 4x4x4 box
 
@@ -155,3 +155,17 @@ def test_spread_of_one_row_by_hand():
     assert block_spread((1, 1, 8), (1, 1, 4), 4) == 1.25
     # One token in, the row's second block is cut short and left out.
     assert block_spread((1, 1, 8), (1, 1, 4), 4, phase=1) == 1.25
+
+
+@pytest.mark.parametrize("cube", [(4, 4, 4), (8, 4, 4), (2, 4, 4), (4, 4, 2)])
+def test_tokens_that_are_asked_are_of_all_frames_rows_and_columns(cube) -> None:
+    t, h, w = cube
+    volume = t * h * w
+    walk = cube_order(cube, cube)  # one cube: the walk is the block
+    for count in (16, 32):
+        asked = spread_tokens(volume, count)
+        assert len(asked) == min(count, volume) and (np.diff(asked) > 0).all()
+        places = np.unravel_index(walk[asked], cube)
+        assert [len(set(place.tolist())) for place in places] == list(cube)
+    assert spread_tokens(volume, volume).tolist() == list(range(volume))
+    assert spread_tokens(volume, 2 * volume).tolist() == list(range(volume))

@@ -70,7 +70,9 @@ class Recorder:
         )
         is_video = (np.arange(start, end) >= BEFORE) & (np.arange(start, end) < VIDEO.end)
         words = np.append(0, np.where(is_video, WORD, 0))
-        plan = build_plan(rows, words, self.blocks, dense_below=2, device=torch.device("cpu"))
+        plan = build_plan(
+            rows, words, self.blocks, dense_below=2, score_tokens=16, device=torch.device("cpu")
+        )
         step = StepTrace()
         chosen, active = self._choose(plan, step)
         bits = step.to_host(self.layers)

@@ -12,7 +12,8 @@ from typing import Any
 
 from vllm.v1.attention.backend import AttentionBackend
 
-from .backend import SparseBackend, SparseImpl, SparseMetadataBuilder
+from .backend import SparseBackend, SparseImpl, SparseMetadataBuilder, virtual_cache
+from .heads_apart import HeadsApart
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
@@ -58,17 +59,35 @@ def _cpu() -> type[AttentionBackend]:
     class AdaSparkCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         stock_impl = CPUAttentionBackendImpl
 
-        def _virtual_metadata(self, layer, metadata, batch, plan, dtype) -> Any:
-            metadata = super()._virtual_metadata(layer, metadata, batch, plan, dtype)
+        def _attend(self, layer, query, kv_cache, metadata, batch, plan, output) -> None:
+            if plan.shared is None:
+                plan.shared = HeadsApart.make(plan, query, output, kv_cache.shape[1])
+            apart = plan.shared
+            apart.gather(query)
+            for part in apart.parts:
+                rows = apart.query[part.rows].unflatten(0, (-1, part.heads))
+                self._virtual.forward(
+                    layer,
+                    rows,
+                    None,
+                    None,
+                    virtual_cache(kv_cache),
+                    self._part_metadata(layer, metadata, batch, plan, part, len(rows), query.dtype),
+                    apart.output[part.rows].unflatten(0, (-1, part.heads)),
+                )
+            apart.scatter(output)
+
+        def _part_metadata(self, layer, metadata, batch, plan, part, queries, dtype) -> Any:
+            seq_lens = batch.seq_lens[part.sequences]
             # The CPU kernel splits work over threads by a schedule made from the lengths.
             schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=len(batch.seq_lens),
-                num_heads=self.num_heads // self.num_kv_heads,
+                num_reqs=len(seq_lens),
+                num_heads=part.heads,
                 num_kv_heads=1,
                 head_dim=self.head_size,
-                seq_lens=batch.seq_lens,
+                seq_lens=seq_lens,
                 dtype=dtype,
-                query_start_loc=batch.query_start,
+                query_start_loc=part.query_start,
                 causal=True,
                 sliding_window_size=self.sliding_window,
                 isa=layer.isa,
@@ -76,7 +95,16 @@ def _cpu() -> type[AttentionBackend]:
                 dynamic_causal=None,
                 kv_cache_dtype=self.kv_cache_dtype,
             )
-            return replace(metadata, scheduler_metadata=schedule)
+            return replace(
+                metadata,
+                num_actual_tokens=queries,
+                max_query_len=part.max_query_len,
+                max_seq_len=plan.max_seq_len,
+                query_start_loc=part.query_start,
+                seq_lens=seq_lens,
+                block_table=batch.block_table.index_select(0, part.sequences),
+                scheduler_metadata=schedule,
+            )
 
     return _assemble(CPUAttentionBackend, AdaSparkCPUImpl)
 
@@ -87,8 +115,8 @@ def _flash() -> type[AttentionBackend]:
     class AdaSparkFlashImpl(SparseImpl, FlashAttentionImpl):
         stock_impl = FlashAttentionImpl
 
-        def _virtual_metadata(self, layer, metadata, batch, plan, dtype) -> Any:
-            metadata = super()._virtual_metadata(layer, metadata, batch, plan, dtype)
+        def _virtual_metadata(self, *arguments) -> Any:
+            metadata = super()._virtual_metadata(*arguments)
             return replace(metadata, max_num_splits=0)  # let the kernel choose: no plan was made
 
     return _assemble(FlashAttentionBackend, AdaSparkFlashImpl)
@@ -100,8 +128,8 @@ def _triton() -> type[AttentionBackend]:
     class AdaSparkTritonImpl(SparseImpl, TritonAttentionImpl):
         stock_impl = TritonAttentionImpl
 
-        def _virtual_metadata(self, layer, metadata, batch, plan, dtype) -> Any:
-            metadata = super()._virtual_metadata(layer, metadata, batch, plan, dtype)
+        def _virtual_metadata(self, *arguments) -> Any:
+            metadata = super()._virtual_metadata(*arguments)
             # The 3D (split-KV) kernel's scratch is sized for the real batch, so use the 2D one.
             return replace(metadata, seq_threshold_3D=0)
 

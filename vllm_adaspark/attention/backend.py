@@ -135,40 +135,47 @@ class SparseImpl:
             )  # fmt: skip
         assert output_scale is None and output_block_scale is None, "no fused output quantization"
         assert self._key_sums is not None, "cubes to choose from, but no keys were written"
-        blocks, kv_heads, block_size, content = kv_cache.shape
-        if plan.shared is None:  # made by the first layer of a step, used by all
-            plan.shared = SharedTensors.make(plan, query, output, kv_heads)
-        shared = plan.shared
-        by_head = to_virtual(query[: plan.num_tokens], shared.query)
+        query, output_here = query[: plan.num_tokens], output[: plan.num_tokens]
         # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
         scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
         with step.selection.running(query.device):
+            by_head = query.unflatten(1, (kv_cache.shape[1], -1)).transpose(0, 1)
             chosen = choose_cubes(by_head, self._key_sums, plan, scale, layer.adaspark_layer)
-            batch = build_tables(chosen, plan, block_size, shared.query_start)
+            batch = build_tables(chosen, plan, kv_cache.shape[2])
         step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
         if step.trace is not None:
             step.trace.cubes(layer.adaspark_layer, chosen)
-
-        self._virtual.forward(
-            layer,
-            by_head.flatten(0, 1),
-            None,
-            None,
-            kv_cache.view(blocks * kv_heads, 1, block_size, content),
-            self._virtual_metadata(layer, attn_metadata, batch, plan, query.dtype),
-            shared.output.flatten(0, 1),
-        )
-        real_output = output[: plan.num_tokens].unflatten(1, (kv_heads, -1))
-        real_output.copy_(shared.output.transpose(0, 1))
+        self._attend(layer, query, kv_cache, attn_metadata, batch, plan, output_here)
         return output
 
-    def _virtual_metadata(
+    def _attend(
         self,
         layer: torch.nn.Module,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
         metadata: Any,
         batch: VirtualBatch,
         plan: AttentionPlan,
-        dtype: torch.dtype,
+        output: torch.Tensor,
+    ) -> None:
+        """Run the kernel on the virtual batch; ``query`` and ``output [tokens, heads, d]``."""
+        kv_heads = kv_cache.shape[1]
+        if plan.shared is None:  # made by the first layer of a step, used by all
+            plan.shared = SharedTensors.make(plan, query, output, kv_heads)
+        shared = plan.shared
+        self._virtual.forward(
+            layer,
+            to_virtual(query, shared.query).flatten(0, 1),
+            None,
+            None,
+            virtual_cache(kv_cache),
+            self._virtual_metadata(metadata, batch, plan, shared.query_start),
+            shared.output.flatten(0, 1),
+        )
+        output.unflatten(1, (kv_heads, -1)).copy_(shared.output.transpose(0, 1))
+
+    def _virtual_metadata(
+        self, metadata: Any, batch: VirtualBatch, plan: AttentionPlan, query_start: torch.Tensor
     ) -> Any:
         """The stock metadata with the virtual batch in place of the requests."""
         return replace(
@@ -176,8 +183,14 @@ class SparseImpl:
             num_actual_tokens=plan.num_tokens * batch.kept_blocks.shape[0],
             max_query_len=plan.max_query_len,
             max_seq_len=plan.max_seq_len,
-            query_start_loc=batch.query_start,
+            query_start_loc=query_start,
             seq_lens=batch.seq_lens,
             block_table=batch.block_table,
             scheduler_metadata=None,
         )
+
+
+def virtual_cache(kv_cache: torch.Tensor) -> torch.Tensor:
+    """``[blocks, kv_heads, B, 2d]`` as ``[blocks * kv_heads, 1, B, 2d]``: see tables.py."""
+    blocks, kv_heads, block_size, content = kv_cache.shape
+    return kv_cache.view(blocks * kv_heads, 1, block_size, content)  # never a copy

@@ -3,7 +3,8 @@
 Made once per step by planner.py, then used by every layer.  The step's tokens are cut
 into *query tiles*, of three kinds:
 
-* ``VIDEO``: a complete cube, all of it in this step.  Its tokens choose cubes together.
+* ``VIDEO``: a complete cube, all of it in this step.  Its tokens choose cubes together: some of
+  them, spread over it, are asked (config.score_tokens), all of them attend to what these choose.
 * ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
   choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits),
   save that a request's text runs dense in a chunk with more than planner.MAX_TEXT_TILES of them.
@@ -25,6 +26,7 @@ import torch
 
 from ..selection import BudgetGroups
 from ..timing import Stopwatch
+from .scratch import Scratch
 from .state import KeyWrites
 
 DENSE, VIDEO, TEXT = range(3)
@@ -43,6 +45,7 @@ class Tiles:
     length: np.ndarray  # [tiles] tokens
     block: np.ndarray  # [tiles] logical index of the last block it touches
     kind: np.ndarray  # [tiles] DENSE, VIDEO or TEXT
+    asked: np.ndarray  # [tiles] tokens whose probabilities decide; 0 for DENSE
     tail_gap: np.ndarray  # [tiles] slots of the last block after the tile's last token
     candidates: np.ndarray  # [tiles, blocks] bool, all false for DENSE
 
@@ -55,7 +58,7 @@ class ScoreJob:
     """Queries scored together: the same number of tokens from each of some rows.
 
     ``tile_of[i, j]`` indexes the sparse tiles (not all tiles): per token in a TEXT job; per tile,
-    ``[rows, tokens / block_size]``, in a VIDEO job, where a tile's tokens are consecutive.
+    ``[rows, tokens / asked]``, in a VIDEO job, where a tile's tokens stand together.
     """
 
     kind: int
@@ -64,7 +67,9 @@ class ScoreJob:
     tile_of: torch.Tensor  # [rows, tokens] or [rows, tiles] int64
     own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below it
     limit: torch.Tensor  # the same on the device, int32
-    first_token: int | None  # if all tokens are consecutive: the first
+    asked: int  # tokens of a tile
+    gap_blocks: list[int]  # of a VIDEO job's row: blocks that are no cubes, rising; else empty
+    gaps: torch.Tensor  # [gaps] int64, the same on the device
 
 
 @dataclass
@@ -95,7 +100,8 @@ class AttentionPlan:
     max_query_len: int
     max_seq_len: int
     num_tokens: int
-    shared: Any = None  # tables.SharedTensors, made by the first layer that needs them
+    shared: Any = None  # what the adapter's first layer made for all of them
+    scratch: Scratch = field(default_factory=Scratch)  # for choosing
 
 
 @dataclass(frozen=True)

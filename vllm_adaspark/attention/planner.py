@@ -9,6 +9,7 @@ import torch
 
 from .. import tags
 from ..config import COMPENSATIONS, SHARE_STEPS
+from ..cubes import spread_tokens
 from ..selection import BudgetGroups
 from .plan import (
     DENSE,
@@ -34,6 +35,7 @@ def build_plan(
     block_tags: BlockTags,
     *,
     dense_below: int,
+    score_tokens: int,
     device: torch.device,
 ) -> StepPlan | None:
     """The plan of a step, or None when no video has anything to do with it.
@@ -43,6 +45,7 @@ def build_plan(
         words: ``[tokens]`` tag words of the step's tokens.
         block_tags: block state; this step's tokens are recorded in it here.
         dense_below: tiles with fewer candidates attend to all of them.
+        score_tokens: tokens of a VIDEO tile whose probabilities decide.
         device: where the layers run.
     """
     block_tags.write(rows, words)
@@ -62,9 +65,10 @@ def build_plan(
     tokens = _Tokens.of(rows, words != 0, row_cubes, size)
     may_choose = _may_choose(tokens, settings, dense_below)
     text, too_long = _text_that_chooses(tokens, settings, may_choose, len(row_cubes))
-    tiles = _tiles(tokens, row_cubes, may_choose, text, size)
+    asking = spread_tokens(size, score_tokens)
+    tiles = _tiles(tokens, row_cubes, may_choose, text, size, len(asking))
     return StepPlan(
-        attention=_attention_plan(rows, tiles, table, row_cubes, settings, size, device),
+        attention=_attention_plan(rows, tiles, table, row_cubes, settings, asking, device),
         ffn=_ffn_plan(tokens, settings, size, device),
         key_writes=_key_writes(tokens, table, size, device),
         video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=len(word)),
@@ -144,7 +148,12 @@ def _text_that_chooses(
 
 
 def _tiles(
-    tokens: _Tokens, row_cubes: np.ndarray, may_choose: np.ndarray, text: np.ndarray, size: int
+    tokens: _Tokens,
+    row_cubes: np.ndarray,
+    may_choose: np.ndarray,
+    text: np.ndarray,
+    size: int,
+    asked: int,
 ) -> Tiles:
     """Cut the step into tiles; ``may_choose`` and ``text`` that chooses are ``[tokens]``."""
     row = tokens.row
@@ -162,7 +171,8 @@ def _tiles(
     candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
     candidates &= (kind != DENSE)[:, None]
     tail_gap = (block + 1) * size - tokens.position[last] - 1
-    return Tiles(row, start, length, block, kind, tail_gap, candidates)
+    asked = np.select([kind == VIDEO, kind == TEXT], [asked, 1], 0)
+    return Tiles(row, start, length, block, kind, asked, tail_gap, candidates)
 
 
 def _attention_plan(
@@ -171,7 +181,7 @@ def _attention_plan(
     table: np.ndarray,
     row_cubes: np.ndarray,
     settings: tags.Tags,
-    size: int,
+    asking: np.ndarray,
     device: torch.device,
 ) -> AttentionPlan | None:
     sparse = np.flatnonzero(tiles.kind != DENSE)
@@ -188,7 +198,7 @@ def _attention_plan(
 
     return AttentionPlan(
         tiles=tiles,
-        jobs=_score_jobs(tiles, sparse, size, device),
+        jobs=_score_jobs(tiles, sparse, row_cubes, asking, device),
         sparse_tiles=to(sparse, torch.int64),
         sparse_of=to(sparse_of, torch.int32),
         candidates=to(tiles.candidates[sparse], torch.bool),
@@ -232,11 +242,16 @@ def _attention_budget(
 
 
 def _score_jobs(
-    tiles: Tiles, sparse: np.ndarray, size: int, device: torch.device
+    tiles: Tiles,
+    sparse: np.ndarray,
+    row_cubes: np.ndarray,
+    asking: np.ndarray,
+    device: torch.device,
 ) -> list[ScoreJob]:
     """Group the sparse tiles' tokens so that each job is a few dense matrix products.
 
-    One job per row and kind; rows with a single text token (decode) share one job.
+    One job per row and kind; rows with a single text token (decode) share one job.  ``asking`` are
+    the tokens of a VIDEO tile that are asked, as offsets in its block.
     """
     jobs: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     row, kind = tiles.row[sparse], tiles.kind[sparse]
@@ -245,7 +260,7 @@ def _score_jobs(
         video = np.flatnonzero((row == r) & (kind == VIDEO))
         text = np.flatnonzero((row == r) & (kind == TEXT))
         if len(video):
-            tokens = tiles.start[sparse[video], None] + np.arange(size)
+            tokens = tiles.start[sparse[video], None] + asking
             jobs.append((VIDEO, np.array([r]), tokens.reshape(1, -1), video[None]))
         tokens = tiles.start[sparse[text]]
         if len(text) == 1:
@@ -255,18 +270,23 @@ def _score_jobs(
     if singles:
         single_rows, tokens, tile = (np.array(column) for column in zip(*singles, strict=True))
         jobs.append((TEXT, single_rows, tokens[:, None], tile[:, None]))
-    return [
-        ScoreJob(
-            kind=job_kind,
-            row=torch.as_tensor(job_rows).to(device),
-            tokens=torch.as_tensor(tokens).to(device),
-            tile_of=torch.as_tensor(tile_of).to(device),
-            own_block=tiles.block[sparse[tile_of]],
-            limit=torch.as_tensor(tiles.block[sparse[tile_of]]).to(device, torch.int32),
-            first_token=int(tokens[0, 0]) if (np.diff(tokens.ravel()) == 1).all() else None,
+    made = []
+    for job_kind, job_rows, tokens, tile_of in jobs:
+        gaps = np.flatnonzero(~row_cubes[job_rows[0]]) if job_kind == VIDEO else np.empty(0, int)
+        made.append(
+            ScoreJob(
+                kind=job_kind,
+                row=torch.as_tensor(job_rows).to(device),
+                tokens=torch.as_tensor(tokens).to(device),
+                asked=tokens.shape[1] // tile_of.shape[1],
+                tile_of=torch.as_tensor(tile_of).to(device),
+                own_block=tiles.block[sparse[tile_of]],
+                limit=torch.as_tensor(tiles.block[sparse[tile_of]]).to(device, torch.int32),
+                gap_blocks=gaps.tolist(),
+                gaps=torch.as_tensor(gaps).to(device),
+            )
         )
-        for job_kind, job_rows, tokens, tile_of in jobs
-    ]
+    return made
 
 
 def _ffn_plan(

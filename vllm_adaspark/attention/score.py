@@ -1,10 +1,11 @@
 """Which cubes a tile keeps, once per layer.
 
 The score is the paper's: ``P = softmax_j(q . mean_key_j / sqrt(d))`` over the candidate cubes, per
-token and head, averaged over the heads of a GQA group.  A VIDEO tile also averages P over its
-tokens; every tile chooses once per KV head.  A VIDEO tile's logits are matrix products in the
-model's dtype, as in attention itself: rounding averages out over hundreds of queries, and bf16
-products are four times as fast.  A TEXT tile's logits are fp32; probabilities always are.
+token and head, averaged over the heads of a GQA group.  A VIDEO tile also averages P over some of
+its tokens (config.score_tokens); every tile chooses once per KV head.  A VIDEO tile's logits are
+matrix products in the model's dtype, as in attention itself: rounding averages out over many
+queries, and bf16 products are four times as fast.  A TEXT tile's logits are fp32; probabilities
+always are.
 
 :func:`cube_logits` is the one place that says how well a cube matches a query; replace it to try
 another score (design, section 5).
@@ -12,15 +13,19 @@ another score (design, section 5).
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 
 from .. import selection
 from ..kernels import use_triton
 from .plan import VIDEO, AttentionPlan, ScoreJob
+from .scratch import Scratch
 from .state import KeySums
 
-# Logits held at a time, in numbers: bounds memory, and on a CPU keeps the work in cache.
-SLAB_LOGITS = 1 << 20
+# Logits held at a time, in numbers.  Fewer would fit a CPU's cache, but a product of few queries
+# spends its time on preparing the keys.
+SLAB_LOGITS = 1 << 21
 
 
 def choose_cubes(
@@ -29,7 +34,7 @@ def choose_cubes(
     """The cubes each sparse tile keeps.
 
     Args:
-        query: ``[kv_heads, tokens, group, head_size]``, head by head as the kernel will see it.
+        query: ``[kv_heads, tokens, group, head_size]``, any strides.
         key_sums: this layer's key sums.
         plan: the step's plan.
         scale: softmax scale, 1 / sqrt(head_size).
@@ -54,9 +59,14 @@ def choose_cubes(
             # Sums of blocks that are no cubes are stale; a NaN in one must not reach a softmax.
             # The scale goes into the means: there are far fewer of them than of queries.
             means.mul_(scale).masked_fill_(~plan.row_cubes[row, :width, None, None], 0.0)
+            means = means.transpose(1, 2)  # [rows, kv_heads, blocks, d]
+            asking = query
+            if job.kind == VIDEO:
+                means = means.to(_product_dtype(query)).contiguous()
+                asking = _queries(query, job.tokens[0], plan.scratch).to(means.dtype)
             for items in item_slabs:
                 width = int(job.own_block[rows, items].max())
-                score(probs, query, means[:, :width], plan, job, rows, items)
+                score(probs, asking, means[:, :, :width], plan, job, rows, items)
 
     candidates = plan.candidates.unsqueeze(1).expand_as(probs)
     rule, share, least = (
@@ -77,21 +87,24 @@ def _slabs(job: ScoreJob, heads: int) -> tuple[list[slice], list[slice]]:
     per_slab = max(1, SLAB_LOGITS // (queries * width))
     if rows > 1:
         per_slab = max(1, per_slab // items)
-        return [slice(i, i + per_slab) for i in range(0, rows, per_slab)], [slice(None)]
+        return [slice(i, i + per_slab) for i in range(0, rows, per_slab)], [slice(0, items)]
     return [slice(None)], [slice(i, i + per_slab) for i in range(0, items, per_slab)]
 
 
-def cube_logits(query: torch.Tensor, mean_key: torch.Tensor) -> torch.Tensor:
+def cube_logits(
+    query: torch.Tensor, mean_key: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """How well each cube matches each query: ``q . mean_key``.
 
     Args:
         query: ``[..., queries, head_size]``.
         mean_key: ``[..., cubes, head_size]`` of the same dtype, already times the softmax scale.
+        out: where to put the result.
 
     Returns:
         ``[..., queries, cubes]``.
     """
-    return query @ mean_key.transpose(-1, -2)
+    return torch.matmul(query, mean_key.transpose(-1, -2), out=out)
 
 
 def _score_together(
@@ -103,23 +116,47 @@ def _score_together(
     rows: slice,
     tiles: slice,
 ) -> None:
-    """VIDEO tiles of one row: the probabilities of a tile's tokens are averaged."""
+    """VIDEO tiles of one row: the probabilities of the tokens asked are averaged.
+
+    ``query [kv_heads, tiles * asked * group, head_size]`` are those of the job.
+    """
     tile = job.tile_of[0, tiles]
-    tile_size = job.tokens.shape[1] // job.tile_of.shape[1]
-    kv_heads, width = query.shape[0], means.shape[1]
-    if job.first_token is not None:  # consecutive tokens need no gather
-        first = job.first_token + tiles.start * tile_size
-        q = query[:, first : first + len(tile) * tile_size]
-    else:
-        q = query[:, job.tokens.view(-1, tile_size)[tiles].flatten()]
-    dtype = q.dtype if q.dtype.itemsize > 1 else torch.bfloat16  # fp8 queries are widened
-    q = q.to(dtype).flatten(1, 2)  # [kv_heads, tokens * group, d]
-    logits = cube_logits(q, means[0].transpose(0, 1).to(dtype)).float()
-    logits = logits.view(kv_heads, len(tile), -1, width)
-    valid = plan.candidates[tile, :width]  # [tiles, blocks]
-    logits += _bias(valid)[None, :, None, :]
-    pooled = logits.softmax(-1).mean(2)  # [kv_heads, tiles, blocks]
-    probs[tile, :, :width] = pooled.transpose(0, 1)
+    kv_heads, width = means.shape[1:3]
+    per_tile = query.shape[1] // job.tile_of.shape[1]
+    some = query[:, tiles.start * per_tile : tiles.stop * per_tile]
+    shape, device = (kv_heads, some.shape[1], width), query.device
+    products = cube_logits(
+        some, means[0], out=plan.scratch.take("products", shape, query.dtype, device)
+    )
+    logits = plan.scratch.take("logits", shape, torch.float32, device).copy_(products)
+    logits = logits.unflatten(1, (len(tile), per_tile))
+    # What is no cube is a candidate of no tile; of the cubes, those before the first tile's own
+    # block are candidates of all.  So only the last few columns differ from tile to tile.
+    logits.index_fill_(-1, job.gaps[: bisect_left(job.gap_blocks, width)], float("-inf"))
+    first = int(job.own_block[0, tiles].min())
+    logits[..., first:] += _bias(plan.candidates[tile, first:width])[None, :, None, :]
+    each = torch.softmax(
+        logits, -1, out=plan.scratch.take("each", logits.shape, torch.float32, device)
+    )
+    probs[tile, :, :width] = each.mean(2).transpose(0, 1)  # [tiles, kv_heads, blocks]
+
+
+def _product_dtype(query: torch.Tensor) -> torch.dtype:
+    return query.dtype if query.dtype.itemsize > 1 else torch.bfloat16  # fp8 queries are widened
+
+
+def _queries(query: torch.Tensor, tokens: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """``[kv_heads, len(tokens) * group, head_size]`` of some tokens, contiguous."""
+    kv_heads, _, group, head_size = query.shape
+    by_token = query.transpose(0, 1)
+    if not by_token.is_contiguous():
+        return query[:, tokens].flatten(1, 2)
+    # Whole rows in one pass: a view of the model's own queries takes many times as long otherwise.
+    head = torch.arange(kv_heads * group, device=query.device).view(kv_heads, 1, group)
+    row = (tokens[:, None] * (kv_heads * group) + head).flatten()  # of [kv_heads, tokens, group]
+    asking = scratch.take("asking", (len(row), head_size), query.dtype, query.device)
+    torch.index_select(by_token.flatten(0, 2), 0, row, out=asking)
+    return asking.view(kv_heads, -1, head_size)
 
 
 def _score_fused(
@@ -133,21 +170,21 @@ def _score_fused(
     """As :func:`_score_together` and :func:`_score_each`, all tiles of a job at once, in Triton."""
     from ..kernels import score
 
-    if query.dtype.itemsize == 1:  # fp8 queries are widened
-        query = query.to(torch.bfloat16)
+    # The kernels take the queries of a job together, and no others.
+    asking = query[:, job.tokens.flatten()].to(_product_dtype(query)).contiguous()
+    tokens = torch.arange(job.tokens.numel(), device=query.device)
     if job.kind != VIDEO:
         score.token_probabilities(
-            probs, query, key_sums.sums, plan.row_blocks, plan.candidates, job.row, job.tile_of,
-            job.tokens, job.limit, key_sums.block_size, scale,
+            probs, asking, key_sums.sums, plan.row_blocks, plan.candidates, job.row, job.tile_of,
+            tokens.view_as(job.tokens), job.limit, key_sums.block_size, scale,
         )  # fmt: skip
         return
     width = int(job.own_block.max())
     blocks, is_cube = plan.row_blocks[job.row[0], :width], plan.row_cubes[job.row[0], :width]
-    means = score.cube_means(key_sums.sums, blocks, is_cube, key_sums.block_size, query.dtype)
-    tile_size = job.tokens.shape[1] // job.tile_of.shape[1]
+    means = score.cube_means(key_sums.sums, blocks, is_cube, key_sums.block_size, asking.dtype)
     score.pool_probabilities(
-        probs, query, means, plan.candidates, job.tile_of[0], job.tokens[0], job.limit[0],
-        tile_size, scale,
+        probs, asking, means, plan.candidates, job.tile_of[0], tokens, job.limit[0], job.asked,
+        scale,
     )  # fmt: skip
 
 
@@ -162,9 +199,9 @@ def _score_each(
 ) -> None:
     """TEXT tiles, of one token each."""
     tile_of = job.tile_of[rows, items]  # [rows, tokens]
-    width = means.shape[1]
+    width = means.shape[2]
     q = query[:, job.tokens[rows, items]].float().transpose(0, 1)  # [rows, kv, tokens, group, d]
-    logits = cube_logits(q.flatten(2, 3), means.transpose(1, 2)).view(*q.shape[:4], width)
+    logits = cube_logits(q.flatten(2, 3), means).view(*q.shape[:4], width)
     valid = plan.candidates[tile_of, :width]  # [rows, tokens, blocks]
     logits += _bias(valid)[:, None, :, None, :]
     pooled = logits.softmax(-1).mean(3).transpose(1, 2)  # [rows, tokens, kv_heads, blocks]

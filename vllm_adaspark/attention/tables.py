@@ -20,22 +20,18 @@ from .plan import AttentionPlan
 class VirtualBatch:
     """Arguments for a paged attention kernel; ``n = kv_heads * tiles`` virtual sequences."""
 
-    query_start: torch.Tensor  # [n + 1] int32
     seq_lens: torch.Tensor  # [n] int32
     block_table: torch.Tensor  # [n, blocks + 1] int32; the last column is never read
     kept_blocks: torch.Tensor  # [kv_heads, tiles] int32, own block included
 
 
-def build_tables(
-    chosen: torch.Tensor, plan: AttentionPlan, block_size: int, query_start: torch.Tensor
-) -> VirtualBatch:
+def build_tables(chosen: torch.Tensor, plan: AttentionPlan, block_size: int) -> VirtualBatch:
     """Block tables for one layer.
 
     Args:
         chosen: ``[sparse, kv_heads, blocks]`` bool, from score.choose_cubes.
         plan: the step's plan.
         block_size: tokens in a KV block.
-        query_start: ``[kv_heads * tiles + 1]``, from :class:`SharedTensors`.
     """
     if use_triton(chosen):
         from ..kernels.tables import compact_tables
@@ -43,7 +39,7 @@ def build_tables(
         table, seq_lens, kept_blocks = compact_tables(
             chosen, plan.always, plan.blocks, plan.sparse_of, plan.tail_gap, block_size
         )
-        return VirtualBatch(query_start, seq_lens, table, kept_blocks)
+        return VirtualBatch(seq_lens, table, kept_blocks)
     kv_heads = chosen.shape[1]
     tiles, width = plan.always.shape
     kept = plan.always.expand(kv_heads, tiles, width).clone()
@@ -59,7 +55,7 @@ def build_tables(
 
     kept_blocks = rank[..., -1]  # [kv_heads, tiles]
     seq_lens = kept_blocks * block_size - plan.tail_gap
-    return VirtualBatch(query_start, seq_lens.view(-1), table.flatten(0, 1), kept_blocks)
+    return VirtualBatch(seq_lens.view(-1), table.flatten(0, 1), kept_blocks)
 
 
 @dataclass(frozen=True)

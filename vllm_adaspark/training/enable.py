@@ -28,8 +28,8 @@ from .packing import pack
 from .prompt import read_prompts
 
 CHECKPOINT_KEY = "adaspark_config"  # in config.json, as startup.py reads it
-# A server's key that decides what is computed, and requests' keys that do not.
-ALSO_TRAINED = ("dense_below",)
+# A server's keys that decide what is computed, and requests' keys that do not.
+ALSO_TRAINED = ("dense_below", "score_tokens")
 NOT_TRAINED = ("enabled", "trace")
 
 AttentionInterface.register(NAME, adaspark_attention)

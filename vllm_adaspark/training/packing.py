@@ -99,6 +99,7 @@ def pack(
         np.concatenate(words),
         BlockTags(blocks, size),
         dense_below=config.dense_below,
+        score_tokens=config.score_tokens,
         device=device,
     )
     at = torch.from_numpy(np.concatenate(positions, axis=1)).to(device)
@@ -151,6 +152,7 @@ def _word(prompt: Prompt, text_config, config: AdaSparkConfig) -> int:
         dense_layers=config.dense_layers,
         sparse_text=config.text_queries == "sparse",
         compensation=config.compensation,
+        score_tokens=config.score_tokens,
     )
     share = cost.share(config.flops)
     return with_shares(word, share, share)
