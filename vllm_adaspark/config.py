@@ -112,7 +112,7 @@ class AdaSparkConfig:
         high=1_000_000,
     )
     score_tokens: int = _setting(
-        16,
+        8,
         "tokens of a video cube that are asked which cubes it keeps, spread over it",
         request=False,
         low=1,
@@ -139,7 +139,7 @@ class AdaSparkConfig:
 
         if self.score_tokens.bit_count() != 1:
             raise AdaSparkConfigError(
-                f"score_tokens={self.score_tokens}: expected a power of two, e.g. 16"
+                f"score_tokens={self.score_tokens}: expected a power of two, e.g. 8"
             )
         if self.flops is not None and self.selection != "top_p":
             raise AdaSparkConfigError(

@@ -112,10 +112,9 @@ class KeySums:
         """``[physical blocks, kv_heads, head_size]`` fp32; stale where a block is no cube."""
         return self._sums
 
-    def means(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Mean keys of ``blocks [...]``, ``[..., kv_heads, head_size]`` fp32."""
-        sums = self._sums.index_select(0, blocks.flatten())  # a copy, so it may be changed
-        return sums.div_(self.block_size).unflatten(0, blocks.shape)
+    def of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The sums of ``blocks [...]``, ``[..., kv_heads, head_size]`` fp32; a copy."""
+        return self._sums.index_select(0, blocks.flatten()).unflatten(0, blocks.shape)
 
 
 @dataclass(frozen=True)
