@@ -29,6 +29,7 @@ class PagedLayer:
         heads, kv_heads, head_size, dtype: the layer's shape.
         num_blocks: physical KV blocks, block 0 included (vLLM's null block).
         layer_index: which layer this pretends to be.
+        isa: of the kernel, by vLLM's name; None for the one that vLLM would take here.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class PagedLayer:
         kv_cache_dtype: str = "auto",
         layer_index: int = 0,
         sparse: bool = True,
+        isa: str | None = None,
     ) -> None:
         self.block_size = config.cube_volume
         self.heads, self.kv_heads, self.head_size, self.dtype = heads, kv_heads, head_size, dtype
         self.kv_cache_dtype = kv_cache_dtype
         self.runtime = Runtime(config)
         self.runtime.expect_video()
-        isa = cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
+        isa = isa or cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
         if isa == "amx":
             # The system hands out tile registers on request.  In an engine oneDNN has asked, in the
             # projections before; without, the kernel dies of an illegal instruction.

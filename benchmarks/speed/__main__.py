@@ -29,7 +29,12 @@ FULL = {
         attention.Plan(8192, SHARES, flex_shares=(0.1, 0.2)),
         attention.Plan(16384, SHARES, flex_shares=(0.1, 0.2)),
         attention.Plan(32768, (0.05, 0.1, 0.2), rounds=3),
-        attention.Plan(65536, (0.05, 0.1), rounds=3, dense_rounds=1),
+        attention.Plan(65536, (0.05, 0.1, 0.2), rounds=3, dense_rounds=1),
+        attention.Plan(8192, (0.1, 0.2), attention.LARGE),
+        attention.Plan(16384, (0.1, 0.2, 0.5), attention.LARGE),
+        attention.Plan(32768, (0.1, 0.2), attention.LARGE, rounds=3),
+        attention.Plan(8192, (0.1, 0.2), attention.NO_AMX, rounds=3),
+        attention.Plan(16384, (0.1, 0.2), attention.NO_AMX),
     ],
     "ffn": [
         ffn.Plan("3B", (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)),

@@ -25,6 +25,8 @@ from .record import DENSE, Cell, Record, in_turn, progress
 
 SHAPE = dict(heads=28, kv_heads=4, head_size=128, dtype=torch.bfloat16)
 OURS, FLEX = "adaspark", "FlexAttention"
+# Row names: the default, cubes of 128 tokens, and the kernel of CPUs that have no matrix tiles.
+USUAL, LARGE, NO_AMX = "attention", "attention 8×4×4", "attention without AMX"
 
 
 @dataclass(frozen=True)
@@ -37,44 +39,60 @@ class Plan:
         flex_shares: those at which FlexAttention runs, too.
         rounds: samples of each.
         dense_rounds: samples of the stock kernel, where it gets fewer.
+        name: of the rows, USUAL, LARGE or NO_AMX.
     """
 
     tokens: int
     shares: tuple[float, ...]
+    name: str = USUAL
     flex_shares: tuple[float, ...] = ()
     rounds: int = 5
     dense_rounds: int | None = None
+
+    @property
+    def config(self) -> AdaSparkConfig:
+        """Cubes and all else, but for the share."""
+        return AdaSparkConfig(
+            selection="top_k", cube=(8, 4, 4) if self.name == LARGE else (4, 4, 4)
+        )
+
+    @property
+    def isa(self) -> str | None:
+        """vLLM's name of the kernel to take, None for its own choice."""
+        return "vec" if self.name == NO_AMX else None
 
 
 def measure(record: Record, plans: list[Plan]) -> None:
     """All samples of all plans."""
     flex = _compiled_flex(record) if any(plan.flex_shares for plan in plans) else None
+    if not torch.cpu._is_amx_tile_supported():  # there is but one kernel to measure
+        plans = [plan for plan in plans if plan.name != NO_AMX]
     for plan in plans:
         rounds = {
             cell: plan.dense_rounds or plan.rounds if cell.contender == DENSE else plan.rounds
             for cell in _cells(plan, flex is not None)
         }
         if any(record.count(cell) < number for cell, number in rounds.items()):
-            progress(f"attention, {plan.tokens} tokens: set up")
+            progress(f"{plan.name}, {plan.tokens} tokens: set up")
             in_turn(record, _contenders(plan, flex, list(rounds)), rounds)
 
 
 def _cells(plan: Plan, flex: bool) -> list[Cell]:
-    cells = [Cell("attention", DENSE, plan.tokens)]
+    cells = [Cell(plan.name, DENSE, plan.tokens)]
     for share in plan.shares:
-        cells.append(Cell("attention", OURS, plan.tokens, share))
+        cells.append(Cell(plan.name, OURS, plan.tokens, share))
         if flex and share in plan.flex_shares:
-            cells.append(Cell("attention", FLEX, plan.tokens, share))
+            cells.append(Cell(plan.name, FLEX, plan.tokens, share))
     return cells
 
 
 def _contenders(plan: Plan, flex: Any, cells: list[Cell]) -> dict[Cell, Callable[[], dict]]:
     inputs = _Inputs.make(plan.tokens)
-    ours = {share: _Ours(inputs, share) for share in plan.shares}
+    ours = {share: _Ours(inputs, plan, share) for share in plan.shares}
     contenders: dict[Cell, Callable[[], dict]] = {}
     for cell in cells:
         if cell.contender == DENSE:
-            contenders[cell] = _stock(inputs)
+            contenders[cell] = _stock(inputs, plan)
         elif cell.contender == OURS:
             contenders[cell] = ours[cell.share].sample
         else:
@@ -103,18 +121,18 @@ class _Inputs:
         keys = [random(SHAPE["kv_heads"]) for _ in range(2)]
         return cls(query, *keys, torch.zeros_like(query))
 
-    def layer(self, config: AdaSparkConfig, *, sparse: bool) -> PagedLayer:
+    def layer(self, config: AdaSparkConfig, isa: str | None, *, sparse: bool) -> PagedLayer:
         """A layer whose cache holds the prompt, its step planned."""
         rows = one_request(len(self.query), config.cube_volume, shuffle_seed=0)
         num_blocks = rows.block_table.size + 1  # and vLLM's null block
-        layer = PagedLayer(config, num_blocks=num_blocks, sparse=sparse, **SHAPE)
+        layer = PagedLayer(config, num_blocks=num_blocks, sparse=sparse, isa=isa, **SHAPE)
         layer.begin(rows, torch.full((len(self.query),), tag_word(config)))
         layer.write(self.key, self.value)
         return layer
 
 
-def _stock(inputs: _Inputs) -> Callable[[], dict]:
-    layer = inputs.layer(AdaSparkConfig(), sparse=False)
+def _stock(inputs: _Inputs, plan: Plan) -> Callable[[], dict]:
+    layer = inputs.layer(plan.config, plan.isa, sparse=False)
 
     def sample() -> dict:
         began = time.perf_counter()
@@ -127,9 +145,9 @@ def _stock(inputs: _Inputs) -> Callable[[], dict]:
 class _Ours:
     """Our path at one density."""
 
-    def __init__(self, inputs: _Inputs, share: float) -> None:
-        self.config = AdaSparkConfig(selection="top_k", keep=share)
-        self.inputs, self.layer = inputs, inputs.layer(self.config, sparse=True)
+    def __init__(self, inputs: _Inputs, plan: Plan, share: float) -> None:
+        self.config = plan.config.override({"keep": share})
+        self.inputs, self.layer = inputs, inputs.layer(self.config, plan.isa, sparse=True)
         self.plan = self.layer.runtime.plan
         # The first layer of a step makes what all its layers share: not this layer's cost.
         self.layer.attend(inputs.query, inputs.output)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .attention import FLEX, OURS, selection_share
+from .attention import FLEX, LARGE, NO_AMX, OURS, USUAL, selection_share
 from .record import DENSE
 
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
@@ -20,8 +20,9 @@ def markdown(result: dict[str, Any]) -> str:
     for row in rows:
         by_name.setdefault(row["name"], []).append(row)
     parts = [_machine(result)]
-    if "attention" in by_name:
-        parts += ["### Attention", _attention(by_name["attention"])]
+    for name in (USUAL, LARGE, NO_AMX):
+        if name in by_name:
+            parts += ["### " + name[0].upper() + name[1:], _attention(by_name[name])]
     if FLEX in result["notes"]:
         parts.append(f"{FLEX}: {result['notes'][FLEX]}.")
     ffn = [row for name in by_name if name.startswith("ffn") for row in by_name[name]]

@@ -10,9 +10,9 @@ import torch
 
 from vllm_adaspark.attention.state import BlockTags, KeySums
 
-from .attention import SHAPE, selection_share
+from .attention import SHAPE, USUAL, selection_share
 
-SCALED = ("attention", "ttft, language model")  # rows with several lengths
+SCALED = (USUAL, "ttft, language model")  # rows with several lengths
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def selection(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {"tokens": row["tokens"], "asked": row["asked"], "share": selection_share(row)}
         for row in rows
-        if row["name"] == "attention" and "parts" in row
+        if row["name"] == USUAL and "parts" in row
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from speed import __main__ as bench
 from speed import attention, ffn, report, scaling, served
 from speed.record import DENSE, Record, machine
@@ -18,11 +19,15 @@ def record(tmp_path) -> Record:
 
 def test_layers(record, monkeypatch) -> None:
     monkeypatch.setitem(ffn.SHAPES, "3B", (64, 128))
-    attention.measure(record, [attention.Plan(1024, (0.5,), rounds=1)])
+    names = {attention.USUAL, attention.LARGE, attention.NO_AMX}
+    plans = [attention.Plan(2048, (0.5,), name, rounds=1) for name in sorted(names)]
+    attention.measure(record, plans)
     ffn.measure(record, [ffn.Plan("3B", (0.5,), tokens=512, rounds=1)])
     rows = {(row["name"], row["contender"]): row for row in bench.result_of(record)["rows"]}
+    if not torch.cpu._is_amx_tile_supported():
+        names.remove(attention.NO_AMX)
     assert rows.keys() == {
-        (name, contender) for name in ("attention", "ffn 3B") for contender in (DENSE, "adaspark")
+        (name, contender) for name in (*names, "ffn 3B") for contender in (DENSE, "adaspark")
     }
     for (_, contender), row in rows.items():
         assert len(row["time_s"]) == 1 and row["efficiency"] > 0
