@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.cubes import spread_tokens
 from vllm_adaspark.kernels import nucleus, score
 from vllm_adaspark.kernels.tables import compact_tables
 
@@ -131,7 +133,12 @@ class Selection:
         self.is_cube = torch.ones(shape.width, dtype=torch.bool, device=device)
         self.blocks = scene.blocks.long()
         self.tile = torch.arange(shape.tiles, device=device)
-        self.tokens = torch.arange(shape.queries, device=device)
+        # As attention/planner.py has them: some tokens of each tile are asked.
+        asking = torch.from_numpy(spread_tokens(shape.block, AdaSparkConfig().score_tokens))
+        tile_start = torch.arange(shape.tiles, device=device)[:, None] * shape.block
+        self.tokens = (tile_start + asking.to(device)).flatten()
+        self.nth = torch.arange(len(self.tokens), device=device)
+        self.asked = len(asking)
         self.probs = torch.zeros(shape.tiles, shape.kv_heads, shape.width, device=device)
         self.share = torch.full((shape.tiles, 1), 0.8, device=device)
         self.least = torch.ones(shape.tiles, 1, dtype=torch.int64, device=device)
@@ -152,9 +159,10 @@ class Selection:
         means = score.cube_means(
             self.sums, self.blocks, self.is_cube, shape.block, self.scene.query.dtype
         )
+        heads = self.scene.query.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)
         score.pool_probabilities(
-            self.probs, self.scene.by_head, means, self.candidates, self.tile,
-            self.tokens, self.own, shape.block, shape.scale,
+            self.probs, heads[:, self.tokens].contiguous(), means, self.candidates, self.tile,
+            self.nth, self.own, self.asked, shape.scale,
         )  # fmt: skip
 
     def nucleus(self) -> None:

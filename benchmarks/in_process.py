@@ -11,8 +11,8 @@ NEEDLE = ROOT / "examples" / "needle"
 sys.path.append(str(NEEDLE))
 
 
-def start(checkpoint: Path, tokens: int):
-    """vLLM with the plugin, in this process."""
+def start(checkpoint: Path, tokens: int, settings: dict | None = None):
+    """vLLM with the plugin, in this process, under these settings of the server."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # WARNING: two lines a request
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -24,6 +24,7 @@ def start(checkpoint: Path, tokens: int):
     return LLM(
         str(checkpoint),
         hf_overrides={"architectures": [ARCHITECTURE]},
+        additional_config={"adaspark": settings or {}},
         enforce_eager=True,
         max_model_len=length,
         max_num_batched_tokens=length,

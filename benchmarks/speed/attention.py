@@ -166,11 +166,13 @@ class _Ours:
 
     def block_mask(self) -> torch.Tensor:
         """Which key blocks a query block attends, ``[kv_heads, blocks, blocks]`` bool."""
+        blocks = len(self.inputs.query) // self.config.cube_volume
+        kept = torch.ones(SHAPE["kv_heads"], blocks, blocks).tril().bool()
         plan, impl = self.plan.attention, self.layer.impl
+        if plan is None:  # nothing is left out
+            return kept
         by_head = self.inputs.query.unflatten(1, (SHAPE["kv_heads"], -1)).transpose(0, 1)
         chosen = choose_cubes(by_head, impl._key_sums, plan, impl.scale, 0)
-        blocks = chosen.shape[-1]
-        kept = torch.ones(SHAPE["kv_heads"], blocks, blocks).tril().bool()
         own = torch.from_numpy(plan.tiles.block)[plan.sparse_tiles]
         always = plan.always[plan.sparse_tiles]
         kept[:, own] = chosen.transpose(0, 1) | always
