@@ -71,6 +71,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas: %(default)s")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run's samples")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: tables and picture of the last run"
+    )
     options = parser.parse_args()
     parts = options.only.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -79,6 +82,9 @@ def main() -> None:
     results = WORK if options.quick else ROOT / "benchmarks" / "results"
     out = options.out or results / f"{name}.json"
 
+    if options.report:
+        show(json.loads(out.read_text(encoding="utf-8")), quick=options.quick)
+        return
     work = WORK / f"{name}.jsonl"
     if options.fresh:
         work.unlink(missing_ok=True)
@@ -91,14 +97,20 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     work.unlink()  # the next run measures anew
+    show(result, quick=options.quick)
+    progress(f"wrote {out}")
+
+
+def show(result: dict[str, Any], *, quick: bool) -> None:
+    """Print the tables, draw the picture; of a full run, into the pages that show them."""
     tables = report.markdown(result)
     print(tables)
-    if options.quick:
-        plots.draw(result, WORK / f"{name}.png")
-    else:
-        plots.draw(result, ROOT / "docs" / "bench.png")
-        report.write_section(ROOT / "docs" / "performance.md", tables)
-    progress(f"wrote {out}")
+    if quick:
+        plots.draw(result, WORK / "bench-quick.png")
+        return
+    plots.draw(result, ROOT / "docs" / "bench.png")
+    report.write_section(ROOT / "docs" / "performance.md", tables)
+    report.write_section(ROOT / "README.md", report.headline(result))
 
 
 def measure(record: Record, plans: dict[str, list], parts: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .attention import FLEX, LARGE, NO_AMX, OURS, USUAL, selection_share
 from .record import DENSE
+from .served import SPARSE
 
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 Row = dict[str, Any]
@@ -43,6 +44,45 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["### Time per output token", _tpot(by_name["tpot"])]
     parts += ["### Length", _scaling(result["scaling"])]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The few rows that the README shows."""
+    lines = []
+    for row in result["rows"]:
+        name, tokens, ours = row["name"], row["tokens"], row["contender"]
+        if ours == OURS and (name, tokens) == (USUAL, 16384) and row["asked"] in (0.1, 0.2):
+            what = "attention"
+        elif ours == OURS and (name, tokens, row["asked"]) == (LARGE, 16384, 0.2):
+            what = "attention, cubes of 8×4×4"
+        elif ours == OURS and (name, tokens, row["asked"]) == (NO_AMX, 16384, 0.2):
+            what = "attention, kernel without AMX"
+        elif ours == OURS and name.startswith("ffn") and row["asked"] == 0.5:
+            what = f"FFN, {name.removeprefix('ffn ')}"
+        elif name == "ttft, language model" and ours == SPARSE:
+            what = "prefill of the language model"
+        elif name == "ttft" and ours == SPARSE and tokens == 32768:
+            what = "time to first token"
+        elif name.endswith("at once") and ours == SPARSE:
+            what = f"{name.removesuffix(' at once')} requests at once, all answered"
+        elif name == "tpot" and ours in ("p=0.9", SPARSE.split(",")[0]):
+            what = f"time per output token, {ours}"
+        else:
+            continue
+        dense = row["median_s"] / row["ratio_to_dense"]
+        lines.append(
+            (
+                what,
+                f"{tokens:,}",
+                "" if name == "tpot" else f"{row['density']:.0%}",
+                f"{dense:.3g} s",
+                f"{row['median_s']:.3g} s",
+                _speed_up(row),
+                "" if name == "tpot" else _efficiency(row),
+            )
+        )
+    table = _table("what | video tokens | work | stock | ours | speed-up | efficiency", lines)
+    return f"{_machine(result)}\n\n{table}\n"
 
 
 def write_section(path: Path, text: str) -> None:
