@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import torch
 from vllm.v1.attention.backend import AttentionBackend
 
 from .backend import SparseBackend, SparseImpl, SparseMetadataBuilder, virtual_cache
@@ -64,6 +65,8 @@ def _cpu() -> type[AttentionBackend]:
                 plan.shared = HeadsApart.make(plan, query, output, kv_cache.shape[1])
             apart = plan.shared
             apart.gather(query)
+            # Tables are written once for every query head, so no wider than they must be.
+            table = batch.block_table[:, : max(1, int(batch.kept_blocks.max()))]
             for part in apart.parts:
                 rows = apart.query[part.rows].unflatten(0, (-1, part.heads))
                 self._virtual.forward(
@@ -72,13 +75,16 @@ def _cpu() -> type[AttentionBackend]:
                     None,
                     None,
                     virtual_cache(kv_cache),
-                    self._part_metadata(layer, metadata, batch, plan, part, len(rows), query.dtype),
+                    self._part_metadata(layer, metadata, batch.seq_lens, table, plan, part),
                     apart.output[part.rows].unflatten(0, (-1, part.heads)),
                 )
             apart.scatter(output)
 
-        def _part_metadata(self, layer, metadata, batch, plan, part, queries, dtype) -> Any:
-            seq_lens = batch.seq_lens[part.sequences]
+        def _part_metadata(self, layer, metadata, seq_lens, table, plan, part) -> Any:
+            seq_lens = seq_lens[part.sequences]
+            room = (len(seq_lens), table.shape[1])
+            here = plan.scratch.take("part", room, table.dtype, table.device)
+            torch.index_select(table, 0, part.sequences, out=here)
             # The CPU kernel splits work over threads by a schedule made from the lengths.
             schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=len(seq_lens),
@@ -86,7 +92,7 @@ def _cpu() -> type[AttentionBackend]:
                 num_kv_heads=1,
                 head_dim=self.head_size,
                 seq_lens=seq_lens,
-                dtype=dtype,
+                dtype=plan.shared.query.dtype,
                 query_start_loc=part.query_start,
                 causal=True,
                 sliding_window_size=self.sliding_window,
@@ -97,12 +103,12 @@ def _cpu() -> type[AttentionBackend]:
             )
             return replace(
                 metadata,
-                num_actual_tokens=queries,
+                num_actual_tokens=(part.rows.stop - part.rows.start) // part.heads,
                 max_query_len=part.max_query_len,
                 max_seq_len=plan.max_seq_len,
                 query_start_loc=part.query_start,
                 seq_lens=seq_lens,
-                block_table=batch.block_table.index_select(0, part.sequences),
+                block_table=here,
                 scheduler_metadata=schedule,
             )
 

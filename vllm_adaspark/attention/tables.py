@@ -18,7 +18,10 @@ from .plan import AttentionPlan
 
 @dataclass(frozen=True)
 class VirtualBatch:
-    """Arguments for a paged attention kernel; ``n = kv_heads * tiles`` virtual sequences."""
+    """Arguments for a paged attention kernel; ``n = kv_heads * tiles`` virtual sequences.
+
+    The table may lie in the step's scratch: it lasts until the next layer's is made.
+    """
 
     seq_lens: torch.Tensor  # [n] int32
     block_table: torch.Tensor  # [n, blocks + 1] int32; the last column is never read
@@ -42,18 +45,23 @@ def build_tables(chosen: torch.Tensor, plan: AttentionPlan, block_size: int) -> 
         return VirtualBatch(seq_lens, table, kept_blocks)
     kv_heads = chosen.shape[1]
     tiles, width = plan.always.shape
-    kept = plan.always.expand(kv_heads, tiles, width).clone()
+    shape = (kv_heads, tiles, width)
+
+    def room(name: str, dtype: torch.dtype, *, spare: int = 0) -> torch.Tensor:
+        return plan.scratch.take(name, (kv_heads, tiles, width + spare), dtype, chosen.device)
+
+    kept = room("kept", torch.bool).copy_(plan.always.expand(shape))
     kept[:, plan.sparse_tiles] |= chosen.transpose(0, 1)
 
     # Compact to the left: the k-th kept block goes to column k, all others to a spare last column.
-    rank = kept.cumsum(-1, dtype=torch.int32)
-    column = torch.where(kept, rank - 1, width).to(torch.int64)
-    head = torch.arange(kv_heads, dtype=torch.int32, device=kept.device)
-    physical = plan.blocks * kv_heads + head[:, None, None]  # [kv_heads, tiles, blocks]
-    table = torch.zeros(kv_heads, tiles, width + 1, dtype=torch.int32, device=kept.device)
+    rank = torch.cumsum(kept, -1, dtype=torch.int32, out=room("rank", torch.int32))
+    column = torch.sub(rank, 1, out=room("column", torch.int64)).masked_fill_(~kept, width)
+    head = torch.arange(kv_heads, dtype=torch.int32, device=kept.device)[:, None, None]
+    physical = torch.add(plan.blocks * kv_heads, head, out=room("physical", torch.int32))
+    table = room("table", torch.int32, spare=1).zero_()
     table.scatter_(-1, column, physical)
 
-    kept_blocks = rank[..., -1]  # [kv_heads, tiles]
+    kept_blocks = rank[..., -1].clone()  # [kv_heads, tiles]
     seq_lens = kept_blocks * block_size - plan.tail_gap
     return VirtualBatch(seq_lens.view(-1), table.flatten(0, 1), kept_blocks)
 
