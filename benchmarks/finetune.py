@@ -33,15 +33,12 @@ GUIDE = ROOT / "docs/finetuning.md"
 PLACE = re.compile(r"(?<=<!-- finetune: table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def finetune(
-    folder: Path, checkpoint: Path, settings: dict, steps: int, rate: float, distill: float
-) -> float:
+def finetune(folder: Path, checkpoint: Path, settings: dict, steps: int, rate: float) -> float:
     """Run examples/finetune.py, or what is left of it; how many CPU seconds its steps took."""
     command = [sys.executable, str(ROOT / "examples/finetune.py"), str(folder)]
     command += ["--model", str(checkpoint), "--settings", json.dumps(settings)]
     # Videos about as long as those that are asked about: short ones leave little out.
     command += ["--patches", "96", "160", "--videos", "1", "--questions", "24"]
-    command += ["--distill", str(distill)]
     subprocess.run([*command, "--steps", str(steps), "--lr", str(rate)], check=True)
     return torch.load(folder / "training.pt", weights_only=True)["cpu_seconds"]
 
@@ -132,7 +129,6 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=NEEDLE / "checkpoint")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
-    parser.add_argument("--distill", type=float, default=10.0, help="weight of the dense model")
     parser.add_argument("--patches", type=int, nargs="+", default=[128], help="of 16 tokens")
     parser.add_argument("--videos", type=int, default=12, help="per length and haystack")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -143,14 +139,12 @@ def main() -> None:
     chosen = {name: SETTINGS[name] for name in options.only}
     how = (options.patches, options.videos)
     before = in_own_process(options.checkpoint, {"dense": {"off": True}} | chosen, *how)
-    results = {"steps": options.steps, "lr": options.lr, "distill": options.distill}
-    results["videos"] = options.videos
+    results = {"steps": options.steps, "lr": options.lr, "videos": options.videos}
     results |= {"before": before, "settings": {}}
     dense = share(before, "dense")
     for number, (name, settings) in enumerate(chosen.items()):
         folder = options.folder / str(number)
-        how_trained = (options.steps, options.lr, options.distill)
-        cpu_seconds = finetune(folder, options.checkpoint, settings, *how_trained)
+        cpu_seconds = finetune(folder, options.checkpoint, settings, options.steps, options.lr)
         after = in_own_process(folder, {"after": None, "dense, after": {"off": True}}, *how)
         lost, left = dense - share(before, name), dense - share(after, "after")
         results["settings"][name] = {

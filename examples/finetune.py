@@ -8,16 +8,13 @@ own: one JSON object {"video": path, "question": ..., "answer": ...} a line.  St
 same folder, it goes on where it was stopped.  The folder is a Hugging Face checkpoint whose
 config.json says how it was trained ("adaspark_config"): the plugin serves it so by default.
 
-A step computes one video once and all its questions with it.  The loss is on the answers; with
---distill also on how far each layer's output strays from that of the model as it was, run densely:
-a few hundred answers say little to a model, every token of their videos a lot.  The vision tower
-stays as it is unless --train-vision.  docs/finetuning.md says more.
+A step computes one video once and all its questions with it.  The loss is on the answers.  The
+vision tower stays as it is unless --train-vision.  docs/finetuning.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -51,9 +48,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--selection", choices=SELECTIONS)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
-    parser.add_argument(
-        "--distill", type=float, default=0.0, help="weight of the distance from the dense model"
-    )
     parser.add_argument("--videos", type=int, default=3, help="per step")
     parser.add_argument("--questions", type=int, default=24, help="per video, at most")
     parser.add_argument("--patches", type=int, nargs=2, default=(24, 128), help="needle videos")
@@ -89,16 +83,8 @@ class Finetuning:
             arguments.model, dtype=torch.float32
         )
         self.written_as = getattr(torch, _dtype(arguments.model))
-        self.teacher = self.wanted = None
-        if arguments.distill:
-            # The same code with nothing left out: tokens are in the same order and packed alike.
-            dense = config.override({"p_attn": 1.0, "p_ffn": 1.0, "selection": "top_p"})
-            teacher = copy.deepcopy(model).to(arguments.device)
-            self.teacher = enable_sparse_training(teacher, dense).eval().requires_grad_(False)
-            self.wanted = watch(self.teacher)
         self.model = enable_sparse_training(model.to(arguments.device), config).train()
         self.model.model.visual.requires_grad_(arguments.train_vision)
-        self.states = watch(self.model)
         if arguments.checkpointing:
             self.model.gradient_checkpointing_enable()
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -154,7 +140,7 @@ class Finetuning:
         return total, right, asked
 
     def loss(self, clip: Clip) -> tuple[torch.Tensor, int]:
-        """The loss, and how many answers are right in full."""
+        """Cross-entropy of the answers' tokens, and how many answers are right in full."""
         texts = [self._prompt(question) for question, _ in clip.questions]
         video = self.processor(
             text=texts[:1],
@@ -173,7 +159,7 @@ class Finetuning:
             answers = [answer for _, answer in clip.questions]
             ids, mask, targets = self._tokens(texts, answers, len(encoded))
             longest = int((targets != -100).sum(1).max())
-            inputs = dict(
+            logits = self.model(
                 input_ids=ids,
                 attention_mask=mask,
                 video_grid_thw=video["video_grid_thw"].expand(rows, -1),
@@ -182,18 +168,9 @@ class Finetuning:
                     "video": BaseModelOutputWithPooling(pooler_output=(encoded,) * rows)
                 },
                 logits_to_keep=longest + 1,
-            )
-            self.states.clear()
-            logits = self.model(**inputs).logits[:, :-1]
-            states = list(self.states)
-            if self.teacher is not None:
-                self.wanted.clear()
-                with torch.no_grad():
-                    self.teacher(**inputs)
+            ).logits[:, :-1]
         targets = targets[:, -longest:]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
-        if self.teacher is not None:
-            loss = loss + self.arguments.distill * distance(states, self.wanted)
         hit = (logits.argmax(-1) == targets) | (targets == -100)
         return loss, int(hit.all(1).sum())
 
@@ -222,23 +199,6 @@ class Finetuning:
             mask[row, longest - len(prompt) - len(said) :] = 1
             targets[row, -len(said) :] = torch.tensor(said)
         return (part.to(self.arguments.device) for part in (ids, mask, targets))
-
-
-def watch(model: Qwen2_5_VLForConditionalGeneration) -> list[torch.Tensor]:
-    """A list to which each layer adds its output ``[1, tokens, hidden]``, every token once."""
-    states: list[torch.Tensor] = []
-    for layer in model.model.language_model.layers:
-        layer.register_forward_hook(lambda _layer, _arguments, output: states.append(output))
-    return states
-
-
-def distance(states: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
-    """Squared distance over squared length of what is wanted, mean over tokens and layers."""
-    parts = []
-    for got, want in zip(states, wanted, strict=True):
-        apart = (got.float() - want.float()).square().sum(-1)
-        parts.append((apart / want.float().square().sum(-1).clamp(min=1e-12)).mean())
-    return torch.stack(parts).mean()
 
 
 def _dtype(model: str) -> str:

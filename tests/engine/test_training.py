@@ -150,7 +150,6 @@ def test_finetune_goes_on_and_is_served_as_it_was_trained(tmp_path) -> None:
     data.write_text("\n".join(map(json.dumps, entries)))
     settings = {"p_attn": 0.4, "p_ffn": 0.3, "compensation": "mean", "dense_below": 1}
     common = ["--data", data, "--settings", json.dumps(settings), "--questions", 2]
-    common += ["--distill", 0.5]
     out = tmp_path / "tuned"
     first = run_finetune(out, *common, "--steps", 2, "--lr", 1e-3)
     assert "step 2 of 2" in first
