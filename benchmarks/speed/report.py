@@ -49,7 +49,12 @@ def markdown(result: dict[str, Any]) -> str:
 def headline(result: dict[str, Any]) -> str:
     """The few rows that the README shows."""
     lines = []
-    for row in result["rows"]:
+    order = ("attention", "ffn", "ttft, language", "ttft", "tpot")  # requests at once last
+    rank = {
+        row["name"]: next((n for n, part in enumerate(order) if row["name"].startswith(part)), 9)
+        for row in result["rows"]
+    }
+    for row in sorted(result["rows"], key=lambda row: rank[row["name"]]):
         name, tokens, ours = row["name"], row["tokens"], row["contender"]
         if ours == OURS and (name, tokens) == (USUAL, 16384) and row["asked"] in (0.1, 0.2):
             what = "attention"
@@ -64,7 +69,8 @@ def headline(result: dict[str, Any]) -> str:
         elif name == "ttft" and ours == SPARSE and tokens == 32768:
             what = "time to first token"
         elif name.endswith("at once") and ours == SPARSE:
-            what = f"{name.removesuffix(' at once')} requests at once, all answered"
+            number = name.removesuffix(" at once")
+            what = "one request, answered" if number == "1" else f"{number} at once, all answered"
         elif name == "tpot" and ours in ("p=0.9", SPARSE.split(",")[0]):
             what = f"time per output token, {ours}"
         else:
@@ -102,7 +108,10 @@ def write_section(path: Path, text: str) -> None:
 def _machine(result: dict[str, Any]) -> str:
     machine = result["about"]["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    return f"{machine['cpu']}, {machine['threads']} threads, {machine['instructions']}; {versions}."
+    instructions = machine["instructions"]
+    if any(row["name"] == NO_AMX for row in result["rows"]):  # measured beside the other kernel
+        instructions += " and AMX"
+    return f"{machine['cpu']}, {machine['threads']} threads, {instructions}; {versions}."
 
 
 def _attention(rows: list[Row]) -> str:
