@@ -66,7 +66,7 @@ def prompt_cost(
     dense_layers: int,
     sparse_text: bool,
     compensation: str,
-    score_tokens: int,
+    cube_queries: int,
 ) -> PromptCost:
     """Count a prompt as the plan will cut it (attention/planner.py).
 
@@ -76,7 +76,7 @@ def prompt_cost(
         tokens: of the prompt.
         videos: (offset, tokens) of each video in it.
         block_size: tokens in a KV block.
-        dense_below, dense_layers, sparse_text, compensation, score_tokens: as in AdaSparkConfig.
+        dense_below, dense_layers, sparse_text, compensation, cube_queries: as in AdaSparkConfig.
     """
     is_video = np.zeros(tokens, bool)
     for offset, length in videos:
@@ -90,7 +90,7 @@ def prompt_cost(
     chooses = is_cube[block] | (~is_video & sparse_text)
     chooses &= before[block] >= max(dense_below, 1)
     seen = before[block] * chooses  # [tokens] cubes that a token may leave out
-    asked = np.where(is_video, min(score_tokens, block_size) / block_size, 1.0)
+    asked = np.where(is_video, min(cube_queries, block_size) / block_size, 1.0)
 
     pairs = tokens * (tokens + 1) / 2
     dense = (

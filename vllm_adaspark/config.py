@@ -111,7 +111,7 @@ class AdaSparkConfig:
         low=0,
         high=1_000_000,
     )
-    score_tokens: int = _setting(
+    cube_queries: int = _setting(
         8,
         "tokens of a video cube that are asked which cubes it keeps, spread over it",
         request=False,
@@ -137,9 +137,9 @@ class AdaSparkConfig:
             value = getattr(self, spec.name)
             object.__setattr__(self, spec.name, _checked(spec, value))
 
-        if self.score_tokens.bit_count() != 1:
+        if self.cube_queries.bit_count() != 1:
             raise AdaSparkConfigError(
-                f"score_tokens={self.score_tokens}: expected a power of two, e.g. 8"
+                f"cube_queries={self.cube_queries}: expected a power of two, e.g. 8"
             )
         if self.flops is not None and self.selection != "top_p":
             raise AdaSparkConfigError(

@@ -328,7 +328,7 @@ def _flops(
             dense_layers=config.dense_layers,
             sparse_text=config.text_queries == "sparse",
             compensation=config.compensation,
-            score_tokens=config.score_tokens,
+            cube_queries=config.cube_queries,
         )
 
     whole = count(model.shape)

@@ -142,7 +142,7 @@ def tile_attention(
     tokens are known (below the chunk's end) and video; every other block is an *anchor block*.
     The chunk's tokens form *tiles*:
 
-    * ``"video"``: a cube wholly in the chunk.  ``config.score_tokens`` of its tokens, spread over
+    * ``"video"``: a cube wholly in the chunk.  ``config.cube_queries`` of its tokens, spread over
       it, and the heads of a GQA group average their probabilities and choose once per KV head.  Its
       logits, and the scaled mean keys in them, are rounded to the inputs' dtype.
     * ``"text"``: one token that is not video.  The heads of a GQA group average and choose once.
@@ -192,7 +192,7 @@ def tile_attention(
         if not dense and candidates:
             means = scale * torch.stack([mean_keys[b] for b in candidates])
             if kind == "video":  # products in the inputs' dtype, see attention/score.py
-                asking = q[rows][spread_tokens(block_size, config.score_tokens)]
+                asking = q[rows][spread_tokens(block_size, config.cube_queries)]
                 logits = _logits(asking, means.to(dtype).to(q.dtype)).to(dtype).to(q.dtype)
             else:
                 logits = _logits(q[rows], means)

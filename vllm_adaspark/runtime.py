@@ -70,7 +70,7 @@ class Runtime:
             host_words,
             self._block_tags,
             dense_below=self.config.dense_below,
-            score_tokens=self.config.score_tokens,
+            cube_queries=self.config.cube_queries,
             device=words.device,
         )
         if self.plan is not None:

@@ -89,7 +89,7 @@ def _ours(ffn: Callable, x: torch.Tensor, residual: torch.Tensor, share: float):
     rows = one_request(len(x), config.cube_volume)
     tags = BlockTags(rows.block_table.size + 1, config.cube_volume)
     words = np.full(len(x), tag_word(config))
-    plan = build_plan(rows, words, tags, dense_below=8, score_tokens=16, device=x.device).ffn
+    plan = build_plan(rows, words, tags, dense_below=8, cube_queries=16, device=x.device).ffn
 
     ran = []  # rows that the FFN got
 

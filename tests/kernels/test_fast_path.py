@@ -63,7 +63,7 @@ def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     # These are the server's; all else may differ from request to request.
     servers = {
         "dense_below": int(rng.integers(0, 4)),
-        "score_tokens": int(rng.choice([4, 16, 128])),
+        "cube_queries": int(rng.choice([4, 16, 128])),
     }
     server = AdaSparkConfig(cube=CUBES[block], **servers)
     pool = list(range(1, 200))

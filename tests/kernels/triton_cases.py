@@ -396,7 +396,7 @@ def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.Monkey
     rows = rows_of(step)
     words, q, k = (gather(step, name) for name in ("words", "q", "k"))
     plan = build_plan(
-        rows, words.numpy(), BlockTags(40, 32), dense_below=1, score_tokens=16, device=q.device
+        rows, words.numpy(), BlockTags(40, 32), dense_below=1, cube_queries=16, device=q.device
     )
     sums = KeySums(40, 2, 16, 32, q.device)
     sums.write(k, plan.key_writes)
@@ -450,7 +450,7 @@ def test_layer_ffn_equals_torch(
     step = [(request, len(request.is_video))]
     plan = build_plan(
         rows_of(step), request.words.numpy(), BlockTags(9, 32), dense_below=1,
-        score_tokens=16, device=torch.device("cpu"),
+        cube_queries=16, device=torch.device("cpu"),
     )  # fmt: skip
 
     class Linear(torch.nn.Module):

@@ -54,7 +54,7 @@ def step(*requests: tuple[int, int, int], tags: BlockTags | None = None) -> tupl
         block_table=block[:, None] + np.arange(8),
     )
     words = np.concatenate([WORD * IS_VIDEO[a : a + n] for a, n, _ in requests])
-    plan = build_plan(rows, words, tags, dense_below=1, score_tokens=16, device=torch.device("cpu"))
+    plan = build_plan(rows, words, tags, dense_below=1, cube_queries=16, device=torch.device("cpu"))
     return rows, plan
 
 
@@ -209,7 +209,7 @@ def test_decode_step() -> None:
     step((0, 136, 5), tags=tags)
     rows = StepRows(np.array([0, 1]), np.array([137]), 5 + np.arange(8)[None])
     plan = build_plan(
-        rows, np.zeros(1, int), tags, dense_below=1, score_tokens=16, device=torch.device("cpu")
+        rows, np.zeros(1, int), tags, dense_below=1, cube_queries=16, device=torch.device("cpu")
     )
     plan.kept_blocks = {1: torch.tensor([[3], [4]])}
     counts = count_step(rows, plan, LAYERS)
@@ -306,7 +306,7 @@ def test_requests_of_a_batch_are_counted_apart(whole) -> None:
         block_table=np.stack([np.arange(8) + 40, np.arange(8) + 5, np.zeros(8, int)]),
     )
     words = np.concatenate([np.zeros(20, int), WORD * IS_VIDEO])
-    plan = build_plan(rows, words, tags, dense_below=1, score_tokens=16, device=torch.device("cpu"))
+    plan = build_plan(rows, words, tags, dense_below=1, cube_queries=16, device=torch.device("cpu"))
     own = {1: torch.cat([torch.tensor([[1], [1]]), KEPT[1]], dim=1)}  # the text request is a tile
     plan.kept_blocks, plan.ffn_active = own, dict(ACTIVE)
     alone = account_of(*whole).report()

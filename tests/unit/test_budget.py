@@ -12,7 +12,7 @@ from vllm_adaspark.config import COMPENSATIONS, AdaSparkConfig
 from vllm_adaspark.tags import tag_word
 
 SHAPE = ModelShape(hidden=64, heads=4, kv_heads=2, head_size=16, intermediate=160)
-BLOCK, LAYERS, SCORE_TOKENS = 8, 3, 4
+BLOCK, LAYERS, CUBE_QUERIES = 8, 3, 4
 
 
 def layout(seed: int) -> tuple[int, list[tuple[int, int]]]:
@@ -48,7 +48,7 @@ def naive_cost(tokens, videos, *, dense_below, dense_layers, sparse_text, compen
             chooses = whole or (not video[token] and sparse_text)
             if chooses and before and before >= dense_below:
                 optional += before * BLOCK * h * 4 * d
-                if not whole or token % BLOCK < SCORE_TOKENS:  # so many of a cube are asked
+                if not whole or token % BLOCK < CUBE_QUERIES:  # so many of a cube are asked
                     selection += before * h * 2 * d
     return dense, optional, selection, centroids
 
@@ -59,7 +59,7 @@ def test_the_cost_of_a_prompt_equals_the_loops(seed):
     rules = dict(dense_below=seed % 4, dense_layers=seed % 5, sparse_text=seed % 3 > 0)
     rules["compensation"] = COMPENSATIONS[seed % 3]
     cost = prompt_cost(
-        SHAPE, LAYERS, tokens, videos, block_size=BLOCK, score_tokens=SCORE_TOKENS, **rules
+        SHAPE, LAYERS, tokens, videos, block_size=BLOCK, cube_queries=CUBE_QUERIES, **rules
     )
     expected = naive_cost(tokens, videos, **rules)
     assert (cost.dense, cost.optional, cost.selection, cost.compensation) == pytest.approx(expected)
@@ -79,7 +79,7 @@ def test_the_cost_counts_what_the_plan_scores(seed):
         words,
         BlockTags(blocks, BLOCK),
         dense_below=2,
-        score_tokens=SCORE_TOKENS,
+        cube_queries=CUBE_QUERIES,
         device=torch.device("cpu"),
     )
     seen = scored = cubes = 0
@@ -93,7 +93,7 @@ def test_the_cost_counts_what_the_plan_scores(seed):
     cost = prompt_cost(
         SHAPE, 1, tokens, videos,
         block_size=BLOCK, dense_below=2, dense_layers=0, sparse_text=True,
-        compensation=config.compensation, score_tokens=SCORE_TOKENS,
+        compensation=config.compensation, cube_queries=CUBE_QUERIES,
     )  # fmt: skip
     assert cost.selection == scored * SHAPE.score_flops_per_pair
     attention = seen * BLOCK * SHAPE.attention_flops_per_pair
@@ -103,7 +103,7 @@ def test_the_cost_counts_what_the_plan_scores(seed):
 
 def long_video(**rules):
     rules = dict(dense_below=2, dense_layers=0, sparse_text=True, compensation="mean") | rules
-    rules |= {"score_tokens": SCORE_TOKENS}
+    rules |= {"cube_queries": CUBE_QUERIES}
     return prompt_cost(SHAPE, LAYERS, 4030, [(10, 4000)], block_size=BLOCK, **rules)
 
 
@@ -125,7 +125,7 @@ def test_edges_of_a_budget():
     text = prompt_cost(
         SHAPE, LAYERS, 50, [],
         block_size=BLOCK, dense_below=2, dense_layers=0, sparse_text=True, compensation="mean",
-        score_tokens=SCORE_TOKENS,
+        cube_queries=CUBE_QUERIES,
     )  # fmt: skip
     assert (text.optional, text.least, text.share(0.4)) == (0, 1.0, 1.0)
     assert long_video(dense_layers=LAYERS).share(0.4) == 1.0

@@ -71,7 +71,7 @@ class Recorder:
         is_video = (np.arange(start, end) >= BEFORE) & (np.arange(start, end) < VIDEO.end)
         words = np.append(0, np.where(is_video, WORD, 0))
         plan = build_plan(
-            rows, words, self.blocks, dense_below=2, score_tokens=16, device=torch.device("cpu")
+            rows, words, self.blocks, dense_below=2, cube_queries=16, device=torch.device("cpu")
         )
         step = StepTrace()
         chosen, active = self._choose(plan, step)

@@ -4,7 +4,7 @@ Made once per step by planner.py, then used by every layer.  The step's tokens a
 into *query tiles*, of three kinds:
 
 * ``VIDEO``: a complete cube, all of it in this step.  Its tokens choose cubes together: some of
-  them, spread over it, are asked (config.score_tokens), all of them attend to what these choose.
+  them, spread over it, are asked (config.cube_queries), all of them attend to what these choose.
 * ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
   choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits),
   save that a request's text runs dense in a chunk with more than planner.MAX_TEXT_TILES of them.

@@ -35,7 +35,7 @@ def build_plan(
     block_tags: BlockTags,
     *,
     dense_below: int,
-    score_tokens: int,
+    cube_queries: int,
     device: torch.device,
 ) -> StepPlan | None:
     """The plan of a step, or None when no video has anything to do with it.
@@ -45,7 +45,7 @@ def build_plan(
         words: ``[tokens]`` tag words of the step's tokens.
         block_tags: block state; this step's tokens are recorded in it here.
         dense_below: tiles with fewer candidates attend to all of them.
-        score_tokens: tokens of a VIDEO tile whose probabilities decide.
+        cube_queries: tokens of a VIDEO tile whose probabilities decide.
         device: where the layers run.
     """
     block_tags.write(rows, words)
@@ -65,7 +65,7 @@ def build_plan(
     tokens = _Tokens.of(rows, words != 0, row_cubes, size)
     may_choose = _may_choose(tokens, settings, dense_below)
     text, too_long = _text_that_chooses(tokens, settings, may_choose, len(row_cubes))
-    asking = spread_tokens(size, score_tokens)
+    asking = spread_tokens(size, cube_queries)
     tiles = _tiles(tokens, row_cubes, may_choose, text, size, len(asking))
     return StepPlan(
         attention=_attention_plan(rows, tiles, table, row_cubes, settings, asking, device),

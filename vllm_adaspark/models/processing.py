@@ -86,7 +86,7 @@ def budget_cost(
         dense_layers=int(settings.dense_layers),
         sparse_text=bool(settings.sparse_text),
         compensation=COMPENSATIONS[settings.compensation],
-        score_tokens=config.score_tokens,
+        cube_queries=config.cube_queries,
     )
 
 

@@ -29,7 +29,7 @@ from .prompt import read_prompts
 
 CHECKPOINT_KEY = "adaspark_config"  # in config.json, as startup.py reads it
 # A server's keys that decide what is computed, and requests' keys that do not.
-ALSO_TRAINED = ("dense_below", "score_tokens")
+ALSO_TRAINED = ("dense_below", "cube_queries")
 NOT_TRAINED = ("enabled", "trace")
 
 AttentionInterface.register(NAME, adaspark_attention)

@@ -99,7 +99,7 @@ def pack(
         np.concatenate(words),
         BlockTags(blocks, size),
         dense_below=config.dense_below,
-        score_tokens=config.score_tokens,
+        cube_queries=config.cube_queries,
         device=device,
     )
     at = torch.from_numpy(np.concatenate(positions, axis=1)).to(device)
@@ -152,7 +152,7 @@ def _word(prompt: Prompt, text_config, config: AdaSparkConfig) -> int:
         dense_layers=config.dense_layers,
         sparse_text=config.text_queries == "sparse",
         compensation=config.compensation,
-        score_tokens=config.score_tokens,
+        cube_queries=config.cube_queries,
     )
     share = cost.share(config.flops)
     return with_shares(word, share, share)

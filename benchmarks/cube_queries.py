@@ -1,8 +1,8 @@
 """How many tokens of a cube must be asked what it keeps: answers with all of them and with fewer.
 
-    python benchmarks/score_tokens.py    # writes benchmarks/results/score_tokens.json
+    python benchmarks/cube_queries.py    # writes benchmarks/results/cube_queries.json
 
-Asks the needle model the same held-out questions under servers that differ in ``score_tokens``
+Asks the needle model the same held-out questions under servers that differ in ``cube_queries``
 alone.  Attention is sparse and the FFN dense, without a floor of cubes, where a worse choice would
 show first; and the defaults.  The table is that of docs/quality.md.
 """
@@ -30,16 +30,16 @@ CONTENDERS = {
 }
 MOTIONS = ("calm", "busy")
 PAGE = ROOT / "docs" / "quality.md"
-PLACE = re.compile(r"(?<=<!-- score_tokens: table -->\n).*?(?=<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(?<=<!-- cube_queries: table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def measure(asked: int, patches: int, videos: int) -> list[dict]:
     """One row for each contender, under a server that asks so many tokens of a cube."""
     from evaluate import held_out_video  # examples/needle
 
-    llm = start(NEEDLE / "checkpoint", patches * 16, {"score_tokens": asked})
+    llm = start(NEEDLE / "checkpoint", patches * 16, {"cube_queries": asked})
     rows = {
-        name: {"score_tokens": asked, "contender": name, "correct": 0, "total": 0, "density": []}
+        name: {"cube_queries": asked, "contender": name, "correct": 0, "total": 0, "density": []}
         for name in CONTENDERS
     }
     for motion in MOTIONS:
@@ -66,7 +66,7 @@ def table(rows: list[dict], tokens: int) -> str:
         "| settings | " + " | ".join(f"{asked} asked" for asked in ASKED) + " |",
         "|" + "---|" * (1 + len(ASKED)),
     ]
-    by_key = {(row["contender"], row["score_tokens"]): row for row in rows}
+    by_key = {(row["contender"], row["cube_queries"]): row for row in rows}
     for name in CONTENDERS:
         cells = [by_key[name, asked] for asked in ASKED]
         shown = [f"{c['correct'] / c['total']:.1%} ({c['density']:.1%})" for c in cells]
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patches", type=int, default=256, help="of 16 tokens")
     parser.add_argument("--videos", type=int, default=16, help="per haystack")
-    default = ROOT / "benchmarks" / "results" / "score_tokens.json"
+    default = ROOT / "benchmarks" / "results" / "cube_queries.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
     rows = []
