@@ -18,11 +18,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from .accounting import Account
 from .attention.plan import StepPlan
+from .attention.planner import MAX_TEXT_TILES
 from .attention.state import KeySums, StepRows
 from .ledger import Ledger
 from .models.processing import VideoSettings, language_model_shape
@@ -134,6 +136,26 @@ def room_beside_key_sums(available: int, layers: Mapping[str, AttentionSpec]) ->
     return available * page // (page + sums)
 
 
+def step_bytes(config: VllmConfig) -> int:
+    """What a sparse step's layers share beside vLLM's own activations, at the most.
+
+    Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
+    probabilities and choice it is made from.  Layers run one after the other, so it counts once.
+    """
+    model, parallel, scheduler = (
+        config.model_config,
+        config.parallel_config,
+        config.scheduler_config,
+    )
+    block = config.cache_config.block_size
+    tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
+    turned = 2 * tokens * heads * model.get_head_size() * model.dtype.itemsize
+    tiles = tokens // block + min(tokens, MAX_TEXT_TILES + scheduler.max_num_seqs)
+    entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
+    return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry
+
+
 class AccountingWorker:
     """Mixed in before a stock worker."""
 
@@ -154,13 +176,15 @@ class AccountingWorker:
         self._accounts = RequestAccounts(runtime, ledger, writes)
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache, of which key sums have got their part."""
+        """Bytes for the KV cache, once key sums and what a step takes have got their part."""
         available = super().determine_available_memory()
         if getattr(self.get_model(), "runtime", None) is None:
             return available
+        if not current_platform.is_cpu():  # there the cache's size is given, beside everything else
+            available = max(0, available - step_bytes(self.vllm_config))
         room = room_beside_key_sums(available, self.get_kv_cache_spec())
         logger.info(
-            "AdaSpark: %.2f GiB for the KV cache, %.1f MiB of them for key sums",
+            "AdaSpark: of %.2f GiB for the KV cache, %.1f MiB are for key sums",
             available / 2**30,
             (available - room) / 2**20,
         )

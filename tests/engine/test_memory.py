@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from engine.engines import SPARSE, ask, clip, engine, video_prompt
+from vllm_adaspark import worker
 from vllm_adaspark.attention.state import KeySums
-from vllm_adaspark.worker import room_beside_key_sums
+from vllm_adaspark.worker import room_beside_key_sums, step_bytes
 
 pytestmark = pytest.mark.engine
 
@@ -53,3 +55,45 @@ def test_room(dtype, share) -> None:
     blocks = room // (2 * page)
     made = KeySums(blocks, heads, size, block, torch.device("meta"))
     assert room + 2 * made._sums.nbytes <= 1 << 30
+
+
+def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
+    """A 7B's layer in steps of 8192 tokens with a context of 128K: some hundredths of a cache."""
+    with patch.object(worker.current_platform, "is_cpu", lambda: False):
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(
+                get_num_attention_heads=lambda parallel: 28,
+                get_num_kv_heads=lambda parallel: 4,
+                get_head_size=lambda: 128,
+                dtype=torch.bfloat16,
+                max_model_len=131072,
+            ),
+            parallel_config=None,
+            scheduler_config=SimpleNamespace(
+                max_num_scheduled_tokens=8192, max_num_batched_tokens=131072, max_num_seqs=64
+            ),
+            cache_config=SimpleNamespace(block_size=64),
+        )
+        turned = 2 * 8192 * 28 * 128 * 2
+        tiles = 128 + 1024 + 64
+        assert step_bytes(config) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1)
+        layer = SimpleNamespace(page_size_bytes=64 * 4 * 256 * 2, num_kv_heads=4, head_size=128)
+
+        class Stock:
+            vllm_config = config
+
+            def determine_available_memory(self) -> int:
+                return 40 << 30
+
+            def get_model(self):
+                return SimpleNamespace(runtime=object())
+
+            def get_kv_cache_spec(self):
+                return dict.fromkeys(map(str, range(28)), layer)
+
+        class Ours(worker.AccountingWorker, Stock):
+            pass
+
+        room = Ours().determine_available_memory()
+    assert room == room_beside_key_sums((40 << 30) - step_bytes(config), {"": layer})
+    assert 1 - room / (40 << 30) < 0.022

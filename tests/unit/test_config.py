@@ -71,6 +71,8 @@ def test_settings_must_be_an_object(settings):
         ("text_queries", ["sparse"], "'sparse', 'dense'"),
         ("order", "hilbert", "'cube', 'raster'"),
         ("min_cubes", 0, "an integer from 1 to 16"),
+        ("cube_queries", 0, "an integer from 1 to 128"),
+        ("cube_queries", 12, "a power of two, e.g. 8"),
         ("min_cubes", 17, "an integer from 1 to 16"),
         ("min_cubes", 2.0, "an integer from 1 to 16"),
         ("min_cubes", True, "an integer from 1 to 16"),
