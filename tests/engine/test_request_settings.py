@@ -112,6 +112,7 @@ def test_a_budget_equals_the_twin(checkpoint) -> None:
         [(prompt_ids.index(llm_video_token(prompt_ids, checkpoint)), tokens)],
         block_size=64,
         dense_below=SPARSE["dense_below"],
+        cube_queries=AdaSparkConfig().cube_queries,
         dense_layers=0,
         sparse_text=True,
         compensation=AdaSparkConfig().compensation,
