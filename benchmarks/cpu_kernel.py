@@ -45,6 +45,8 @@ def rate(queries: int, keys: int, heads_in_a_row: int, isa: str, rounds: int) ->
         dtype=DTYPE, query_start_loc=start, causal=True, sliding_window_size=-1, isa=isa,
         enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV, dynamic_causal=None, kv_cache_dtype="auto",
     )  # fmt: skip
+    if isa == "amx":
+        torch.cpu._init_amx()  # see harness.py
     times = []
     for _ in range(rounds + 1):  # the first warms up
         began = time.perf_counter()
@@ -66,8 +68,6 @@ def main() -> None:
     options = parser.parse_args()
     isa = _get_attn_isa(DTYPE, BLOCK, HEAD_SIZE)
     kinds = [isa, "vec"] if isa == "amx" else [isa]
-    if isa == "amx":
-        torch.cpu._init_amx()  # see harness.py
     head = " | ".join(f"{queries} queries" for queries in QUERIES)
     print(f"| kernel | keys | heads in a row | {head} |")
     print("|" + "---|" * (3 + len(QUERIES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cpu_kernel
 import pytest
 import torch
 from speed import __main__ as bench
@@ -33,6 +34,12 @@ def test_layers(record, monkeypatch) -> None:
         assert len(row["time_s"]) == 1 and row["efficiency"] > 0
         assert (row["density"] < 1) == (contender != DENSE)
     assert scaling.selection(list(rows.values()))[0]["share"] > 0
+
+
+def test_kernel_alone(monkeypatch) -> None:
+    monkeypatch.setattr(cpu_kernel, "CASES", 448)
+    isa = cpu_kernel._get_attn_isa(cpu_kernel.DTYPE, cpu_kernel.BLOCK, cpu_kernel.HEAD_SIZE)
+    assert cpu_kernel.rate(64, 256, 7, isa, rounds=1) > 0
 
 
 def test_served(record, tmp_path, monkeypatch) -> None:

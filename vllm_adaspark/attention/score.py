@@ -55,16 +55,16 @@ def choose_cubes(
         row_slabs, item_slabs = _slabs(job, kv_heads * group)
         for rows in row_slabs:
             row, width = job.row[rows], int(job.own_block[rows].max())
-            # Sums of blocks that are no cubes are stale, and their logits overwritten.
-            sums = key_sums.of(plan.row_blocks[row, :width]).transpose(1, 2)
-            # Mean and scale are taken where there are fewer numbers.
-            factor, asking = scale / key_sums.block_size, query
+            # The scale goes into the means: there are far fewer of them than of queries.  Those of
+            # blocks that are no cubes are stale, and their logits overwritten.
+            means = key_sums.of(plan.row_blocks[row, :width]).mul_(scale / key_sums.block_size)
+            means, asking = means.transpose(1, 2), query  # [rows, kv_heads, blocks, d]
             if job.kind == VIDEO:
-                sums = sums.mul_(factor).to(_product_dtype(query)).contiguous()
-                asking, factor = _queries(query, job.tokens[0], plan.scratch).to(sums.dtype), 1.0
-            for items in item_slabs:  # sums [rows, kv_heads, blocks, d]
+                means = means.to(_product_dtype(query)).contiguous()
+                asking = _queries(query, job.tokens[0], plan.scratch).to(means.dtype)
+            for items in item_slabs:
                 width = int(job.own_block[rows, items].max())
-                score(probs, asking, sums[:, :, :width], factor, plan, job, rows, items)
+                score(probs, asking, means[:, :, :width], plan, job, rows, items)
 
     candidates = plan.candidates.unsqueeze(1).expand_as(probs)
     rule, share, least = (
@@ -109,7 +109,6 @@ def _score_together(
     probs: torch.Tensor,
     query: torch.Tensor,
     means: torch.Tensor,
-    factor: float,
     plan: AttentionPlan,
     job: ScoreJob,
     rows: slice,
@@ -190,8 +189,7 @@ def _score_fused(
 def _score_each(
     probs: torch.Tensor,
     query: torch.Tensor,
-    sums: torch.Tensor,
-    factor: float,
+    means: torch.Tensor,
     plan: AttentionPlan,
     job: ScoreJob,
     rows: slice,
@@ -199,9 +197,9 @@ def _score_each(
 ) -> None:
     """TEXT tiles, of one token each."""
     tile_of = job.tile_of[rows, items]  # [rows, tokens]
-    width = sums.shape[2]
+    width = means.shape[2]
     q = query[:, job.tokens[rows, items]].float().transpose(0, 1)  # [rows, kv, tokens, group, d]
-    logits = cube_logits(q.flatten(2, 3) * factor, sums).view(*q.shape[:4], width)
+    logits = cube_logits(q.flatten(2, 3), means).view(*q.shape[:4], width)
     valid = plan.candidates[tile_of, :width]  # [rows, tokens, blocks]
     logits.masked_fill_(~valid[:, None, :, None, :], float("-inf"))
     pooled = logits.softmax(-1).mean(3).transpose(1, 2)  # [rows, tokens, kv_heads, blocks]
