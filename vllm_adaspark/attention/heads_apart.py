@@ -3,8 +3,8 @@
 That kernel goes over a sequence's keys once for every query head, and takes the heads one after
 the other, each through all sequences of a thread.  A tile's keys are then read as often from memory
 as there are heads in its GQA group.  Here every (tile, query head) is a sequence of its own, a
-tile's heads in a row, so all but the first find the keys in the core's cache: up to a third faster
-(docs/performance.md), the same numbers to the bit.
+tile's heads in a row, so all but the first find the keys in the core's cache: a fifth to a half
+faster (docs/performance.md), the same numbers to the bit.
 
 Single tokens are another matter: of these the kernel takes the whole group at once, so they stay as
 they are.  The batch is therefore in two parts, which the kernel gets one after the other.
