@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from in_process import NEEDLE, ROOT, ask, start
+from in_process import NEEDLE, ROOT, ask, in_own_process, start
 
 ASKED = (64, 16, 8, 4)  # of the 64 tokens of a cube
 BARE = {"p_ffn": 1.0, "min_cubes": 1}
@@ -83,9 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for asked in ASKED:
-        # In a process of its own, with which the engine's memory goes.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows += pool.submit(measure, asked, options.patches, options.videos).result()
+        rows += in_own_process(measure, asked, options.patches, options.videos)
         print(*rows[-len(CONTENDERS) :], sep="\n", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"tokens": options.patches * 16, "rows": rows}, indent=1))

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from in_process import NEEDLE, ROOT, ask, start
+from in_process import NEEDLE, ROOT, ask, in_own_process, start
 
 SETTINGS = {
     "paper, p=.3/.3": {"paper": True, "p_attn": 0.3, "p_ffn": 0.3},
@@ -79,13 +77,6 @@ def measure(
     return rows
 
 
-def in_own_process(*arguments) -> list[dict]:
-    """:func:`measure` in its own process, with which the engine's memory goes."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
 def share(rows: list[dict], contender: str) -> float:
     """Right answers of one contender over all lengths and haystacks."""
     mine = [row for row in rows if row["contender"] == contender]
@@ -138,14 +129,16 @@ def main() -> None:
 
     chosen = {name: SETTINGS[name] for name in options.only}
     how = (options.patches, options.videos)
-    before = in_own_process(options.checkpoint, {"dense": {"off": True}} | chosen, *how)
+    before = in_own_process(measure, options.checkpoint, {"dense": {"off": True}} | chosen, *how)
     results = {"steps": options.steps, "lr": options.lr, "videos": options.videos}
     results |= {"before": before, "settings": {}}
     dense = share(before, "dense")
     for number, (name, settings) in enumerate(chosen.items()):
         folder = options.folder / str(number)
         cpu_seconds = finetune(folder, options.checkpoint, settings, options.steps, options.lr)
-        after = in_own_process(folder, {"after": None, "dense, after": {"off": True}}, *how)
+        after = in_own_process(
+            measure, folder, {"after": None, "dense, after": {"off": True}}, *how
+        )
         lost, left = dense - share(before, name), dense - share(after, "after")
         results["settings"][name] = {
             "settings": settings,

@@ -142,11 +142,8 @@ def step_bytes(config: VllmConfig) -> int:
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
     probabilities and choice it is made from.  Layers run one after the other, so it counts once.
     """
-    model, parallel, scheduler = (
-        config.model_config,
-        config.parallel_config,
-        config.scheduler_config,
-    )
+    model, parallel = config.model_config, config.parallel_config
+    scheduler = config.scheduler_config
     block = config.cache_config.block_size
     tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
