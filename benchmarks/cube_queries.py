@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 from in_process import NEEDLE, ROOT, ask, in_own_process, start
+from pages import refill
 
 ASKED = (64, 16, 8, 4)  # of the 64 tokens of a cube
 BARE = {"p_ffn": 1.0, "min_cubes": 1}
@@ -28,7 +28,6 @@ CONTENDERS = {
 }
 MOTIONS = ("calm", "busy")
 PAGE = ROOT / "docs" / "quality.md"
-PLACE = re.compile(r"(?<=<!-- cube_queries: table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def measure(asked: int, patches: int, videos: int) -> list[dict]:
@@ -88,7 +87,7 @@ def main() -> None:
     text = table(rows, options.patches * 16)
     print(text)
     if options.out == default:
-        PAGE.write_text(PLACE.sub(lambda _: text + "\n", PAGE.read_text()))
+        refill(PAGE, "cube_queries", {"table": text})
 
 
 if __name__ == "__main__":

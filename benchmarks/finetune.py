@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from in_process import NEEDLE, ROOT, ask, in_own_process, start
+from pages import refill
 
 SETTINGS = {
     "paper, p=.3/.3": {"paper": True, "p_attn": 0.3, "p_ffn": 0.3},
@@ -28,7 +28,6 @@ SETTINGS = {
 }
 MOTIONS = ("calm", "busy")
 GUIDE = ROOT / "docs/finetuning.md"
-PLACE = re.compile(r"(?<=<!-- finetune: table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def finetune(folder: Path, checkpoint: Path, settings: dict, steps: int, rate: float) -> float:
@@ -155,7 +154,7 @@ def main() -> None:
     text = table(results)
     print(text)
     if options.out == parser.get_default("out"):
-        GUIDE.write_text(PLACE.sub(lambda _: text + "\n", GUIDE.read_text()))
+        refill(GUIDE, "finetune", {"table": text})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDLE = ROOT / "examples" / "needle"
 
 # At the end of the path: their modules have everyday names.
-for _folder in (NEEDLE, ROOT / "examples" / "demo"):
+for _folder in (NEEDLE, ROOT / "examples" / "demo", ROOT / "benchmarks"):
     if str(_folder) not in sys.path:
         sys.path.append(str(_folder))

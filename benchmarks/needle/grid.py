@@ -20,6 +20,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)  # video tokens
 MIDDLE = (4096, 8192)  # where contenders meet that do not run at every length
 TOKENS_PER_PATCH = 16  # at 112×112 pixels
 VIDEOS = 12  # a cell, each asks one question per skill: 72
+MORE_VIDEOS = 40  # of the stock dense model, so that each skill's accuracy at each length is known
 
 ATTENTION_SHARES = (0.99, 0.9, 0.7, 0.5, 0.3, 0.2)
 FFN_SHARES = (1.0, 0.8, 0.6, 0.5, 0.3)
@@ -52,6 +53,7 @@ class Contender:
         rate: for "evs", the share of video tokens that is dropped.
         like: the contender whose density (top_k, uniform) or FLOPs (evs) this one matches.
         lengths: video tokens it is asked at.
+        more: None: it answers about the grid's videos; else about those after them, up to so many.
     """
 
     name: str
@@ -60,11 +62,12 @@ class Contender:
     rate: float | None = None
     like: str | None = None
     lengths: tuple[int, ...] = MIDDLE
+    more: int | None = None
 
     @property
     def curve(self) -> str:
         """ "dense", "adaspark", "topk", "uniform" or "evs"."""
-        return self.name.split()[0]
+        return self.name.split()[0].rstrip(",")
 
     @property
     def block(self) -> int:
@@ -78,7 +81,7 @@ class Grid:
     Attributes:
         contenders: in the order of the report.
         videos: a cell.
-        extra: further cells, for the stock dense contender alone.
+        extra: further cells, for the stock dense contenders alone.
     """
 
     contenders: tuple[Contender, ...]
@@ -100,6 +103,12 @@ class Grid:
     def cells(self, contender: Contender) -> list[Cell]:
         usual = [Cell(tokens // TOKENS_PER_PATCH) for tokens in contender.lengths]
         return usual + (list(self.extra) if contender.kind == "stock" else [])
+
+    def numbers(self, contender: Contender) -> slice:
+        """Which of a cell's videos it answers about."""
+        if contender.more is None:
+            return slice(self.videos)
+        return slice(self.videos, max(self.videos, contender.more))
 
     @property
     def longest(self) -> int:
@@ -142,6 +151,7 @@ def floored(p_attn: float, p_ffn: float, least: int) -> list[Contender]:
 
 
 DENSE = Contender("dense", kind="stock", lengths=LENGTHS)
+MORE_DENSE = Contender("dense, more videos", kind="stock", lengths=LENGTHS, more=MORE_VIDEOS)
 CUBE_ORDER = Contender("adaspark p=1/1", settings=ours(), lengths=LENGTHS)
 STOCK_ORDER = Contender("adaspark p=1/1 raster", settings=ours(order="raster"))
 MAIN = top_p(*FOLLOWED[0], lengths=LENGTHS)
@@ -196,7 +206,8 @@ def default() -> Grid:
         RASTER,
         *EVS,
     ]
-    return Grid(tuple([DENSE, CUBE_ORDER, STOCK_ORDER, *followed, *middle]), extra=EXTRA_CELLS)
+    first = [DENSE, MORE_DENSE, CUBE_ORDER, STOCK_ORDER]
+    return Grid(tuple([*first, *followed, *middle]), extra=EXTRA_CELLS)
 
 
 def full() -> Grid:

@@ -134,7 +134,7 @@ def ablation(result: Result) -> plt.Figure:
     shown = []
     for contender in result["contenders"]:
         mine = rows.where(contender=contender["name"])
-        if contender["name"] != DENSE.name:
+        if len(mine) and contender["name"] != DENSE.name:
             shown.append((contender, mine.mean("flops_ratio"), difference(mine, reference)))
     figure, axis = plt.subplots(figsize=(9, 0.24 * len(shown) + 1.2), layout="constrained")
     for row, (contender, share, lost) in enumerate(shown):

@@ -78,27 +78,29 @@ class Run:
             openai.OpenAIError: a request failed.
             RuntimeError: a server did not take all frames of a video.
         """
-        videos = {cell: choose(cell, self.grid.videos) for cell in self._cells()}
+        most = max([self.grid.videos, *(c.more or 0 for c in self.grid.contenders)])
+        chosen = {cell: choose(cell, most) for cell in self._cells()}
         (self.folder / "videos").mkdir(parents=True, exist_ok=True)
         records: dict[tuple[str, Cell], list[Record]] = {}
         jobs = [(c, cell) for c in ordered(self.grid.contenders) for cell in self.grid.cells(c)]
         asked, begun = 0, time.monotonic()
-        total = sum(len(videos[cell]) for _, cell in jobs)
+        total = sum(len(chosen[cell][self.grid.numbers(c)]) for c, cell in jobs)
         with Fleet(self.checkpoint, self.folder, self.grid.longest) as fleet:
             for contender, cell in jobs:
+                videos = chosen[cell][self.grid.numbers(contender)]
                 server, settings = self._resolved(contender, cell, records)
                 missing = [
                     video
-                    for video in videos[cell]
+                    for video in videos
                     if not self.work.find(contender.name, server.name, settings, video.key)
                 ]
                 if missing:
                     self._ask(fleet.client(server), contender, server, settings, missing)
                 records[contender.name, cell] = [
                     self.work.find(contender.name, server.name, settings, video.key)
-                    for video in videos[cell]
+                    for video in videos
                 ]
-                asked += len(videos[cell])
+                asked += len(videos)
                 minutes = (time.monotonic() - begun) / 60
                 print(
                     f"{asked}/{total} {minutes:5.1f} min  "

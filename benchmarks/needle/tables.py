@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import scenes
 
-from .grid import CUBE_ORDER, DENSE, FLOORS, FOLLOWED, LENGTHS, floored, label, rivals
+from .grid import (
+    CUBE_ORDER,
+    DENSE,
+    FLOORS,
+    FOLLOWED,
+    LENGTHS,
+    MORE_DENSE,
+    floored,
+    label,
+    rivals,
+)
 from .intervals import Interval, Row, accuracy, difference
 from .videos import MOTIONS
 
@@ -18,14 +28,17 @@ LONG = 8192  # video tokens from which savings are judged
 
 
 class Rows:
-    """The rows of a result, to be narrowed.  Only videos of the usual shape, unless asked."""
+    """The rows of a result, to be narrowed."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._rows = list(rows)
 
     @classmethod
     def of(cls, result: Result) -> Rows:
-        return cls(r for r in result["rows"] if r["frame"] == STOCK_FRAME and r["parts"] == 1)
+        """Of videos of the usual shape that all contenders of a length answered about."""
+        return cls(result["rows"]).where(
+            lambda row: row["contender"] != MORE_DENSE.name, frame=STOCK_FRAME, parts=1
+        )
 
     def __iter__(self):
         return iter(self._rows)
@@ -78,18 +91,18 @@ def lengths(result: Result) -> str:
 
 def dense(result: Result) -> str:
     """The stock model skill by skill."""
-    everything = Rows(result["rows"]).where(contender=DENSE.name)
+    everything = Rows(result["rows"]).where(contender=(DENSE.name, MORE_DENSE.name))
     lines = []
     for frame, parts, tokens in sorted(
         {(row["frame"], row["parts"], row["tokens"]) for row in everything},
         key=lambda cell: (cell[1], cell[0] != STOCK_FRAME, cell[2]),
     ):
-        for motion in MOTIONS:
-            mine = everything.where(frame=frame, parts=parts, tokens=tokens, haystack=motion)
+        for name, motions in (*((motion, motion) for motion in MOTIONS), ("both", MOTIONS)):
+            mine = everything.where(frame=frame, parts=parts, tokens=tokens, haystack=motions)
             if len(mine):
                 shown = [counts(mine.where(skill=skill)) for skill in scenes.SKILLS]
                 which = frame if parts == 1 else f"{frame}, {parts} videos"
-                lines.append([which, f"{tokens:,}", motion, *shown, right(mine)])
+                lines.append([which, f"{tokens:,}", name, *shown, right(mine)])
     return markdown(["frames", "video tokens", "haystack", *scenes.SKILLS, "all"], lines)
 
 

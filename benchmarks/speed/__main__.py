@@ -16,6 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "demo")]
 
+import pages  # noqa: E402
+
 from speed import attention, ffn, plots, report, scaling, served  # noqa: E402
 from speed.record import DENSE, Record, machine, progress, rows  # noqa: E402
 
@@ -109,8 +111,8 @@ def show(result: dict[str, Any], *, quick: bool) -> None:
         plots.draw(result, WORK / "bench-quick.png")
         return
     plots.draw(result, ROOT / "docs" / "bench.png")
-    report.write_section(ROOT / "docs" / "performance.md", tables)
-    report.write_section(ROOT / "README.md", report.headline(result))
+    pages.refill(ROOT / "docs" / "performance.md", "bench", {"tables": f"\n{tables}"})
+    pages.refill(ROOT / "README.md", "bench", {"headline": f"\n{report.headline(result)}"})
 
 
 def measure(record: Record, plans: dict[str, list], parts: list[str]) -> None:

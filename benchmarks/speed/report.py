@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from .attention import FLEX, LARGE, NO_AMX, OURS, USUAL, selection_share
 from .record import DENSE
 from .served import SPARSE
 
-BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
 Row = dict[str, Any]
 
 
@@ -89,20 +87,6 @@ def headline(result: dict[str, Any]) -> str:
         )
     table = _table("what | video tokens | work | stock | ours | speed-up | efficiency", lines)
     return f"{_machine(result)}\n\n{table}\n"
-
-
-def write_section(path: Path, text: str) -> None:
-    """Put ``text`` between the two marks of a Markdown file.
-
-    Raises:
-        ValueError: the file has not both marks, in order.
-    """
-    page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{path}: needs the lines {BEGIN} and {END}, in this order")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _machine(result: dict[str, Any]) -> str:

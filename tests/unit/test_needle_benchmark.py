@@ -126,6 +126,16 @@ def test_only_and_lengths_narrow_the_grid_and_keep_what_is_needed():
         grid.narrowed(grid.default(), [], [17])
 
 
+def test_stock_dense_answers_about_more_videos_than_the_others():
+    made = grid.default()
+    few, more = made.numbers(grid.DENSE), made.numbers(grid.MORE_DENSE)
+    numbers = list(range(grid.MORE_VIDEOS))
+    assert numbers[few] == numbers[: made.videos] and numbers[few] + numbers[more] == numbers
+    assert not numbers[dataclasses.replace(made, videos=50).numbers(grid.MORE_DENSE)]
+    assert made.cells(grid.MORE_DENSE) == made.cells(grid.DENSE)
+    assert grid.MORE_DENSE.curve == "dense"
+
+
 def test_a_grid_refuses_contenders_that_cannot_be_matched():
     rival = dataclasses.replace(grid.rivals(0.5, 0.5)[0], lengths=grid.LENGTHS)
     with pytest.raises(ValueError, match=r"is to match 'adaspark p=0\.5/0\.5'"):
@@ -372,6 +382,7 @@ def result() -> dict:
         for skill in videos.scenes.SKILLS
     ]
     rows += [row(frame="168×112", tokens=3072), row(parts=2, right=0)]
+    rows += [row(grid.MORE_DENSE.name, tokens=1024, right=0)]
     contenders = [
         {
             "name": n,
@@ -403,6 +414,7 @@ def test_tables_say_what_the_rows_say(result):
     assert "| 4,096 | calm |" in tables.dense(result)
     assert "| 112×112, 2 videos | 4,096 | calm | 0/1 |" in tables.dense(result)
     assert "| 168×112 | 3,072 | calm | 1/1 |" in tables.dense(result)
+    assert "| 112×112 | 1,024 | both | 0/1 |" in tables.dense(result)
     ablation = tables.ablation(result)
     assert all(contender["name"] in ablation for contender in result["contenders"])
     # Cheapest last, and only contenders that ran at every long length.
@@ -417,23 +429,15 @@ def test_tables_say_what_the_rows_say(result):
 
 def test_other_shapes_do_not_blur_the_other_tables(result):
     usual = tables.Rows.of(result)
-    assert len(usual) == len(result["rows"]) - 2
+    assert len(usual) == len(result["rows"]) - 3
 
 
-def test_the_page_is_filled_in_and_its_prose_stays(result, tmp_path):
-    text = "before\n<!-- needle: dense -->\nold\n<!-- end -->\nafter\n"
-    filled = report.fill(text, result)
-    assert filled.startswith("before\n<!-- needle: dense -->\n| frames |")
-    assert filled.endswith("|\n<!-- end -->\nafter\n")
-    assert "old" not in filled
-    assert report.fill(filled, result) == filled
-    with pytest.raises(ValueError, match="no such table; there are"):
-        report.fill("<!-- needle: denz -->\n<!-- end -->", result)
-    with pytest.raises(ValueError, match="no place for a table"):
-        report.fill("nothing", result)
+def test_the_page_is_filled_in(result, tmp_path):
     page = tmp_path / "quick" / "quality.md"
     report.write(result, page, template=command.PAGE)
-    assert all(f"<!-- needle: {name} -->\n" in page.read_text() for name in tables.TABLES)
+    text = page.read_text()
+    assert all(f"<!-- needle: {name} -->\n" in text for name in tables.TABLES)
+    assert tables.dense(result) in text and "`python -m benchmarks.needle`, commit abc" in text
 
 
 def test_the_result_file_is_json_line_by_line(result, tmp_path):

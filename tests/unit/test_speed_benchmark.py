@@ -227,17 +227,6 @@ def test_tables_of_a_part(record) -> None:
     assert "### FFN" in text and "### Attention" not in text and "### Time" not in text
 
 
-def test_the_section_of_a_page(tmp_path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    for table in ("new\n", "newer\n"):
-        report.write_section(page, table)
-    assert page.read_text() == f"before\n{report.BEGIN}\n\nnewer\n\n{report.END}\nafter\n"
-    page.write_text(f"{report.END} {report.BEGIN}")
-    with pytest.raises(ValueError, match="needs the lines"):
-        report.write_section(page, "table")
-
-
 def test_picture(full, tmp_path) -> None:
     plots.draw(full, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
