@@ -36,7 +36,8 @@ def finetune(folder: Path, checkpoint: Path, settings: dict, steps: int, rate: f
     command += ["--model", str(checkpoint), "--settings", json.dumps(settings)]
     # Videos about as long as those that are asked about: short ones leave little out.
     command += ["--patches", "96", "160", "--videos", "1", "--questions", "24"]
-    subprocess.run([*command, "--steps", str(steps), "--lr", str(rate)], check=True)
+    command += ["--average", "0.99", "--steps", str(steps), "--lr", str(rate)]
+    subprocess.run(command, check=True)
     return torch.load(folder / "training.pt", weights_only=True)["cpu_seconds"]
 
 

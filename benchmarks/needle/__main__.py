@@ -22,7 +22,6 @@ from .run import Run
 from .work import Work, file_hash
 
 FOLDER = ROOT / ".needle" / "benchmark"
-PAGE = ROOT / "docs" / "quality.md"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("every --contender needs its --settings")
     beside = options.folder / "quick" if options.quick else None
     options.out = options.out or (beside or ROOT / "benchmarks/results") / "needle.json"
-    options.page = options.page or (beside / "quality.md" if beside else PAGE)
+    options.page = options.page or (beside / "quality.md" if beside else report.PAGE)
     return options
 
 
@@ -121,7 +120,9 @@ def main() -> None:
     # Ending this by a signal must end the server as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = json.loads(options.out.read_text()) if options.report_only else measured(options)
-    report.write(result, options.page, template=PAGE)
+    report.write(result, options.page)
+    if options.page == report.PAGE:
+        report.write_summaries(result)
     pictures = plots.draw(result, options.page.parent)
     print("\n".join(str(path) for path in (options.out, options.page, *pictures)))
 

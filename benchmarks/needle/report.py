@@ -1,4 +1,4 @@
-"""Puts the tables of a result into docs/quality.md; NAME of a place is one of tables.TABLES."""
+"""Puts the tables of a result into the pages that show them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,30 @@ from pathlib import Path
 
 from pages import refill  # benchmarks
 
-from .tables import TABLES, Result
+from . import NEEDLE, ROOT
+from .tables import TABLES, Result, card, headline
+
+PAGE = ROOT / "docs" / "quality.md"
 
 
-def write(result: Result, page: Path, template: Path) -> None:
-    """Fill ``page``, which begins as a copy of ``template`` if it is not there.
+def write(result: Result, page: Path) -> None:
+    """Fill ``page``, which begins as a copy of PAGE if it is not there.
 
     Raises:
         ValueError: the page has no place for a table, or for one that is not known.
     """
     if not page.exists():
         page.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(template, page)
+        shutil.copyfile(PAGE, page)
     refill(page, "needle", {name: table(result) for name, table in TABLES.items()})
+
+
+def write_summaries(result: Result, folder: Path = ROOT) -> None:
+    """What the README and the model's card say of it.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    refill(folder / "README.md", "needle", {"headline": headline(result)})
+    model_card = folder / NEEDLE.relative_to(ROOT) / "README.md"
+    refill(model_card, "needle", {"card": card(result)})

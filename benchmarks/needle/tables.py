@@ -106,6 +106,30 @@ def dense(result: Result) -> str:
     return markdown(["frames", "video tokens", "haystack", *scenes.SKILLS, "all"], lines)
 
 
+def card(result: Result) -> str:
+    """The stock model skill by skill, calm and busy together: for the model's own page."""
+    cells = [line.split(" | ") for line in dense(result).splitlines()[2:]]
+    lines = [[frame, tokens, *rest] for frame, tokens, motion, *rest in cells if motion == "both"]
+    head = ["frames", "video tokens", *scenes.SKILLS, "all"]
+    return markdown(head, [[cell.strip("| ") for cell in line] for line in lines])
+
+
+def headline(result: Result) -> str:
+    """Stock dense and the floored settings, right answers and FLOPs at each length."""
+    rows = Rows.of(result)
+    there = [n for n in LENGTHS if n in rows.values("tokens")]
+    named = [("stock dense", DENSE.name)]
+    for number, floor in enumerate(FLOORS):
+        name = "the defaults" if number == 0 else f"`p_attn` {floor[0]:g}"
+        named.append((name, floored(*floor)[0].name))
+    lines = []
+    for title, name in named:
+        at = [rows.where(contender=name, tokens=n) for n in there]
+        shown = [f"{right(r)} ({percent(r.mean('flops_ratio'), 0)})" for r in at]
+        lines.append([title, *shown])
+    return markdown(["", *(f"{n:,} tokens" for n in there)], lines)
+
+
 def skills(result: Result) -> str:
     """Contenders of the followed settings, skill by skill, where all contenders meet."""
     rows = Rows.of(result).where(tokens=meeting(result))

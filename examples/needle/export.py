@@ -18,7 +18,7 @@ def export(trained: Path, path: Path) -> Path:
     Raises:
         ValueError: the files are larger than `LARGEST`.
     """
-    weights = torch.load(trained, map_location="cpu")["model"]
+    weights = torch.load(trained, map_location="cpu")["average"]
     model = network.build(layers=network.layers_of(weights))
     model.load_state_dict(weights)
     network.save(model, path)

@@ -3,7 +3,11 @@
     python examples/needle/train_language.py .needle/vision.pt .needle/language.pt
 
 Goes on where it was stopped. Lengths grow phase by phase, and most steps see a quarter of each
-picture's tokens.
+picture's tokens. What is measured and exported is a running average of the weights. To train a
+checkpoint further, as the shipped one was, without the optimizer that made it:
+
+    python examples/needle/train_language.py --start examples/needle/checkpoint --at 4210 \
+        .needle/vision.pt .needle/language.pt
 """
 
 import argparse
@@ -21,7 +25,9 @@ import scoring
 import torch
 import torch.nn.functional as F
 from scenes import TRAINING_SEEDS
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from train_vision import GRIDS
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 SEEDS_A_STEP = 64  # twice the most videos a batch can have
 WARM_UP = 20  # steps, at the beginning of each phase
@@ -30,8 +36,10 @@ FIRST_BANK_SEED = 90_000_000  # of TRAINING_SEEDS
 HELD_OUT_BANK_SEED = scenes.HELD_OUT_SEEDS[90_000_000]
 END_WEIGHT = 0.1  # of the loss on the token that ends the answer
 HINT_WEIGHT = 0.2
+AVERAGE = 0.995  # share of the weights' running average that stays, each step
 # Once the others are known these are asked more often.
 HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
+HARDEST = (*scenes.SKILLS, "two_hop", "count", "count", "before", "before")
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,11 @@ SCHEDULE = (
     Phase(150, (24, 96), 6, 12, (4e-4, 2e-4), None, 0.3, LAYERS[1], HARDER),
     Phase(100, (96, 400), 1, 24, (2e-4, 1e-4), None, 0.2, LAYERS[1], HARDER),
     Phase(40, (256, 700), 1, 24, (1e-4, 1e-5), None, 0.1, LAYERS[1]),
+    # From here on all tokens, as videos have them, and many questions a video.
+    Phase(300, (24, 96), 6, 20, (5e-4, 5e-4), None, 0.3, LAYERS[1], HARDEST),
+    Phase(500, (64, 300), 2, 24, (5e-4, 3e-4), None, 0.2, LAYERS[1], HARDEST),
+    Phase(200, (24, 400), 2, 24, (3e-4, 1e-4), None, 0.2, LAYERS[1], HARDEST),
+    Phase(60, (200, 1024), 1, 24, (1e-4, 2e-5), None, 0.1, LAYERS[1], HARDEST),
 )
 
 
@@ -92,30 +105,48 @@ def step_loss(model, heads, batch: batches.Batch, words):
 
 
 class Trainer:
-    def __init__(self, vision: Path, path: Path, device: str):
+    """Stage B, up to some step.
+
+    Args:
+        vision: what train_vision.py wrote; may be missing where weights are known already.
+        path: file to write, and to go on from.
+        start: checkpoint to begin with if there is no `path`, and `at` which step it is.
+    """
+
+    def __init__(self, vision: Path, path: Path, device: str, start: Path | None = None, at=0):
         self.path, self.device = path, device
         self.words = batches.Words(network.tokenizer())
         self.step = 0
         saved = torch.load(path, map_location="cpu") if path.exists() else None
-        self.model = network.build(layers=network.layers_of(saved["model"]) if saved else LAYERS[0])
+        if saved is None and start is not None:
+            self.step = at
+            self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                start, dtype=torch.float32
+            )
+        else:
+            layers = network.layers_of(saved["model"]) if saved else LAYERS[0]
+            self.model = network.build(layers=layers)
         self.heads = hints.make_heads(self.model.config.text_config.hidden_size)
         if saved:
             self.model.load_state_dict(saved["model"])
             self.heads.load_state_dict(saved["heads"])
             self.step = saved["step"]
-        else:
-            tower = torch.load(vision, map_location="cpu")["weights"]
-            self.model.model.visual.load_state_dict(
-                {n.removeprefix("tower."): w for n, w in tower.items() if n.startswith("tower.")}
-            )
         self._begin()
         if saved:
             self.optimizer.load_state_dict(saved["optimizer"])
-        start = time.monotonic()
+            self.average.n_averaged.fill_(1)  # or its first update begins anew
+            self.average.module.load_state_dict(saved["average"])
+        if vision.exists() or self.step == 0:
+            # The tower may have been trained further since.
+            known = torch.load(vision, map_location="cpu")["weights"]
+            tower = {n.removeprefix("tower."): w for n, w in known.items() if "tower." in n}
+            for model in (self.model, self.average.module):
+                model.model.visual.load_state_dict(tower)
+        began = time.monotonic()
         self.banks = make_banks(self.model, TRAINING_SEEDS[FIRST_BANK_SEED])
         self.held_out = banks.make(self.model, HELD_OUT_BANK_SEED, GRIDS[0], 6, 96, 12)
         pictures = sum(len(bank.tokens) for bank in self.banks.values())
-        print(f"{pictures} pictures encoded in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{pictures} pictures encoded in {time.monotonic() - began:.0f} s", flush=True)
 
     def _begin(self) -> None:
         """Train these weights from now on, with an optimizer that knows nothing yet."""
@@ -125,10 +156,12 @@ class Trainer:
         self.weights = [w for w in self.model.parameters() if w.requires_grad]
         self.weights += list(self.heads.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=0, weight_decay=0.01, betas=(0.9, 0.98))
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"heads": self.heads.state_dict(), "step": self.step}, self.path)
+        state |= {"average": self.average.module.state_dict(), "heads": self.heads.state_dict()}
+        torch.save(state | {"step": self.step}, self.path)
 
     def train(self, phase: Phase, done: int) -> None:
         """The rest of a phase of which `done` steps have been made."""
@@ -163,6 +196,7 @@ class Trainer:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
+            self.average.update_parameters(self.model)
             self.step += 1
             _follow(running, batch, right.tolist())
             if self.step % 25 == 0:
@@ -180,7 +214,9 @@ class Trainer:
     def report(self) -> None:
         """Accuracy on held-out scenes and pictures."""
         for patches, videos in ((16, 64), (64, 32), (256, 12)):
-            counts = scoring.accuracy(self.model, self.words, self.held_out, patches, videos)
+            counts = scoring.accuracy(
+                self.average.module, self.words, self.held_out, patches, videos
+            )
             print(f"  held out, {patches} patches: {scoring.shares(counts)}", flush=True)
 
 
@@ -205,8 +241,14 @@ def main() -> None:
     parser.add_argument("vision", type=Path, help="what train_vision.py wrote")
     parser.add_argument("path", type=Path, help="file to write, and to go on from if it exists")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin with if there is no PATH")
+    parser.add_argument(
+        "--at", type=int, default=0, help="step of the schedule that it has reached"
+    )
     arguments = parser.parse_args()
-    trainer = Trainer(arguments.vision, arguments.path, arguments.device)
+    trainer = Trainer(
+        arguments.vision, arguments.path, arguments.device, arguments.start, arguments.at
+    )
     first = 0
     for phase in SCHEDULE:
         if trainer.step < first + phase.steps:

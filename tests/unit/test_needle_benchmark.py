@@ -171,7 +171,7 @@ def test_quick_leaves_the_docs_alone(tmp_path):
     options = command.parse_arguments(["--quick", "--folder", str(tmp_path)])
     assert options.out.is_relative_to(tmp_path)
     assert options.page.is_relative_to(tmp_path)
-    assert command.parse_arguments([]).page == command.PAGE
+    assert command.parse_arguments([]).page == report.PAGE
 
 
 # Servers
@@ -434,10 +434,24 @@ def test_other_shapes_do_not_blur_the_other_tables(result):
 
 def test_the_page_is_filled_in(result, tmp_path):
     page = tmp_path / "quick" / "quality.md"
-    report.write(result, page, template=command.PAGE)
+    report.write(result, page)
     text = page.read_text()
     assert all(f"<!-- needle: {name} -->\n" in text for name in tables.TABLES)
     assert tables.dense(result) in text and "`python -m benchmarks.needle`, commit abc" in text
+
+
+def test_the_readme_and_the_models_card_are_filled_in(result, tmp_path):
+    for name, place in (("README.md", "headline"), ("examples/needle/README.md", "card")):
+        assert f"<!-- needle: {place} -->" in (report.ROOT / name).read_text()
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"<!-- needle: {place} -->\n<!-- end -->\n")
+    report.write_summaries(result, tmp_path)
+    card = (tmp_path / "examples/needle/README.md").read_text().splitlines()
+    assert "| 112×112, 2 videos | 4,096 | 0/1 | – | – | – | – | – | 0.0 % |" in card
+    assert "| 168×112 | 3,072 | 1/1 | – | – | – | – | – | 100.0 % |" in card
+    first, _, dense, *_ = (tmp_path / "README.md").read_text().splitlines()[1:]
+    assert first == "|  | 4,096 tokens | 8,192 tokens |"
+    assert dense.startswith("| stock dense | ") and dense.endswith("(100 %) |")
 
 
 def test_the_result_file_is_json_line_by_line(result, tmp_path):
