@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 DIGITS = "0123456789"
-LETTERS = "ACEFHKMNPRTUVWXY"  # none that looks like a digit
+LETTERS = "EFHKMNPRTVWXY"  # none that looks like a digit; A can pass for a 4, C for a 6, U for a 0
 CHARACTERS = DIGITS + LETTERS
 # The plainest first: training starts with them.
 FONTS = (

@@ -16,6 +16,7 @@ from scenes import CLEARLY_EARLIER, COLOUR_NAMES, SIGNS, SKILLS, Question, Scene
 IGNORE = -100
 # Classes of each single-valued hint.
 CLASSES = {"sign": len(SIGNS), "previous": 10, "nth": 4}
+NTH_WEIGHT = 3.0  # of "nth" among them: two and three are the hardest to tell apart
 # Eight yes-or-no hints each, one per colour.
 SETS = ("seen", "named_by")
 # Classes of what a question asks for.
@@ -101,9 +102,8 @@ def _cards(heads, batch: batches.Batch, prefix: torch.Tensor):
             right[name] = ((said > 0) == (truth > 0)).all(-1).float().mean().item()
         elif (truth != IGNORE).any():
             truth = truth[:, None].expand(count, length)
-            total = total + F.cross_entropy(
-                said.flatten(0, 1), truth.flatten(), ignore_index=IGNORE
-            )
+            missed = F.cross_entropy(said.flatten(0, 1), truth.flatten(), ignore_index=IGNORE)
+            total = total + (NTH_WEIGHT if name == "nth" else 1) * missed
             counted = truth != IGNORE
             right[name] = (said.argmax(-1) == truth)[counted].float().mean().item()
     return total, right

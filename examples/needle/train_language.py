@@ -39,7 +39,7 @@ HINT_WEIGHT = 0.2
 AVERAGE = 0.995  # share of the weights' running average that stays, each step
 # Once the others are known these are asked more often.
 HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
-HARDEST = (*scenes.SKILLS, "two_hop", "count", "count", "before", "before")
+HARDEST = (*scenes.SKILLS, "count", "count", "count", "before", "before")
 
 
 @dataclass(frozen=True)
