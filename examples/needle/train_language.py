@@ -40,6 +40,7 @@ AVERAGE = 0.995  # share of the weights' running average that stays, each step
 # Once the others are known these are asked more often.
 HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
 HARDEST = (*scenes.SKILLS, "count", "count", "count", "before", "before")
+LAST = (*scenes.SKILLS, "two_hop", "count", "count", "before", "marked")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ SCHEDULE = (
     Phase(500, (64, 300), 2, 24, (5e-4, 3e-4), None, 0.2, LAYERS[1], HARDEST),
     Phase(200, (24, 400), 2, 24, (3e-4, 1e-4), None, 0.2, LAYERS[1], HARDEST),
     Phase(60, (200, 1024), 1, 24, (1e-4, 2e-5), None, 0.1, LAYERS[1], HARDEST),
+    Phase(120, (64, 1024), 1, 24, (2e-4, 1e-5), None, 0.1, LAYERS[1], LAST),
 )
 
 

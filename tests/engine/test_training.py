@@ -150,10 +150,15 @@ def test_finetune_goes_on_and_is_served_as_it_was_trained(tmp_path) -> None:
     data.write_text("\n".join(map(json.dumps, entries)))
     settings = {"p_attn": 0.4, "p_ffn": 0.3, "compensation": "mean", "dense_below": 1}
     common = ["--data", data, "--settings", json.dumps(settings), "--questions", 2]
+    common += ["--average", 0.5]
     out = tmp_path / "tuned"
     first = run_finetune(out, *common, "--steps", 2, "--lr", 1e-3)
     assert "step 2 of 2" in first
     before = load_file(out / "model.safetensors")
+    state = torch.load(out / "training.pt", weights_only=True)
+    head = before["lm_head.weight"]
+    assert torch.equal(head, state["averages"][-1].to(head)), "the average is what is written"
+    assert not torch.equal(head, state["model"]["lm_head.weight"].to(head))
     second = run_finetune(out, *common, "--steps", 3, "--lr", 1e-3)
     assert "goes on after step 2" in second and "step 3 of 3" in second
     after = load_file(out / "model.safetensors")

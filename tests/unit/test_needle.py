@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 NEEDLE = Path(__file__).resolve().parents[2] / "examples" / "needle"
 sys.path.insert(0, str(NEEDLE))
@@ -191,6 +192,20 @@ def test_training_never_sees_a_held_out_seed(model, bank, monkeypatch, tmp_path)
     assert held_out in scenes.HELD_OUT_SEEDS
     last = sum(phase.steps for phase in train_language.SCHEDULE) * train_language.SEEDS_A_STEP
     assert last < train_vision.FIRST_SEED, "scenes would reach the pictures' seeds"
+
+    # Stopped and begun again, it is where it was; from a checkpoint, where that is.
+    again = train_language.Trainer(tmp_path / "vision.pt", tmp_path / "language.pt", "cpu")
+    assert again.step == trainer.step == len(short)
+    averages = again.average.module.state_dict()
+    for name, weight in trainer.average.module.state_dict().items():
+        assert torch.equal(averages[name], weight), name
+    again.train(dataclasses.replace(short[-1], steps=1), 0)
+    started = train_language.Trainer(
+        tmp_path / "none.pt", tmp_path / "new.pt", "cpu", start=CHECKPOINT, at=7
+    )
+    assert started.step == 7
+    exported = load_file(CHECKPOINT / "model.safetensors")
+    assert torch.equal(started.model.lm_head.weight, exported["lm_head.weight"].float())
 
 
 def test_a_stopped_training_goes_on_where_it_was(tmp_path):
