@@ -23,8 +23,8 @@ from in_process import NEEDLE, ROOT, ask, in_own_process, start
 from pages import refill
 
 SETTINGS = {
+    "paper, p=.5/.5": {"paper": True, "p_attn": 0.5, "p_ffn": 0.5},
     "paper, p=.3/.3": {"paper": True, "p_attn": 0.3, "p_ffn": 0.3},
-    "p=.2/.2, one cube at least": {"p_attn": 0.2, "p_ffn": 0.2, "min_cubes": 1},
 }
 MOTIONS = ("calm", "busy")
 GUIDE = ROOT / "docs/finetuning.md"
@@ -36,7 +36,7 @@ def finetune(folder: Path, checkpoint: Path, settings: dict, steps: int, rate: f
     command += ["--model", str(checkpoint), "--settings", json.dumps(settings)]
     # Videos about as long as those that are asked about: short ones leave little out.
     command += ["--patches", "96", "160", "--videos", "1", "--questions", "24"]
-    command += ["--average", "0.99", "--steps", str(steps), "--lr", str(rate)]
+    command += ["--average", "0.98", "--steps", str(steps), "--lr", str(rate)]
     subprocess.run(command, check=True)
     return torch.load(folder / "training.pt", weights_only=True)["cpu_seconds"]
 
@@ -118,10 +118,10 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=NEEDLE / "checkpoint")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=2e-4, help="highest learning rate")
     parser.add_argument("--patches", type=int, nargs="+", default=[128], help="of 16 tokens")
-    parser.add_argument("--videos", type=int, default=12, help="per length and haystack")
+    parser.add_argument("--videos", type=int, default=20, help="per length and haystack")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--folder", type=Path, default=ROOT / ".finetune")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/finetune.json")

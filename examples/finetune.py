@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compensation", choices=COMPENSATIONS)
     parser.add_argument("--selection", choices=SELECTIONS)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=2e-4, help="highest learning rate")
     parser.add_argument("--videos", type=int, default=3, help="per step")
     parser.add_argument("--questions", type=int, default=24, help="per video, at most")
     parser.add_argument("--patches", type=int, nargs=2, default=(24, 128), help="needle videos")

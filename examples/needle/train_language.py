@@ -25,7 +25,7 @@ import scoring
 import torch
 import torch.nn.functional as F
 from scenes import TRAINING_SEEDS
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from train_vision import GRIDS
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -36,7 +36,7 @@ FIRST_BANK_SEED = 90_000_000  # of TRAINING_SEEDS
 HELD_OUT_BANK_SEED = scenes.HELD_OUT_SEEDS[90_000_000]
 END_WEIGHT = 0.1  # of the loss on the token that ends the answer
 HINT_WEIGHT = 0.2
-AVERAGE = 0.995  # share of the weights' running average that stays, each step
+AVERAGE = 0.995  # share of the weights' running average that stays, each step; less at first
 # Once the others are known these are asked more often.
 HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
 HARDEST = (*scenes.SKILLS, "count", "count", "count", "before", "before")
@@ -82,6 +82,9 @@ SCHEDULE = (
     Phase(200, (24, 400), 2, 24, (3e-4, 1e-4), None, 0.2, LAYERS[1], HARDEST),
     Phase(60, (200, 1024), 1, 24, (1e-4, 2e-5), None, 0.1, LAYERS[1], HARDEST),
     Phase(120, (64, 1024), 1, 24, (2e-4, 1e-5), None, 0.1, LAYERS[1], LAST),
+    # The shipped model's tower was trained further once more before these.
+    Phase(60, (48, 256), 2, 24, (3e-4, 2e-4), None, 0.2, LAYERS[1], LAST),
+    Phase(90, (128, 1024), 1, 24, (2e-4, 1e-5), None, 0.1, LAYERS[1], LAST),
 )
 
 
@@ -136,19 +139,24 @@ class Trainer:
         self._begin()
         if saved:
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.average.n_averaged.fill_(1)  # or its first update begins anew
             self.average.module.load_state_dict(saved["average"])
+            self.average.n_averaged.fill_(saved["averaged"])
         if vision.exists() or self.step == 0:
-            # The tower may have been trained further since.
-            known = torch.load(vision, map_location="cpu")["weights"]
-            tower = {n.removeprefix("tower."): w for n, w in known.items() if "tower." in n}
-            for model in (self.model, self.average.module):
-                model.model.visual.load_state_dict(tower)
+            self._take_tower(torch.load(vision, map_location="cpu")["weights"])
         began = time.monotonic()
         self.banks = make_banks(self.model, TRAINING_SEEDS[FIRST_BANK_SEED])
         self.held_out = banks.make(self.model, HELD_OUT_BANK_SEED, GRIDS[0], 6, 96, 12)
         pictures = sum(len(bank.tokens) for bank in self.banks.values())
         print(f"{pictures} pictures encoded in {time.monotonic() - began:.0f} s", flush=True)
+
+    def _take_tower(self, weights: dict[str, torch.Tensor]) -> None:
+        """The tower may have been trained further since; what was averaged is then out of date."""
+        tower = {n.removeprefix("tower."): w for n, w in weights.items() if "tower." in n}
+        had = self.model.model.visual.state_dict()
+        if any(not torch.equal(had[name], weight) for name, weight in tower.items()):
+            for model in (self.model, self.average.module):
+                model.model.visual.load_state_dict(tower)
+            self.average.n_averaged.fill_(0)
 
     def _begin(self) -> None:
         """Train these weights from now on, with an optimizer that knows nothing yet."""
@@ -158,12 +166,13 @@ class Trainer:
         self.weights = [w for w in self.model.parameters() if w.requires_grad]
         self.weights += list(self.heads.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=0, weight_decay=0.01, betas=(0.9, 0.98))
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
+        self.average = AveragedModel(self.model, multi_avg_fn=_average)
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"average": self.average.module.state_dict(), "heads": self.heads.state_dict()}
-        torch.save(state | {"step": self.step}, self.path)
+        state |= {"averaged": int(self.average.n_averaged), "step": self.step}
+        torch.save(state, self.path)
 
     def train(self, phase: Phase, done: int) -> None:
         """The rest of a phase of which `done` steps have been made."""
@@ -220,6 +229,13 @@ class Trainer:
                 self.average.module, self.words, self.held_out, patches, videos
             )
             print(f"  held out, {patches} patches: {scoring.shares(counts)}", flush=True)
+
+
+@torch.no_grad()
+def _average(averages, weights, number: torch.Tensor) -> None:
+    """The running average after `number` steps; its window grows with them."""
+    stays = min(AVERAGE, number.item() / (number.item() + 9))
+    torch._foreach_lerp_(averages, weights, 1 - stays)
 
 
 def _seeds(step: int, patches: int, videos: int) -> list[int]:
