@@ -40,5 +40,6 @@ def test_rows_come_out_and_evs_keeps_fewer_tokens(tmp_path, monkeypatch):
     again = Run(asked, CHECKPOINT, tmp_path, Work(path, "weights")).measure()
     assert again == records
     result = results.document(records, asked, CHECKPOINT, command.now())
-    page = report.fill(command.PAGE.read_text(), result)
+    report.write(result, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
     assert ours.name in page and evs.name in page
