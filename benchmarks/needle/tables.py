@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -90,28 +90,34 @@ def lengths(result: Result) -> str:
 
 
 def dense(result: Result) -> str:
-    """The stock model skill by skill."""
-    everything = Rows(result["rows"]).where(contender=(DENSE.name, MORE_DENSE.name))
+    """The stock model skill by skill: calm, busy and both."""
     lines = []
-    for frame, parts, tokens in sorted(
-        {(row["frame"], row["parts"], row["tokens"]) for row in everything},
-        key=lambda cell: (cell[1], cell[0] != STOCK_FRAME, cell[2]),
-    ):
+    for frames, tokens, rows in _stock_cells(result):
         for name, motions in (*((motion, motion) for motion in MOTIONS), ("both", MOTIONS)):
-            mine = everything.where(frame=frame, parts=parts, tokens=tokens, haystack=motions)
-            if len(mine):
-                shown = [counts(mine.where(skill=skill)) for skill in scenes.SKILLS]
-                which = frame if parts == 1 else f"{frame}, {parts} videos"
-                lines.append([which, f"{tokens:,}", name, *shown, right(mine)])
+            if len(mine := rows.where(haystack=motions)):
+                lines.append([frames, tokens, name, *_by_skill(mine)])
     return markdown(["frames", "video tokens", "haystack", *scenes.SKILLS, "all"], lines)
 
 
 def card(result: Result) -> str:
     """The stock model skill by skill, calm and busy together: for the model's own page."""
-    cells = [line.split(" | ") for line in dense(result).splitlines()[2:]]
-    lines = [[frame, tokens, *rest] for frame, tokens, motion, *rest in cells if motion == "both"]
-    head = ["frames", "video tokens", *scenes.SKILLS, "all"]
-    return markdown(head, [[cell.strip("| ") for cell in line] for line in lines])
+    lines = [[frames, tokens, *_by_skill(rows)] for frames, tokens, rows in _stock_cells(result)]
+    return markdown(["frames", "video tokens", *scenes.SKILLS, "all"], lines)
+
+
+def _stock_cells(result: Result) -> Iterator[tuple[str, str, Rows]]:
+    """What the videos of each cell are, their tokens, and all that stock dense answered there."""
+    everything = Rows(result["rows"]).where(contender=(DENSE.name, MORE_DENSE.name))
+    for frame, parts, tokens in sorted(
+        {(row["frame"], row["parts"], row["tokens"]) for row in everything},
+        key=lambda cell: (cell[1], cell[0] != STOCK_FRAME, cell[2]),
+    ):
+        frames = frame if parts == 1 else f"{frame}, {parts} videos"
+        yield frames, f"{tokens:,}", everything.where(frame=frame, parts=parts, tokens=tokens)
+
+
+def _by_skill(rows: Rows) -> list[str]:
+    return [*(counts(rows.where(skill=skill)) for skill in scenes.SKILLS), right(rows)]
 
 
 def headline(result: Result) -> str:

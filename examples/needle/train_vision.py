@@ -183,8 +183,14 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="checkpoint to begin with if there is no PATH")
     parser.add_argument("--at", type=int, default=0, help="step it has reached")
     arguments = parser.parse_args()
-    known = vars(arguments)
-    train(**{"highest" if name == "lr" else name: value for name, value in known.items()})
+    train(
+        arguments.path,
+        arguments.steps,
+        arguments.device,
+        arguments.lr,
+        arguments.start,
+        arguments.at,
+    )
 
 
 if __name__ == "__main__":
