@@ -69,12 +69,15 @@ class Pass:
         [batch, S, hidden].
     looks: for each layer above the first tap how the watched question tokens share their attention
         to the prefix out, mean over the heads, float32 [batch, watched, N].
+    linked: for each layer between the first tap and the second the attention of the watched prefix
+        tokens, float32 [L, heads, N].
     """
 
     hidden: torch.Tensor = None
     prefix: list[torch.Tensor] = field(default_factory=list)
     questions: list[torch.Tensor] = field(default_factory=list)
     looks: list[torch.Tensor] = field(default_factory=list)
+    linked: list[torch.Tensor] = field(default_factory=list)
 
 
 def language(
@@ -86,6 +89,7 @@ def language(
     question_mask,
     prefix_mask=None,
     watched=None,
+    links=None,
 ) -> Pass:
     """Run the language model over a prefix and the questions that go on from it.
 
@@ -96,6 +100,8 @@ def language(
         question_mask: bool [S, N + S] or [batch, 1, S, N + S], what each question token sees.
         prefix_mask: bool [N, N], what each prefix token sees; None is causal.
         watched: question tokens whose attention is wanted, [batch, watched]; None for no tokens.
+        links: prefix tokens whose attention is wanted, [L, 2 or more] (video, token, ...); None for
+            no tokens. They are taken to see what comes before them.
     """
     decoder = model.model.language_model
     config = decoder.config
@@ -138,6 +144,8 @@ def language(
         y = y + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, y))
         if number + 1 < len(decoder.layers):
             x_query = project(attention.q_proj, x_in, rope_x)
+            if links is not None and TAPS[0] <= number < TAPS[1]:
+                made.linked.append(_attention_of(links, x_query, x_key))
             mixed = F.scaled_dot_product_attention(
                 x_query, x_key, x_value, attn_mask=prefix_mask, is_causal=prefix_mask is None
             )
@@ -148,6 +156,18 @@ def language(
             made.questions.append(y)
     made.hidden = _norm(decoder.norm, y)
     return made
+
+
+def _attention_of(links, query, key):
+    """Causal attention of the tokens `links` [L, 2 or more], float32 [L, heads, N]."""
+    shares = [query.new_zeros(0, *key.shape[1:3], dtype=torch.float32)]
+    for video in range(len(query)):
+        tokens = links[links[:, 0] == video, 1].to(query.device)
+        scores = query[video, :, tokens].float() @ key[video].float().transpose(1, 2)
+        later = torch.arange(key.shape[2], device=query.device) > tokens[:, None]
+        scores = (scores * query.shape[-1] ** -0.5).masked_fill(later, -torch.inf)
+        shares.append(scores.softmax(-1).transpose(0, 1))
+    return torch.cat(shares)
 
 
 def _linear(layer, x):

@@ -17,10 +17,11 @@ BLOCK = 64  # tokens, as a KV block of a server
 ABLATIONS = ("none", "local", "hidden")
 
 
-def logits(model, batch: batches.Batch, prefix_mask=None, mask=None, watch: bool = False):
+def logits(model, batch: batches.Batch, prefix_mask=None, mask=None, watch=None):
     """For each question those of the answer and of what follows it, [batch, Q, 2, vocabulary].
 
-    Second, the whole pass; with `watch`, also where the questions' last tokens look.
+    Second, the whole pass; with `watch`, the `hints.links`, also where those tokens and the
+    questions' last ones look.
     """
     embed = model.get_input_embeddings().weight
     count, asked, longest = batch.questions.shape
@@ -32,7 +33,8 @@ def logits(model, batch: batches.Batch, prefix_mask=None, mask=None, watch: bool
         batch.questions_at,
         batch.mask if mask is None else mask,
         prefix_mask,
-        batch.last_token() if watch else None,
+        None if watch is None else batch.last_token(),
+        watch,
     )
     hidden = made.hidden.view(count, asked, longest, -1)
     at = torch.stack([batch.lengths - 1, batch.lengths], -1)[..., None]

@@ -85,6 +85,11 @@ SCHEDULE = (
     # The shipped model's tower was trained further once more before these.
     Phase(60, (48, 256), 2, 24, (3e-4, 2e-4), None, 0.2, LAYERS[1], LAST),
     Phase(90, (128, 1024), 1, 24, (2e-4, 1e-5), None, 0.1, LAYERS[1], LAST),
+    # Counting in two steps (`hints.links`), from here on.
+    Phase(250, (24, 96), 16, 10, (5e-4, 5e-4), 4, 0.3, LAYERS[1], HARDEST),
+    Phase(250, (24, 96), 6, 20, (5e-4, 5e-4), None, 0.3, LAYERS[1], HARDEST),
+    Phase(250, (64, 300), 2, 24, (4e-4, 3e-4), None, 0.3, LAYERS[1], HARDEST),
+    Phase(130, (64, 1024), 1, 24, (3e-4, 1e-5), None, 0.2, LAYERS[1], LAST),
 )
 
 
@@ -100,7 +105,7 @@ def make_banks(model, seed: int, share: float = 1.0) -> dict[tuple[int, int], ba
 
 def step_loss(model, heads, batch: batches.Batch, words):
     """The loss, and which questions were answered rightly, bool [batch, Q]."""
-    said, made = scoring.logits(model, batch, watch=True)
+    said, made = scoring.logits(model, batch, watch=hints.links(batch))
     answer = F.cross_entropy(said[:, :, 0].flatten(0, 1), batch.answers.flatten())
     ends = torch.full_like(batch.answers, words.end).flatten()
     end = F.cross_entropy(said[:, :, 1].flatten(0, 1), ends)

@@ -215,30 +215,62 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path):
     assert torch.load(file)["step"] == 2
 
 
+THREE_ALIKE = scenes.Scene(
+    seed=0,
+    patches=20,
+    size=(112, 112),
+    motion="calm",
+    events=(
+        scenes.Event("number", 0, colour=2, value=7),
+        scenes.Event("sign", 1, value=3),
+        scenes.Event("frame", 2, colour=5, value=2),
+        scenes.Event("number", 12, colour=2, value=4),
+        scenes.Event("number", 13, colour=6, value=1),
+        scenes.Event("number", 19, colour=2, value=0),
+    ),
+)
+
+
 def test_hints_tell_what_came_before():
-    scene = scenes.Scene(
-        seed=0,
-        patches=20,
-        size=(112, 112),
-        motion="calm",
-        events=(
-            scenes.Event("number", 0, colour=2, value=7),
-            scenes.Event("sign", 1, value=3),
-            scenes.Event("frame", 2, colour=5, value=2),
-            scenes.Event("number", 12, colour=2, value=4),
-            scenes.Event("number", 13, colour=6, value=1),
-            scenes.Event("number", 19, colour=2, value=0),
-        ),
-    )
+    scene = THREE_ALIKE
     places, known = hints.of_scene(scene)
     assert places == [0, 12, 13, 19]
     assert known["sign"] == [hints.IGNORE, 3, 3, 3]
     # The last card is seven patches from one and six from the other: too close to ask about.
     assert known["previous"] == [hints.IGNORE, 7, 4, hints.IGNORE]
-    assert known["nth"] == [0, 1, 0, 2]
+    assert known["again"] == [0, 1, 0, 1]
+    assert known["third"] == [hints.IGNORE, 0, hints.IGNORE, 1]
     assert [sum(row) for row in known["seen"]] == [0, 1, 1, 2]
     assert known["named_by"][0] == [0.0] * 8
     assert known["named_by"][1][5] == 1.0 and sum(known["named_by"][1]) == 1
+
+
+def test_links_lead_to_the_card_before_and_from_a_third_to_the_second(model, words):
+    tokens = torch.zeros(20, 3, 256)  # three a picture
+    batch = batches.of_video(
+        model, words, (1, 3), tokens, THREE_ALIKE, scenes.questions(THREE_ALIKE)
+    )
+    first = len(words.before_video)
+    at = {patch: [first + 3 * patch + n for n in range(3)] for patch in range(20)}
+    wanted = [(12, 0), (13, 12), (19, 12)]
+    assert hints.links(batch).tolist() == [[0, token, b] for a, b in wanted for token in at[a]]
+
+
+def test_linked_attention_is_what_hugging_face_attends(bank, words):
+    """Of the watched tokens, in the layers between the taps."""
+    model = network.build(layers=6)
+    model.set_attn_implementation("eager")
+    batch = batches.make(np.random.default_rng(0), model, words, bank, [3, 4], 40, 2, kept=2)
+    batch = dataclasses.replace(batch, prefix=batch.prefix.float())
+    links = hints.links(batch)
+    with torch.no_grad():
+        _, made = scoring.logits(model, batch, watch=links)
+        theirs = model.model.language_model(
+            inputs_embeds=batch.prefix, position_ids=batch.prefix_at, output_attentions=True
+        ).attentions
+    assert len(links) and len(made.linked) == 2
+    for mine, layer in zip(made.linked, theirs[2:4], strict=True):
+        torch.testing.assert_close(mine, layer[links[:, 0], :, links[:, 1]], atol=1e-4, rtol=0)
 
 
 def test_the_tokenizer_has_one_token_for_every_answer(words):
