@@ -40,6 +40,7 @@ AVERAGE = 0.995  # share of the weights' running average that stays, each step; 
 # Once the others are known these are asked more often.
 HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
 HARDEST = (*scenes.SKILLS, "count", "count", "count", "before", "before")
+BEFORE = (*scenes.SKILLS, "two_hop", "count", "before", "before", "before", "marked")
 LAST = (*scenes.SKILLS, "two_hop", "count", "count", "before", "marked")
 
 
@@ -90,6 +91,9 @@ SCHEDULE = (
     Phase(250, (24, 96), 6, 20, (5e-4, 5e-4), None, 0.3, LAYERS[1], HARDEST),
     Phase(250, (64, 300), 2, 24, (4e-4, 3e-4), None, 0.3, LAYERS[1], HARDEST),
     Phase(130, (64, 1024), 1, 24, (3e-4, 1e-5), None, 0.2, LAYERS[1], LAST),
+    # Short ones were forgotten a little.
+    Phase(140, (12, 72), 6, 20, (3e-4, 3e-4), None, 0.3, LAYERS[1], BEFORE),
+    Phase(160, (48, 1024), 1, 24, (3e-4, 1e-5), None, 0.2, LAYERS[1], BEFORE),
 )
 
 
