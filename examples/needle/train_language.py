@@ -36,7 +36,7 @@ FIRST_BANK_SEED = 90_000_000  # of TRAINING_SEEDS
 HELD_OUT_BANK_SEED = scenes.HELD_OUT_SEEDS[90_000_000]
 END_WEIGHT = 0.1  # of the loss on the token that ends the answer
 HINT_WEIGHT = 0.2
-AVERAGE = 0.995  # share of the weights' running average that stays, each step; less at first
+AVERAGE = 0.98  # share of the weights' running average that stays, each step; less at first
 # Once the others are known these are asked more often.
 HARDER = (*scenes.SKILLS, "two_hop", "two_hop", "count", "before")
 HARDEST = (*scenes.SKILLS, "count", "count", "count", "before", "before")
@@ -94,6 +94,8 @@ SCHEDULE = (
     # Short ones were forgotten a little.
     Phase(140, (12, 72), 6, 20, (3e-4, 3e-4), None, 0.3, LAYERS[1], BEFORE),
     Phase(160, (48, 1024), 1, 24, (3e-4, 1e-5), None, 0.2, LAYERS[1], BEFORE),
+    # At 16K tokens alone were "before" and counts still below nine in ten.
+    Phase(112, (384, 1024), 1, 24, (2.5e-4, 1e-5), None, 0.1, LAYERS[1], BEFORE),
 )
 
 
