@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from needle import NEEDLE, grid  # benchmarks
 from needle.run import Run
+from needle.videos import scenes
 from needle.work import Work
 
 VIDEOS = 10  # six questions each
@@ -22,19 +23,21 @@ def test_the_shipped_weights_reach_their_accuracy_through_the_server(tmp_path):
     asked = grid.Grid((dense, ours), videos=VIDEOS)
     records = Run(asked, NEEDLE / "checkpoint", tmp_path, Work(tmp_path / "w.jsonl", "")).measure()
 
-    def right(name: str, tokens: int) -> tuple[int, int]:
+    def right(name: str, tokens: int, *skills: str) -> float:
         answers = [
             answer
             for record in records
             if record["contender"] == name and record["tokens"] == tokens
             for answer in record["answers"]
+            if answer["skill"] in skills
         ]
-        return sum(a["answer"] == a["expected"] for a in answers), len(answers)
+        assert len(answers) == len(skills) * VIDEOS
+        return sum(a["answer"] == a["expected"] for a in answers) / len(answers)
 
     for tokens in LENGTHS:
-        count, of = right("dense", tokens)
-        assert of == 6 * VIDEOS
-        assert count >= 0.85 * of, (tokens, count)
-    assert right(ours.name, LENGTHS[1])[0] >= 0.8 * 6 * VIDEOS
+        assert right("dense", tokens, *scenes.SKILLS) >= 0.9, tokens
+        for skill in scenes.SKILLS:
+            assert right("dense", tokens, skill) >= 0.8, (tokens, skill)
+    assert right(ours.name, LENGTHS[1], *scenes.SKILLS) >= 0.85
     spent = [r["flops_ratio"] for r in records if r["contender"] == ours.name]
     assert max(spent) < 0.6
