@@ -122,8 +122,8 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=NEEDLE / "checkpoint")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=2e-4, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
     parser.add_argument("--patches", type=int, nargs="+", default=[128], help="of 16 tokens")
     parser.add_argument("--videos", type=int, default=20, help="per length and haystack")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
