@@ -18,8 +18,8 @@ from scenes import CLEARLY_EARLIER, COLOUR_NAMES, SIGNS, SKILLS, Question, Scene
 
 IGNORE = -100
 # Classes of each single-valued hint.
-CLASSES = {"sign": len(SIGNS), "previous": 10, "again": 2, "third": 2}
-LATER = ("third",)  # of them, known only above the second tap
+CLASSES = {"sign": len(SIGNS), "previous": 10, "again": 2}
+LATER = {"third": 2}  # known only at the second tap
 WEIGHTS = {"again": 2.0, "third": 3.0}  # of the others 1
 # Eight yes-or-no hints each, one per colour.
 SETS = ("seen", "named_by")
@@ -32,7 +32,7 @@ LOOK_WEIGHT = 1.5
 
 def make_heads(hidden: int) -> torch.nn.ModuleList:
     """Per tap a head for every hint."""
-    sizes = CLASSES | dict.fromkeys(SETS, 8) | ASKED | FOUND
+    sizes = CLASSES | LATER | dict.fromkeys(SETS, 8) | ASKED | FOUND
     return torch.nn.ModuleList(
         torch.nn.ModuleDict({name: torch.nn.Linear(hidden, size) for name, size in sizes.items()})
         for _ in TAPS
@@ -42,7 +42,7 @@ def make_heads(hidden: int) -> torch.nn.ModuleList:
 def of_scene(scene: Scene) -> tuple[list[int], dict[str, list]]:
     """Patches of the number cards and, per hint, one value a card."""
     cards = scene.of("number")
-    known: dict[str, list] = {name: [] for name in (*CLASSES, *SETS)}
+    known: dict[str, list] = {name: [] for name in (*CLASSES, *LATER, *SETS)}
     for index, card in enumerate(cards):
         signs = [sign.value for sign in scene.of("sign") if sign.at < card.at]
         known["sign"].append(signs[-1] if signs else IGNORE)
@@ -94,21 +94,24 @@ def of_question(question: Question, scene: Scene) -> dict[str, int]:
     }
 
 
-def loss(heads, batch: batches.Batch, made: Pass):
-    """The summed losses, and the share of each hint that is known, at the highest tap."""
+def loss(heads, batch: batches.Batch, made: Pass, wanted: torch.Tensor):
+    """The summed losses, and the share of each hint that is known, at the highest tap.
+
+    `wanted` are the batch's `links`, which `made` has watched.
+    """
     total, shares = 0.0, {}
     for tap, (prefix, questions) in enumerate(zip(made.prefix, made.questions)):
         for part, known in (
-            _cards(heads[tap], batch, prefix, [n for n in CLASSES if tap or n not in LATER]),
+            _cards(heads[tap], batch, prefix, CLASSES | LATER if tap else CLASSES),
             _questions(heads[tap], batch, questions, ASKED | FOUND if tap else ASKED),
         ):
             total, shares = total + part, shares | known
-    for part, known in (_looks(batch, made.looks), _linked(batch, made.linked)):
+    for part, known in (_looks(batch, made.looks), _linked(batch, made.linked, wanted)):
         total, shares = total + LOOK_WEIGHT * part, shares | known
     return total, shares
 
 
-def _cards(heads, batch: batches.Batch, prefix: torch.Tensor, classes: list[str]):
+def _cards(heads, batch: batches.Batch, prefix: torch.Tensor, classes: dict[str, int]):
     states, known = [], {name: [] for name in (*classes, *SETS)}
     for video, scene in enumerate(batch.scenes):
         places, values = of_scene(scene)
@@ -168,12 +171,11 @@ def _looks(batch: batches.Batch, looks: list[torch.Tensor]):
     return total, {"look": sum(mass).mean().item() / len(mass)}
 
 
-def _linked(batch: batches.Batch, linked: list[torch.Tensor]):
+def _linked(batch: batches.Batch, linked: list[torch.Tensor], wanted: torch.Tensor):
     """How little of the attention of `links`' tokens goes where they should look.
 
     One head of one layer is enough.
     """
-    wanted = links(batch)
     if not len(wanted):
         return 0.0, {}
     at = batch.patch_at[wanted[:, 2]].to(linked[0].device)  # [L, tokens of a picture]

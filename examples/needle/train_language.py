@@ -111,11 +111,12 @@ def make_banks(model, seed: int, share: float = 1.0) -> dict[tuple[int, int], ba
 
 def step_loss(model, heads, batch: batches.Batch, words):
     """The loss, and which questions were answered rightly, bool [batch, Q]."""
-    said, made = scoring.logits(model, batch, watch=hints.links(batch))
+    links = hints.links(batch)
+    said, made = scoring.logits(model, batch, watch=links)
     answer = F.cross_entropy(said[:, :, 0].flatten(0, 1), batch.answers.flatten())
     ends = torch.full_like(batch.answers, words.end).flatten()
     end = F.cross_entropy(said[:, :, 1].flatten(0, 1), ends)
-    hint, known = hints.loss(heads, batch, made)
+    hint, known = hints.loss(heads, batch, made, links)
     loss = answer + END_WEIGHT * end + HINT_WEIGHT * hint
     return loss, said[:, :, 0].argmax(-1) == batch.answers, known
 

@@ -228,8 +228,7 @@ THREE_ALIKE = scenes.Scene(
 
 
 def test_hints_tell_what_came_before():
-    scene = THREE_ALIKE
-    places, known = hints.of_scene(scene)
+    places, known = hints.of_scene(THREE_ALIKE)
     assert places == [0, 12, 13, 19]
     assert known["sign"] == [hints.IGNORE, 3, 3, 3]
     # The last card is seven patches from one and six from the other: too close to ask about.
