@@ -4,12 +4,11 @@
     python benchmarks/finetune.py --only "paper, p=.5/.5" --steps 400 --out finetune.json
 
 Each of SETTINGS, of which the first is run unless --only names others, is too sparse for the model
-as it is.  It is fine-tuned with them on training seeds
-(in --folder, where a run that was stopped goes on), and both checkpoints answer the same held-out
-questions through vLLM and the plugin: the one before with the settings in the request, the one
-after with none, because its config.json has them.  Dense is measured too, before and after, and
-"recovered" is the part of the loss that is won back; training can make the dense answers better
-too, so the gap to those is told as well.
+as it is.  It is fine-tuned with them on training seeds (in --folder, where a run that was stopped
+goes on), and both checkpoints answer the same held-out questions through vLLM and the plugin: the
+one before with the settings in the request, the one after with none, because its config.json has
+them.  Dense is measured too, before and after, and "recovered" is the part of the loss that is won
+back; training can make the dense answers better too, so the gap to those is told as well.
 """
 
 from __future__ import annotations
@@ -140,8 +139,8 @@ def main() -> None:
     results = {"steps": options.steps, "lr": options.lr, "videos": options.videos}
     results |= {"before": before, "settings": {}}
     dense = share(before, "dense")
-    for number, (name, settings) in enumerate(chosen.items()):
-        folder = options.folder / str(number)
+    for name, settings in chosen.items():
+        folder = options.folder / str(list(SETTINGS).index(name))
         cpu_seconds = finetune(folder, options.checkpoint, settings, options.steps, options.lr)
         after = in_own_process(
             measure, folder, {"after": None, "dense, after": {"off": True}}, *how
