@@ -69,16 +69,16 @@ def test_off_is_the_stock_model(checkpoint) -> None:
 def test_a_budget_is_kept(checkpoint, chunk) -> None:
     """With every floor on the cubes kept.
 
-    Chunks of 500 cut a cube each.  The others of a chunk save what that costs, but the last chunk
-    has too few of them.
+    Chunks of 500 cut a cube each.  The others of a chunk save what that costs as far as their
+    floors let them.
     """
-    of_last_chunk = 0.01 if chunk % 64 else 0.0
+    of_cuts = 0.015 if chunk % 64 else 0.0
     options = {"max_num_scheduled_tokens": chunk, "enable_prefix_caching": False}
     with engine(checkpoint, {"dense_below": 2}, **options) as llm:
         for flops, min_cubes in ((0.4, 1), (0.5, 8), (0.8, 1), (0.8, 16)):
             ask(llm, [video_prompt(long_video(), flops=flops, min_cubes=min_cubes)], max_tokens=1)
             (report,) = last_reports(llm)
-            assert flops - BUDGET_SPARED < report["flops_ratio"] <= flops + of_last_chunk
+            assert flops - BUDGET_SPARED < report["flops_ratio"] <= flops + of_cuts
             assert report["budget"]["kept"] and report["budget"]["flops"] == flops
             layers = [layer["attention_density"] for layer in report["layers"]]
             assert max(layers) - min(layers) < 0.02  # each layer finds the p that keeps its share

@@ -10,6 +10,7 @@ import contextlib
 import io
 import time
 from base64 import b64encode
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -33,7 +34,7 @@ def write_slow(path: Path, hours: int, seed: int = 0) -> Path:
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=1)
         stream.width = stream.height = 112
-        stream.time_base = stream.codec_context.time_base = "1/1"
+        stream.time_base = stream.codec_context.time_base = Fraction(1)
         for hour in range(hours):
             image = rng.integers(0, 255, (112, 112, 3), np.uint8)
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
