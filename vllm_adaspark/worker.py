@@ -26,8 +26,9 @@ from .accounting import Account
 from .attention.plan import StepPlan
 from .attention.planner import MAX_TEXT_TILES
 from .attention.state import KeySums, StepRows
-from .ledger import Ledger
+from .ledger import Ledger, keep_counts
 from .models.processing import VideoSettings, language_model_shape
+from .observing import observing
 from .reports import request_report
 from .runtime import Runtime
 from .tracing.worker import TracingWorker
@@ -41,7 +42,7 @@ class Step:
 
     request_ids: list[str]  # in row order
     rows: StepRows
-    plan: StepPlan | None
+    plan: StepPlan | None  # only its counts
     end: torch.cuda.Event | None  # None: it is over
 
     @property
@@ -73,7 +74,7 @@ class RequestAccounts:
         if torch.cuda.is_available():
             end = torch.cuda.Event()
             end.record()
-        self._behind.append(Step(list(request_ids), rows, self._runtime.plan, end))
+        self._behind.append(Step(list(request_ids), rows, keep_counts(self._runtime.plan), end))
 
     def remember_finished(self, request_ids: set[str]) -> None:
         if request_ids:
@@ -86,12 +87,14 @@ class RequestAccounts:
                 if not (wait or self._behind[0].over):
                     return
                 step = self._behind.popleft()
-                self.ledger.add_step(step.request_ids, step.rows, step.plan)
+                with observing("the account of a step"):
+                    self.ledger.add_step(step.request_ids, step.rows, step.plan)
             else:
                 for request_id in sorted(self._behind.popleft()):
-                    account = self.ledger.finish(request_id)
-                    if account is not None and self._writes:
-                        self._write(request_id, account)
+                    with observing("the account of a request"):
+                        account = self.ledger.finish(request_id)
+                        if account is not None and self._writes:
+                            self._write(request_id, account)
 
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
@@ -192,11 +195,14 @@ class AccountingWorker:
         if accounts is None:
             return super().execute_model(scheduler_output)
         accounts.remember_finished(scheduler_output.finished_req_ids)
-        accounts.settle()
-        accounts.admit(scheduler_output.scheduled_new_reqs)
+        with observing("accounts"):
+            accounts.settle()
+        with observing("the settings in accounts"):
+            accounts.admit(scheduler_output.scheduled_new_reqs)
         output = super().execute_model(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens > 0:
-            accounts.remember_step(self._request_ids())
+            with observing("the account of a step"):
+                accounts.remember_step(self._request_ids())
         return output
 
     def _request_ids(self) -> list[str]:
@@ -217,17 +223,18 @@ class AccountingWorker:
     def adaspark_metrics(self) -> dict[str, Any] | None:
         """This rank's totals since start, and the traces it holds, for server/metrics.py."""
         metrics = self._ask(Ledger.metrics)
-        tracer = getattr(self, "_tracer", None)  # of TracingWorker
-        if metrics is not None and tracer is not None:
-            sizes = [trace.nbytes for trace in tracer.store]
-            metrics["traces"] = {"held": len(sizes), "bytes": sum(sizes)}
+        if metrics is not None:
+            metrics["traces"] = self.traces_held()
         return metrics
 
     def _ask(self, what: Callable[..., Any], *args: Any) -> Any:
         if self._accounts is None:
             return None
-        self._accounts.settle(wait=True)
-        return what(self._accounts.ledger, *args)
+        # An exception here would leave the other ranks' answers in vLLM's queue, for the next call.
+        with observing("reading accounts"):
+            self._accounts.settle(wait=True)
+            return what(self._accounts.ledger, *args)
+        return None
 
 
 class AdaSparkGPUWorker(TracingWorker, AccountingWorker, Worker):
