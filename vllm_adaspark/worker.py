@@ -26,7 +26,8 @@ from .accounting import Account, ModelShape
 from .attention.plan import MAX_TEXT_TILES, StepPlan
 from .attention.state import KeySums, StepRows
 from .budget import prompt_cost
-from .ledger import Ledger
+from .ledger import Ledger, keep_counts
+from .observing import observing
 from .reports import request_report, told_settings
 from .requests import Request, RequestTable, mask_of, settings_of, videos_of
 from .runtime import Runtime
@@ -41,7 +42,7 @@ class Step:
 
     request_ids: list[str]  # in row order
     rows: StepRows
-    plan: StepPlan | None
+    plan: StepPlan | None  # only its counts
     end: torch.cuda.Event | None  # None: it is over
 
     @property
@@ -70,7 +71,7 @@ class RequestAccounts:
         if torch.cuda.is_available():
             end = torch.cuda.Event()
             end.record()
-        self._behind.append(Step(list(request_ids), rows, self._runtime.plan, end))
+        self._behind.append(Step(list(request_ids), rows, keep_counts(self._runtime.plan), end))
 
     def remember_finished(self, request_ids: set[str]) -> None:
         if request_ids:
@@ -83,12 +84,14 @@ class RequestAccounts:
                 if not (wait or self._behind[0].over):
                     return
                 step = self._behind.popleft()
-                self.ledger.add_step(step.request_ids, step.rows, step.plan)
+                with observing("the account of a step"):
+                    self.ledger.add_step(step.request_ids, step.rows, step.plan)
             else:
                 for request_id in sorted(self._behind.popleft()):
-                    account = self.ledger.finish(request_id)
-                    if account is not None and self._writes:
-                        self._write(request_id, account)
+                    with observing("the account of a request"):
+                        account = self.ledger.finish(request_id)
+                        if account is not None and self._writes:
+                            self._write(request_id, account)
 
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
@@ -201,14 +204,11 @@ class AccountingWorker:
         return Request(config, is_video, cost.share(config.flops), cost.least)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        runtime, accounts = self._runtime, self._accounts
+        runtime = self._runtime
         if runtime is None:
             return super().execute_model(scheduler_output)
-        accounts.remember_finished(scheduler_output.finished_req_ids)
-        accounts.settle()
         runtime.requests.update(scheduler_output)
-        for new in scheduler_output.scheduled_new_reqs:
-            accounts.admit(new.req_id, runtime.requests[new.req_id])
+        self._before_step(scheduler_output)
         if not self.use_v2_model_runner:  # for V2, see models/model_state.py
             runtime.request_ids = lambda: self.model_runner.input_batch.req_ids
         try:
@@ -216,8 +216,23 @@ class AccountingWorker:
         finally:
             runtime.request_ids = None  # dummy runs between steps are nobody's
         if scheduler_output.total_num_scheduled_tokens > 0:
-            accounts.remember_step(self._request_ids())
+            self._after_step()
         return output
+
+    def _before_step(self, scheduler_output: Any) -> None:
+        """What a worker does beside the model's work, before a step."""
+        accounts, requests = self._accounts, self._runtime.requests
+        accounts.remember_finished(scheduler_output.finished_req_ids)
+        with observing("accounts"):
+            accounts.settle()
+        with observing("the settings in accounts"):
+            for new in scheduler_output.scheduled_new_reqs:
+                accounts.admit(new.req_id, requests[new.req_id])
+
+    def _after_step(self) -> None:
+        """The same, once a step is launched."""
+        with observing("the account of a step"):
+            self._accounts.remember_step(self._request_ids())
 
     def _request_ids(self) -> list[str]:
         """The requests of the step that just ran, in row order, in either model runner."""
@@ -237,17 +252,18 @@ class AccountingWorker:
     def adaspark_metrics(self) -> dict[str, Any] | None:
         """This rank's totals since start, and the traces it holds, for server/metrics.py."""
         metrics = self._ask(Ledger.metrics)
-        tracer = getattr(self, "_tracer", None)  # of TracingWorker
-        if metrics is not None and tracer is not None:
-            sizes = [trace.nbytes for trace in tracer.store]
-            metrics["traces"] = {"held": len(sizes), "bytes": sum(sizes)}
+        if metrics is not None:
+            metrics["traces"] = self.traces_held()
         return metrics
 
     def _ask(self, what: Callable[..., Any], *args: Any) -> Any:
         if self._accounts is None:
             return None
-        self._accounts.settle(wait=True)
-        return what(self._accounts.ledger, *args)
+        # An exception here would leave the other ranks' answers in vLLM's queue, for the next call.
+        with observing("reading accounts"):
+            self._accounts.settle(wait=True)
+            return what(self._accounts.ledger, *args)
+        return None
 
 
 class AdaSparkGPUWorker(TracingWorker, AccountingWorker, Worker):
