@@ -102,7 +102,7 @@ def test_the_smallest_budget_that_an_error_names_is_kept(checkpoint) -> None:
 def test_a_budget_follows_from_the_requests_own_prompt(checkpoint) -> None:
     """A longer question about a cached video gets the share that it gets without a cache."""
     prompts = [
-        video_prompt(long_video(), question="word " * words, flops=0.5) for words in (3, 600)
+        video_prompt(long_video(), question="word " * words, flops=0.5) for words in (3, 100)
     ]
     with engine(checkpoint, {"dense_below": 2}, enable_prefix_caching=False) as llm:
         cold = [ask(llm, [prompt])[0] for prompt in prompts]
