@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .config import CUBE_VOLUMES, AdaSparkConfig, AdaSparkConfigError
+from .config import (
+    CHECKPOINT_KEY,
+    CUBE_VOLUMES,
+    SERVER_KEY,
+    AdaSparkConfig,
+    AdaSparkConfigError,
+    settled,
+)
 from .tags import MAX_POSITION
 
 if TYPE_CHECKING:
@@ -19,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
-SERVER_KEY = "adaspark"  # in --additional-config
-CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
 # What adapters can read head by head: no scales per token, no packing.
 CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -43,13 +48,21 @@ class StartupCheck(VerifyAndUpdateConfig):
 
 
 def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
-    """Server settings, then the checkpoint's over them."""
-    additional = vllm_config.additional_config or {}
+    """The checkpoint's settings, and over them the operator's."""
+    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
     checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
-    config = AdaSparkConfig().override(
-        additional.get(SERVER_KEY), source=f"--additional-config {SERVER_KEY}"
-    )
-    return config.override(checkpoint, source=f"config.json {CHECKPOINT_KEY}")
+    config = settled(checkpoint, operator)
+    if checkpoint is not None:
+        logger.info(
+            "AdaSpark: config.json %s says %s; --additional-config %s says %s",
+            *(CHECKPOINT_KEY, checkpoint, SERVER_KEY, operator),
+        )
+    if not config.enabled and settled(None, operator).enabled:
+        logger.warning(
+            "AdaSpark: dense, since config.json %s says so; --additional-config '%s' turns it on",
+            *(CHECKPOINT_KEY, f'{{"{SERVER_KEY}": {{"enabled": true}}}}'),
+        )
+    return config
 
 
 def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:

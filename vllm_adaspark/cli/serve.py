@@ -1,7 +1,7 @@
 """``vllm-adaspark serve``: ``vllm serve`` with our architecture and settings filled in.
 
-It adds arguments, prints the command it makes of them, and becomes it: signals and exit code are
-vLLM's own.  What cannot work is refused before vLLM's seconds of start-up.
+It adds arguments, prints the command it makes of them (keys and tokens as ``***``), and becomes it:
+signals and exit code are vLLM's own.  What cannot work is refused before vLLM's seconds of start-up.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from .. import ARCHITECTURE
 from ..config import SHORT_FOR, AdaSparkConfig
 from . import PROGRAM, CommandError, UsageError
+from .redact import redact_arguments
 from .settings import add_settings, checked, given_settings, misspelt
 from .vllm_options import from_config_file, json_object, merge, take_json, value_of
 
@@ -75,7 +76,11 @@ def add_parser(subparsers: Any) -> None:
         help="usage.adaspark in answers, metrics, and the viewer at /adaspark/ (default: on); "
         f"names {HTTP_PLUGIN} in VLLM_PLUGINS",
     )
-    group.add_argument("--print", action="store_true", help="print the command, start nothing")
+    group.add_argument(
+        "--print",
+        action="store_true",
+        help="print the command, with keys and tokens as ***; start nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     arguments, added = command(args)
     program, shown = _executable()
     line = [f"{key}={shlex.quote(value)}" for key, value in added.items()]
-    print(" ".join([*line, shlex.join([*shown, *arguments])]), flush=True)
+    shown = [*shown, *redact_arguments(arguments)]
+    print(" ".join([*line, shlex.join(shown)]), flush=True)
     if args.print:
         return 0
     try:
