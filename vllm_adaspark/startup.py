@@ -69,9 +69,12 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
+    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
+    trained = config.cube != settled(None, operator).cube
+    cube = f"cube={list(config.cube)}" + (f" of config.json {CHECKPOINT_KEY}" if trained else "")
     if volume not in CUBE_VOLUMES:
         raise AdaSparkConfigError(
-            f"cube={list(config.cube)} holds {volume} tokens; allowed volumes: "
+            f"{cube} holds {volume} tokens; allowed volumes: "
             f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
         )
     if not cache.user_specified_block_size:
@@ -79,7 +82,7 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
         cache.user_specified_block_size = True
     elif cache.block_size != volume:
         raise AdaSparkConfigError(
-            f"--block-size {cache.block_size} does not match cube={list(config.cube)}, which holds "
+            f"--block-size {cache.block_size} does not match {cube}, which holds "
             f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
         )
 

@@ -16,20 +16,21 @@ from typing import Any
 
 HIDDEN = "***"
 
-# As vLLM: entrypoints/serve/utils/api_utils.py.  Its parser takes unambiguous beginnings, too.
-OPTIONS = ("--api-key", "--hf-token", "--watermark-config")
+# vLLM's own list (entrypoints/serve/utils/api_utils.py) is these, of which its parser also takes
+# the beginning, and watermark_config.
+OPTIONS = ("--api-key", "--hf-token")
 
 # A name is a secret's if one of its words is among the first, or its last word among the second.
-WORDS = frozenset(
-    "secret secrets password passwords passwd passphrase credential credentials authorization "
-    "apikey apikeys bearer signature watermark".split()
-)
-LAST_WORDS = frozenset("key keys token auth".split())
+WORDS = {
+    *("secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential"),
+    *("credentials", "authorization", "apikey", "apikeys", "bearer", "signature"),
+}
+LAST_WORDS = {"key", "keys", "token", "auth"}
 # Plural "tokens" are mostly numbers of tokens (--max-num-batched-tokens).
-TOKENS_OF = frozenset("access api auth bearer hf hub".split())
+TOKENS_OF = {"access", "api", "auth", "bearer", "hf", "hub"}
 
 NAMED = re.compile(r"""(?<![\w.-])([A-Za-z][\w.-]*)\\*["']?\s*[=:]\s*\\*""")
-VALUE = re.compile(r"""(["'])(.*?)(?:\1|\Z)|[^\s"',;&}]*""", re.DOTALL)
+VALUE = re.compile(r"""(["'])(.*?)(?:\1|\Z)|[\[{].*|[^\s"',;&}]*""", re.DOTALL)
 HEADER = re.compile(r"""(?i)(authorization["']?\s*[=:]\s*["']?)[^"'\n]+""")
 SCHEME = re.compile(r"(?i)\b(bearer|basic)\s+[^\s\"']+")
 IN_URL = re.compile(r"(\b\w+://)[^/\s@\"']+@")
@@ -44,7 +45,8 @@ def is_secret(name: str) -> bool:
     if not words:
         return False
     tokens = words[-1] == "tokens" and not TOKENS_OF.isdisjoint(words)
-    return not WORDS.isdisjoint(words) or words[-1] in LAST_WORDS or tokens
+    watermark = words[0] == "watermark" and len(words) > 1  # --watermark itself is a share
+    return not WORDS.isdisjoint(words) or words[-1] in LAST_WORDS or tokens or watermark
 
 
 def redact_arguments(arguments: list[str]) -> list[str]:
