@@ -29,12 +29,12 @@ LAST_WORDS = {"key", "keys", "token", "auth"}
 # Plural "tokens" are mostly numbers of tokens (--max-num-batched-tokens).
 TOKENS_OF = {"access", "api", "auth", "bearer", "hf", "hub"}
 
-NAMED = re.compile(r"""(?<![\w.-])([A-Za-z][\w.-]*)\\*["']?\s*[=:]\s*\\*""")
+NAMED = re.compile(r"""(?<![\w./-])([A-Za-z][\w.-]*)\\*["']?\s*[=:]\s*\\*""")
 VALUE = re.compile(r"""(["'])(.*?)(?:\1|\Z)|[\[{].*|[^\s"',;&}]*""", re.DOTALL)
 HEADER = re.compile(r"""(?i)(authorization["']?\s*[=:]\s*["']?)[^"'\n]+""")
 SCHEME = re.compile(r"(?i)\b(bearer|basic)\s+[^\s\"']+")
 IN_URL = re.compile(r"(\b\w+://)[^/\s@\"']+@")
-OPTION = re.compile(r"(?<!\S)(--[\w.+-]+)((?:[ =]+(?!-)\S+)+)")
+OPTION = re.compile(r"(?<![\w-])(--[\w.+-]+)((?:[ =]+(?!-)\S+)+)")
 SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]")  # of a tokenizer: "<|image_pad|>"
 
 
