@@ -36,6 +36,18 @@ class ModelShape:
     head_size: int
     intermediate: int
 
+    @classmethod
+    def of(cls, text_config: Any) -> ModelShape:
+        """Sizes of a layer, from a checkpoint's text config."""
+        heads = text_config.num_attention_heads
+        return cls(
+            hidden=text_config.hidden_size,
+            heads=heads,
+            kv_heads=text_config.num_key_value_heads,
+            head_size=text_config.hidden_size // heads,
+            intermediate=text_config.intermediate_size,
+        )
+
     @property
     def qkvo_flops_per_token(self) -> int:
         """QKV and output projections of one layer."""
@@ -165,13 +177,13 @@ class Account:
     """Counts of one request, or of all of them.
 
     Attributes:
-        video: what the processor attached to the request's first video (VideoSettings); empty for
-            a request without video, and for an account of many.
+        settings: what the request ran under (reports.told_settings); None for a request without
+            video, and for an account of many.
     """
 
     shape: ModelShape
     layers: range
-    video: tuple[int, ...] = ()
+    settings: dict[str, Any] | None = None
     tokens: int = 0
     video_tokens: int = 0
     choices: int = 0
@@ -217,7 +229,7 @@ class Account:
         return counts | {
             **{name: getattr(self, name).tolist() for name in PER_LAYER},
             "fallback_tokens": dict(self.fallback_tokens),
-            "video": list(self.video),
+            "settings": self.settings,
             "shape": dict(vars(self.shape)),
             "layers": [self.layers.start, self.layers.stop],
         }
@@ -226,7 +238,7 @@ class Account:
     def from_counts(cls, counts: dict[str, Any]) -> Account:
         """The account that :meth:`to_counts` was called on."""
         shape, layers = ModelShape(**counts["shape"]), range(*counts["layers"])
-        account = cls(shape, layers, tuple(counts["video"]))
+        account = cls(shape, layers, counts["settings"])
         for name in (*OF_REQUEST, *SECONDS):
             setattr(account, name, counts[name])
         account.fallback_tokens |= counts["fallback_tokens"]

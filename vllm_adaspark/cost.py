@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .accounting import ModelShape
@@ -319,36 +320,18 @@ def _flops(
 ) -> tuple[float, float, float]:
     """(dense, spent, least budget as a share) of the prompt."""
 
-    def count(shape: ModelShape):
-        return prompt_cost(
-            shape,
-            model.layers,
-            prompt,
-            [(min(TEXT_BEFORE, prompt - video), video)],
-            block_size=config.cube_volume,
-            dense_below=config.dense_below,
-            dense_layers=config.dense_layers,
-            sparse_text=config.text_queries == "sparse",
-            compensation=config.compensation,
-            cube_queries=config.cube_queries,
-        )
-
-    whole = count(model.shape)
-    attention = count(replace(model.shape, intermediate=0)).optional
-    ffn = whole.optional - attention
+    is_video = np.zeros(prompt, bool)
+    start = min(TEXT_BEFORE, prompt - video)
+    is_video[start : start + video] = True
+    cost = prompt_cost(model.shape, model.layers, is_video, config)
     if not config.enabled:
-        return whole.dense, whole.dense, whole.least
+        return cost.dense, cost.dense, cost.least
     if config.flops is not None:
-        share = ffn_share = whole.share(config.flops)
+        share = ffn_share = cost.share(config.flops)
     else:
         share = config.p_attn if config.selection == "top_p" else config.keep
         ffn_share = config.p_ffn
-    spent = whole.dense - (1 - share) * attention - (1 - ffn_share) * ffn
-    if share < 1:
-        spent += whole.selection
-    if ffn_share < 1:
-        spent += whole.compensation
-    return whole.dense, spent, whole.least
+    return cost.dense, cost.spent(share, ffn_share), cost.least
 
 
 def _round_up(tokens: int) -> int:

@@ -1,9 +1,9 @@
-"""vLLM's workers with an account per request: a log line, a report file, and collective_rpc.
+"""vLLM's workers: they tell the model which requests a step runs, and keep an account of each.
 
-The model knows rows, the worker knows which request is which row; here the two meet.  Every rank
-keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever asks
-merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost and,
-with ``report_file`` set, adds one JSON line to that file.
+The scheduler tells the worker of its requests, the model plans by them; here the two meet.  Every
+rank keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever
+asks merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost
+and, with ``report_file`` set, adds one JSON line to that file.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from .accounting import Account
-from .attention.plan import StepPlan
-from .attention.planner import MAX_TEXT_TILES
+from .accounting import Account, ModelShape
+from .attention.plan import MAX_TEXT_TILES, StepPlan
 from .attention.state import KeySums, StepRows
+from .budget import prompt_cost
 from .ledger import Ledger
-from .models.processing import VideoSettings, language_model_shape
-from .reports import request_report
+from .reports import request_report, told_settings
+from .requests import Request, RequestTable, mask_of, settings_of, videos_of
 from .runtime import Runtime
 from .tracing.worker import TracingWorker
 
@@ -57,12 +57,9 @@ class RequestAccounts:
         self._runtime, self._writes = runtime, writes
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
-    def admit(self, requests: list[Any]) -> None:
-        """Note the settings of the scheduler's new requests."""
-        for request in requests:
-            videos = [f for f in request.mm_features or () if f.modality == "video"]
-            settings = tuple(VideoSettings.from_feature(videos[0])) if videos else ()
-            self.ledger.admit(request.req_id, settings)
+    def admit(self, request_id: str, request: Request | None) -> None:
+        """Note what a new request asked for; None if it has no video."""
+        self.ledger.admit(request_id, None if request is None else told_settings(request))
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -96,7 +93,7 @@ class RequestAccounts:
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
         report = request_report(request_id, account, finished=True)
-        if account.video:
+        if account.settings is not None:
             logger.info(
                 "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
                 "%.4g of %.4g TFLOPs (%.1f%% of dense)",
@@ -158,6 +155,7 @@ class AccountingWorker:
 
     vllm_config: VllmConfig
     _accounts: RequestAccounts | None = None
+    _runtime: Runtime | None = None  # the model's, if it is one of ours
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -165,10 +163,12 @@ class AccountingWorker:
         runtime = getattr(model, "runtime", None)
         if runtime is None:
             return
+        self._runtime = runtime
+        runtime.requests = RequestTable(self._describe)
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
         layers = range(stage.start_layer, stage.end_layer)
-        ledger = Ledger(language_model_shape(text), layers, text.num_hidden_layers)
+        ledger = Ledger(ModelShape.of(text), layers, text.num_hidden_layers)
         writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         self._accounts = RequestAccounts(runtime, ledger, writes)
 
@@ -187,14 +187,34 @@ class AccountingWorker:
         )
         return room
 
+    def _describe(self, new: Any) -> Request:
+        """What a new request with video asked for, from vLLM's NewRequestData."""
+        videos = videos_of(new.mm_features)
+        config = settings_of(videos[0])
+        embeds = new.prompt_embeds
+        tokens = len(new.prompt_token_ids if embeds is None else embeds)
+        is_video = mask_of(tokens, [video.mm_position for video in videos])
+        if config.flops is None or not config.enabled:
+            return Request(config, is_video)
+        text = self.vllm_config.model_config.hf_text_config
+        cost = prompt_cost(ModelShape.of(text), text.num_hidden_layers, is_video, config)
+        return Request(config, is_video, cost.share(config.flops), cost.least)
+
     def execute_model(self, scheduler_output: Any) -> Any:
-        accounts = self._accounts
-        if accounts is None:
+        runtime, accounts = self._runtime, self._accounts
+        if runtime is None:
             return super().execute_model(scheduler_output)
         accounts.remember_finished(scheduler_output.finished_req_ids)
         accounts.settle()
-        accounts.admit(scheduler_output.scheduled_new_reqs)
-        output = super().execute_model(scheduler_output)
+        runtime.requests.update(scheduler_output)
+        for new in scheduler_output.scheduled_new_reqs:
+            accounts.admit(new.req_id, runtime.requests[new.req_id])
+        if not self.use_v2_model_runner:  # for V2, see models/model_state.py
+            runtime.request_ids = lambda: self.model_runner.input_batch.req_ids
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            runtime.request_ids = None  # dummy runs between steps are nobody's
         if scheduler_output.total_num_scheduled_tokens > 0:
             accounts.remember_step(self._request_ids())
         return output

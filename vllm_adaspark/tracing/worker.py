@@ -22,9 +22,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..attention.plan import StepPlan
 from ..attention.state import StepRows
-from ..config import ORDERS
-from ..models.processing import VideoSettings
-from ..reports import settings_of
+from ..reports import told_settings
+from ..requests import settings_of, videos_of
 from ..runtime import Runtime
 from .frames import PatchShape, thumbnails
 from .step import StepTrace, chunk_of
@@ -104,13 +103,13 @@ class Tracer:
                 trace.add_answer(tokens)
 
     def _start(self, request: Any) -> None:
-        videos = [f for f in request.mm_features if f.modality == "video"]
+        videos = videos_of(request.mm_features)
         if (
             not self.store.limit
             or request.req_id in self.store.running  # resumed after preemption
             or request.prompt_token_ids is None
             or request.sampling_params is None
-            or not any(VideoSettings.from_feature(video).trace for video in videos)
+            or not any(settings_of(video).trace for video in videos)
         ):
             return
         trace = Trace(
@@ -119,7 +118,7 @@ class Tracer:
             started=time.time(),
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
             videos=[_video(feature, self._shape.merge) for feature in videos],
-            settings=settings_of(VideoSettings.from_feature(videos[0])),
+            settings=told_settings(self._runtime.requests[request.req_id]),
             block_size=self._block_size,
             layers=self._layers,
             stop_ids=_stop_ids(request.sampling_params),
@@ -153,14 +152,14 @@ def _stop_ids(sampling: Any) -> frozenset[int]:
 
 
 def _video(feature: Any, merge: int) -> Video:
-    settings = VideoSettings.from_feature(feature)
+    config = settings_of(feature)
     frames, rows, columns = feature.data["video_grid_thw"].data.tolist()
     seconds = feature.data.get("second_per_grid_ts")
     return Video(
         offset=feature.mm_position.offset,
         grid=(frames, rows // merge, columns // merge),
-        cube=(settings.t, settings.h, settings.w),
-        order=ORDERS[settings.order],
+        cube=config.cube,
+        order=config.order,
         seconds=float(seconds.data) if seconds is not None and seconds.data is not None else None,
     )
 
