@@ -49,7 +49,7 @@ SHORT_FOR = {
 }
 REPLACED_BY_FLOPS = ("p_attn", "p_ffn", "keep")
 
-# Shares travel to the layers in ten bits per token (see tags.py): a thousandth is the resolution.
+# Shares are whole thousandths, so that "how many are 0.1 of 30" has one answer (selection._count).
 SHARE_STEPS = 1000
 
 
