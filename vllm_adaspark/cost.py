@@ -24,7 +24,7 @@ import torch
 
 from .accounting import ModelShape
 from .budget import prompt_cost
-from .config import AdaSparkConfig
+from .config import CHECKPOINT_KEY, AdaSparkConfig
 
 PAIR = 2  # frames merged into one in time
 MAX_FPS = 30  # more is sampled as this
@@ -65,6 +65,7 @@ class Model:
     max_positions: int = 128_000
     rules: FrameRules = field(default_factory=FrameRules)
     weights: int | None = None  # bytes, None where unknown
+    settings: Any = field(default=None, hash=False)  # AdaSpark's of config.json, None for none
 
 
 def _published(name: str, layers: int, billions: float, **shape: int) -> Model:
@@ -120,6 +121,7 @@ def read_model(name: str, find: Callable[[str], Path | None]) -> Model:
         max_positions=text.get("max_position_embeddings", Model.max_positions),
         rules=_rules(vision, find),
         weights=_weights(find),
+        settings=config.get(CHECKPOINT_KEY),
     )
 
 

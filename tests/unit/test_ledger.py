@@ -19,8 +19,8 @@ from vllm_adaspark.attention.state import StepRows
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
 from vllm_adaspark.observing import observing
-from vllm_adaspark.request_ids import search_name, unnumbered
 from vllm_adaspark.reports import told_settings
+from vllm_adaspark.request_ids import search_name, unnumbered
 from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)

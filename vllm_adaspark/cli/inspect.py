@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from . import media
 
     sampling = media.sampling(args)
-    config = checked(given_settings(args))
+    checked(given_settings(args))
     for name in ("text_tokens", "answer_tokens"):
         if getattr(args, name) < 1:
             raise UsageError(
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         video = media.probe(media.read_video(args.video), args.video)
     model = media.find_model(args.model)
+    config = checked(given_settings(args), checkpoint=model.settings)
     try:
         cost = costs.cost(
             model,
