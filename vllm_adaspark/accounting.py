@@ -1,9 +1,12 @@
 """What a request cost and what it would have cost dense: densities and FLOPs, per layer and in all.
 
 Counts come from the plan of each step and the few numbers every layer leaves on it; FLOPs follow
-from counts and the model's shape.  A multiply-add is two FLOPs.  Counted are the language model's
-layers: QKV and output projections, attention (QK and PV), cube scores ("selection") and FFN.  Not
-counted, in either column: vision tower, norms, RoPE, LM head.  Pure NumPy; no vLLM.
+from counts and the model's shape.  A multiply-add is two FLOPs.  Counted are the matrix products of
+the language model's layers: QKV and output projections, attention (QK and PV), cube scores
+("selection") and FFN, each as often as it is computed.  Not counted, in either column: vision
+tower, norms, RoPE, LM head, sums and sorts, what a kernel computes of a tile only to mask it, and
+the K and V projections that tensor-parallel ranks repeat where they share a KV head.  Pure NumPy;
+no vLLM.
 
 An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
 carry it between processes; reports.py makes one account of all ranks'.
@@ -28,13 +31,18 @@ SECONDS = ("selection_seconds", "planning_seconds")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one layer of the language model, over all tensor-parallel ranks."""
+    """Sizes of one layer of the language model, over all tensor-parallel ranks.
+
+    ``score_products`` belongs to the machine, not to the model: how many times the score of a
+    (query token, cube) pair is computed there, see ``kernels.score_products``.
+    """
 
     hidden: int
     heads: int
     kv_heads: int
     head_size: int
     intermediate: int
+    score_products: int = 1
 
     @property
     def qkvo_flops_per_token(self) -> int:
@@ -50,7 +58,7 @@ class ModelShape:
     @property
     def score_flops_per_pair(self) -> int:
         """The score of one (query token, cube) pair in one layer, all heads."""
-        return 2 * self.heads * self.head_size
+        return 2 * self.heads * self.head_size * self.score_products
 
     @property
     def ffn_flops_per_token(self) -> int:
@@ -130,7 +138,8 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
         counts.scored[nth] = scored
     if plan.ffn_active:
         nth, active = _to_host(plan.ffn_active, layers)  # [layers, cubes]
-        ran = np.minimum(active + plan.ffn.extra, plan.block_size)
+        # A cube whose tokens all ran has nobody to make a centroid for.
+        ran = active + plan.ffn.extra * (active < plan.block_size)
         counts.ffn_skipped[nth] = _sum_by_row(plan.block_size - ran, plan.ffn.row, number)
     return counts
 

@@ -342,7 +342,7 @@ def _flops(
         share = config.p_attn if config.selection == "top_p" else config.keep
         ffn_share = config.p_ffn
     spent = whole.dense - (1 - share) * attention - (1 - ffn_share) * ffn
-    if share < 1:
+    if share < 1 and config.selection != "uniform":  # which scores nothing
         spent += whole.selection
     if ffn_share < 1:
         spent += whole.compensation

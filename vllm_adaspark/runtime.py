@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from .attention.heads import HeadRanks
 from .attention.plan import StepPlan
 from .attention.planner import build_plan
 from .attention.state import BlockTags, StepRows
@@ -30,6 +31,7 @@ class Runtime:
         self.config = config
         self.plan: StepPlan | None = None
         self.rows: StepRows | None = None
+        self.head_ranks: HeadRanks | None = None  # set by the model where there are several
         # Set by the worker for steps with a traced request: makes the step's trace.
         self.new_trace: Callable[[], StepTrace] | None = None
         self._videos_seen = False

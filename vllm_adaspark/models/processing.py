@@ -16,10 +16,12 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLProcessingInfo,
 )
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
+from vllm.platforms import current_platform
 
 from ..accounting import ModelShape
 from ..budget import PromptCost, prompt_cost
 from ..config import COMPENSATIONS, ORDERS, SHARE_STEPS, AdaSparkConfig, AdaSparkConfigError
+from ..kernels import score_products
 from ..tags import MAX_POSITION, tag_word, unpack
 
 REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
@@ -55,14 +57,16 @@ def resolved_config(hf_config: Any) -> AdaSparkConfig:
 
 
 def language_model_shape(text_config: Any) -> ModelShape:
-    """Sizes of a layer, from a checkpoint's text config."""
+    """Sizes of a layer, from a checkpoint's text config, on this platform."""
     heads = text_config.num_attention_heads
+    head_size = text_config.hidden_size // heads
     return ModelShape(
         hidden=text_config.hidden_size,
         heads=heads,
         kv_heads=text_config.num_key_value_heads,
-        head_size=text_config.hidden_size // heads,
+        head_size=head_size,
         intermediate=text_config.intermediate_size,
+        score_products=score_products(current_platform.device_type, head_size),
     )
 
 
