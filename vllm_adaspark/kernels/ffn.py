@@ -185,28 +185,28 @@ def gather_inputs(
             items than tokens, the cubes' centroids: the means of their skipped tokens.
         active, tokens: ``[cubes, block_size]``.
     """
-    number, hidden = x.shape
+    in_step, hidden = x.shape
     cubes, size = tokens.shape
     out = x.new_empty(len(order), hidden)
-    if len(order) > number:
+    if len(order) > in_step:
         columns = 4096 // size  # what a program's registers hold
         _centroids[cubes, triton.cdiv(hidden, columns)](
-            x, active.view(torch.uint8), tokens, place, count, out, number, hidden,
+            x, active.view(torch.uint8), tokens, place, count, out, in_step, hidden,
             SIZE=size, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     _gather[(len(order),)](
-        x, order, count, out, number, hidden, COLUMNS=_columns(hidden), num_warps=4
+        x, order, count, out, in_step, hidden, COLUMNS=_columns(hidden), num_warps=4
     )
     return out
 
 
 @triton.jit
 def _centroids(
-    x, active, tokens, place, count, out, number, hidden,
+    x, active, tokens, place, count, out, in_step, hidden,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     cube = tl.program_id(0)
-    at = tl.load(place + number + cube)
+    at = tl.load(place + in_step + cube)
     if at >= tl.load(count):
         return
     nth = tl.arange(0, SIZE)
@@ -225,12 +225,12 @@ def _centroids(
 
 
 @triton.jit
-def _gather(x, order, count, out, number, hidden, COLUMNS: tl.constexpr):
+def _gather(x, order, count, out, in_step, hidden, COLUMNS: tl.constexpr):
     row = tl.program_id(0)
     if row >= tl.load(count):
         return
     item = tl.load(order + row)
-    if item >= number:  # a centroid, which _centroids writes
+    if item >= in_step:  # a centroid, which _centroids writes
         return
     source = x + item.to(tl.int64) * hidden
     for first in range(0, hidden, COLUMNS):
@@ -274,7 +274,7 @@ def scatter_outputs(
     active: torch.Tensor,
     tokens: torch.Tensor,
     compensation: torch.Tensor,
-    number: int,
+    in_step: int,
 ) -> torch.Tensor:
     """Outputs back to their tokens, and what skipped tokens get instead.
 
@@ -283,18 +283,18 @@ def scatter_outputs(
         place, count: from :func:`active_first`.
         active, tokens: ``[cubes, block_size]``.
         compensation: ``[cubes]`` int64, index into config.COMPENSATIONS.
-        number: of tokens in the step.
+        in_step: tokens of the step.
 
     Returns:
         ``[tokens, hidden]``.
     """
     hidden, size = y.shape[1], tokens.shape[1]
-    out = y.new_empty(number, hidden)
-    _scatter[(number,)](y, place, count, out, hidden, COLUMNS=_columns(hidden), num_warps=4)
+    out = y.new_empty(in_step, hidden)
+    _scatter[(in_step,)](y, place, count, out, hidden, COLUMNS=_columns(hidden), num_warps=4)
     columns = 4096 // size  # what a program's registers hold
     _compensate[len(tokens), triton.cdiv(hidden, columns)](
-        y, place, active.view(torch.uint8), tokens, compensation, out, number, hidden,
-        SIZE=size, COLUMNS=columns, HAS_CENTROIDS=len(place) > number, CENTROID_CODE=CENTROID,
+        y, place, active.view(torch.uint8), tokens, compensation, out, in_step, hidden,
+        SIZE=size, COLUMNS=columns, HAS_CENTROIDS=len(place) > in_step, CENTROID_CODE=CENTROID,
         MEAN_CODE=MEAN, num_warps=4,
     )  # fmt: skip
     return out
@@ -315,7 +315,7 @@ def _scatter(y, place, count, out, hidden, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _compensate(
-    y, place, active, tokens, compensation, out, number, hidden,
+    y, place, active, tokens, compensation, out, in_step, hidden,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, HAS_CENTROIDS: tl.constexpr,
     CENTROID_CODE: tl.constexpr, MEAN_CODE: tl.constexpr,
 ):  # fmt: skip
@@ -334,7 +334,7 @@ def _compensate(
     fill = tl.sum(value.to(tl.float32), 0) / number
     if HAS_CENTROIDS:
         own = tl.load(
-            y + tl.load(place + number + cube).to(tl.int64) * hidden + column,
+            y + tl.load(place + in_step + cube).to(tl.int64) * hidden + column,
             mask=column < tl.where(code == CENTROID_CODE, hidden, 0),
             other=0.0,
         )
