@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .accounting import ModelShape
 from .budget import prompt_cost
 from .config import AdaSparkConfig
+from .kernels import score_products
 
 PAIR = 2  # frames merged into one in time
 MAX_FPS = 30  # more is sampled as this
@@ -315,38 +317,21 @@ def cost(
 def _flops(
     model: Model, config: AdaSparkConfig, prompt: int, video: int
 ) -> tuple[float, float, float]:
-    """(dense, spent, least budget as a share) of the prompt."""
-
-    def count(shape: ModelShape):
-        return prompt_cost(
-            shape,
-            model.layers,
-            prompt,
-            [(min(TEXT_BEFORE, prompt - video), video)],
-            block_size=config.cube_volume,
-            dense_below=config.dense_below,
-            dense_layers=config.dense_layers,
-            sparse_text=config.text_queries == "sparse",
-            compensation=config.compensation,
-            cube_queries=config.cube_queries,
-        )
-
-    whole = count(model.shape)
-    attention = count(replace(model.shape, intermediate=0)).optional
-    ffn = whole.optional - attention
+    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
+    is_video = np.zeros(prompt, bool)
+    start = min(TEXT_BEFORE, prompt - video)
+    is_video[start : start + video] = True
+    cost = prompt_cost(shape, model.layers, is_video, config)
     if not config.enabled:
-        return whole.dense, whole.dense, whole.least
+        return cost.dense, cost.dense, cost.least
     if config.flops is not None:
-        share = ffn_share = whole.share(config.flops)
+        share = ffn_share = cost.share(config.flops)
     else:
         share = config.p_attn if config.selection == "top_p" else config.keep
         ffn_share = config.p_ffn
-    spent = whole.dense - (1 - share) * attention - (1 - ffn_share) * ffn
-    if share < 1 and config.selection != "uniform":  # which scores nothing
-        spent += whole.selection
-    if ffn_share < 1:
-        spent += whole.compensation
-    return whole.dense, spent, whole.least
+    return cost.dense, cost.spent(share, ffn_share), cost.least
 
 
 def _round_up(tokens: int) -> int:

@@ -6,13 +6,14 @@ work is refused here with the setting and the fix; nothing is ever silently dens
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .config import CUBE_VOLUMES, AdaSparkConfig, AdaSparkConfigError
-from .tags import MAX_POSITION
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,7 +36,7 @@ class StartupCheck(VerifyAndUpdateConfig):
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
         _split_graphs_at_ffn(vllm_config)
-        _report_requests(vllm_config)
+        _use_our_worker(vllm_config)
         _use_video_loader(vllm_config)
         # The request processor and the model see the model's config, not ours: it travels there.
         vllm_config.model_config.hf_config.adaspark_resolved = config.to_dict()
@@ -122,15 +123,47 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             f"--mm-processor-kwargs {SERVER_KEY}; server-wide settings go into "
             f"--additional-config '{{\"{SERVER_KEY}\": {{...}}}}'",
         ),
-        (
-            model.max_model_len > MAX_POSITION,
-            f"--max-model-len {model.max_model_len}; use at most {MAX_POSITION}",
-        ),
         (model.runner_type != "generate", f"--runner {model.runner_type}; use generate"),
+        (
+            parallel.worker_cls != "auto" and not _tells_requests(parallel.worker_cls),
+            f"--worker-cls {parallel.worker_cls}: the worker tells the model what its requests ask "
+            "for; leave it out, or derive the class from vllm_adaspark.worker.AdaSparkCPUWorker or "
+            "AdaSparkGPUWorker",
+        ),
+        (
+            _not_the_processors(mm_kwargs),
+            f"--mm-processor-kwargs {json.dumps(_not_the_processors(mm_kwargs))}: the model's "
+            "weights fix these; leave them out",
+        ),
     ]
     for unsupported, what in refused:
         if unsupported:
             raise AdaSparkConfigError(f"AdaSpark does not support {what}")
+
+
+def _tells_requests(worker_cls: str | type) -> bool:
+    """Whether a worker class is one of ours, or made from one."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from .worker import AccountingWorker
+
+    try:
+        cls = resolve_obj_by_qualname(worker_cls) if isinstance(worker_cls, str) else worker_cls
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return isinstance(cls, type) and issubclass(cls, AccountingWorker)
+
+
+def _not_the_processors(mm_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Server-wide processor options that contradict the vision tower: requests would fail."""
+    scopes = [mm_kwargs, *(mm_kwargs.get(name) for name in ("images_kwargs", "videos_kwargs"))]
+    return {
+        key: value
+        for scope in scopes
+        if isinstance(scope, Mapping)
+        for key, value in scope.items()
+        if key in ("merge_size", "patch_size", "temporal_patch_size")
+    }
 
 
 def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
@@ -152,16 +185,14 @@ def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
         compilation.splitting_ops.append(OP_NAME)
 
 
-def _report_requests(vllm_config: VllmConfig) -> None:
-    """Run vLLM's worker with per-request accounting, unless the user chose a worker."""
+def _use_our_worker(vllm_config: VllmConfig) -> None:
+    """Run vLLM's worker, as we extend it, unless the user chose one made from it."""
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == "auto":
         kind = "CPU" if current_platform.is_cpu() else "GPU"
         parallel.worker_cls = f"vllm_adaspark.worker.AdaSpark{kind}Worker"
-    else:
-        logger.warning("AdaSpark: no per-request report with --worker-cls %s", parallel.worker_cls)
 
 
 def _use_video_loader(vllm_config: VllmConfig) -> None:

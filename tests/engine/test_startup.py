@@ -119,12 +119,14 @@ UNSUPPORTED = {
         },
         "use_sliding_window",
     ),
-    "too long": (
-        {
-            "overrides": {"text_config": {"max_position_embeddings": 2_000_000}},
-            "max_model_len": 1_500_000,
-        },
-        "--max-model-len 1500000",
+    "another patch size": (
+        {"mm_processor_kwargs": {"videos_kwargs": {"merge_size": 4}}},
+        '--mm-processor-kwargs {"merge_size": 4}',
+    ),
+    "a worker that does not exist": ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
+    "the stock worker": (
+        {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+        "--worker-cls vllm.v1.worker.cpu_worker.CPUWorker",
     ),
 }
 
@@ -151,11 +153,10 @@ def test_block_size_follows_the_cube(checkpoint, cube, size) -> None:
         assert start(checkpoint, settings, **options).cache_config.block_size == size
 
 
-def test_worker_is_ours_unless_the_user_has_one(checkpoint) -> None:
+def test_worker_is_ours_or_made_from_ours(checkpoint) -> None:
     ours = start(checkpoint).parallel_config.worker_cls
     assert ours.startswith("vllm_adaspark.worker.AdaSpark")
-    mine = start(checkpoint, worker_cls="my.Worker").parallel_config.worker_cls
-    assert mine == "my.Worker"
+    assert start(checkpoint, worker_cls=ours).parallel_config.worker_cls == ours
 
 
 def test_video_loader_is_ours_unless_the_user_has_one(checkpoint) -> None:

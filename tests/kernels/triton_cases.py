@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.scenes import gather, random_request, rows_of
+from kernels.scenes import gather, known_of, random_request, rows_of
 from vllm_adaspark import kernels, selection
 from vllm_adaspark.attention import score as attention_score
 from vllm_adaspark.attention import tables as attention_tables
 from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import BlockTags, KeySums
+from vllm_adaspark.attention.state import KeySums
 from vllm_adaspark.config import COMPENSATIONS, AdaSparkConfig
 from vllm_adaspark.kernels import ffn, nucleus, score, tables
 
@@ -394,10 +394,8 @@ def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.Monkey
     ]
     step = [(request, len(request.is_video)) for request in requests]
     rows = rows_of(step)
-    words, q, k = (gather(step, name) for name in ("words", "q", "k"))
-    plan = build_plan(
-        rows, words.numpy(), BlockTags(40, 32), dense_below=1, cube_queries=16, device=q.device
-    )
+    q, k = (gather(step, name) for name in "qk")
+    plan = build_plan(rows, known_of(step), 32, dense_below=1, cube_queries=16, device=q.device)
     sums = KeySums(40, 2, 16, 32, q.device)
     sums.write(k, plan.key_writes)
     by_head = q.unflatten(1, (2, 2)).transpose(0, 1).contiguous()
@@ -449,7 +447,7 @@ def test_layer_ffn_equals_torch(
     )  # fmt: skip
     step = [(request, len(request.is_video))]
     plan = build_plan(
-        rows_of(step), request.words.numpy(), BlockTags(9, 32), dense_below=1,
+        rows_of(step), known_of(step), 32, dense_below=1,
         cube_queries=16, device=torch.device("cpu"),
     )  # fmt: skip
 

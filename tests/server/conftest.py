@@ -13,6 +13,7 @@ import pytest
 import video as demo_video  # examples/demo
 from server import VllmServer  # examples/demo
 from serving import SETTINGS, Served
+from transformers import AutoConfig
 
 from vllm_adaspark import ARCHITECTURE
 
@@ -78,6 +79,7 @@ def served(media, tmp_path_factory):
         "--enforce-eager",
         "--enable-prompt-tokens-details",  # usage says what the prefix cache held
         "--enable-server-load-tracking",
+        "--enable-mm-embeds",
     ]
     # Not what engine tests set for engines inside the test process.
     env = {
@@ -90,4 +92,22 @@ def served(media, tmp_path_factory):
         client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0
         )
-        yield Served(server, client, report_file)
+        text_config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+        yield Served(server, client, report_file, text_config)
+
+
+@pytest.fixture(scope="session")
+def good(served: Served, media: Path) -> str:
+    """What the server says about the clip when nothing is the matter."""
+    answer = served.ask((media / "clip.mp4").as_uri())
+    assert len(answer.text) > 5
+    return answer.text
+
+
+@pytest.fixture
+def still_serves(served: Served, media: Path, good: str):
+    """After the test: same process, healthy, and the next good request is answered as ever."""
+    yield
+    assert served.server.process.poll() is None
+    assert served.health() == 200
+    assert served.ask((media / "clip.mp4").as_uri()).text == good

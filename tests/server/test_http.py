@@ -23,23 +23,6 @@ VIDEO_TOKENS = 300
 STOP_SECONDS = 30  # it takes two
 
 
-@pytest.fixture(scope="module")
-def good(served: Served, media: Path) -> str:
-    """What the server says about the clip when nothing is the matter."""
-    answer = served.ask((media / "clip.mp4").as_uri())
-    assert len(answer.text) > 5
-    return answer.text
-
-
-@pytest.fixture
-def still_serves(served: Served, media: Path, good: str):
-    """After the test: same process, healthy, and the next good request is answered as ever."""
-    yield
-    assert served.server.process.poll() is None
-    assert served.health() == 200
-    assert served.ask((media / "clip.mp4").as_uri()).text == good
-
-
 # -- good requests ------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ import pytest
 
 PURE = (
     "config",
-    "tags",
+    "requests",
+    "runtime",
     "cubes",
     "selection",
     "reference",

@@ -70,7 +70,7 @@ def _host_rows(common: CommonAttentionMetadata) -> StepRows:
     return StepRows(
         query_start=common.query_start_loc_cpu.numpy().astype("int64"),
         seq_lens=seq_lens.numpy().astype("int64"),
-        block_table=None,  # on the device; fetched by the runtime once there are videos
+        block_table=None,  # the runtime has it from the scheduler, for steps with video
     )
 
 

@@ -7,7 +7,7 @@ into *query tiles*, of three kinds:
   them, spread over it, are asked (config.cube_queries), all of them attend to what these choose.
 * ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
   choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits),
-  save that a request's text runs dense in a chunk with more than planner.MAX_TEXT_TILES of them.
+  save that a request's text runs dense in a chunk with more than MAX_TEXT_TILES of them.
 * ``DENSE``: a run of tokens that attend to everything: those before or without cubes, of requests
   with p >= 1, and video tokens whose cube is not whole in this step.  A chunk edge inside a cube
   may thus only make more be computed.
@@ -31,8 +31,12 @@ from .state import KeyWrites
 
 DENSE, VIDEO, TEXT = range(3)
 
+# A text token costs a kernel as much as a decode token.  Past so many of them in one request's
+# chunk, attending densely in one tile is cheaper than choosing for each.
+MAX_TEXT_TILES = 1024
+
 # Why tokens ran dense though their settings are sparse: a chunk edge cuts their cube; their KV
-# block also holds text, so it is no cube; their text is longer than planner.MAX_TEXT_TILES.
+# block also holds text, so it is no cube; their text is longer than MAX_TEXT_TILES.
 FALLBACKS = ("cut_cube", "mixed_block", "long_text")
 
 
