@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from .accounting import ModelShape
 from .budget import prompt_cost
 from .config import CHECKPOINT_KEY, AdaSparkConfig
+from .kernels import score_products
 
 PAIR = 2  # frames merged into one in time
 MAX_FPS = 30  # more is sampled as this
@@ -318,12 +319,13 @@ def cost(
 def _flops(
     model: Model, config: AdaSparkConfig, prompt: int, video: int
 ) -> tuple[float, float, float]:
-    """(dense, spent, least budget as a share) of the prompt."""
-
+    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
     is_video = np.zeros(prompt, bool)
     start = min(TEXT_BEFORE, prompt - video)
     is_video[start : start + video] = True
-    cost = prompt_cost(model.shape, model.layers, is_video, config)
+    cost = prompt_cost(shape, model.layers, is_video, config)
     if not config.enabled:
         return cost.dense, cost.dense, cost.least
     if config.flops is not None:

@@ -3,7 +3,7 @@
 The scheduler tells the worker of its requests, the model plans by them; here the two meet.  Every
 rank keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever
 asks merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost
-and, with ``report_file`` set, adds one JSON line to that file.
+and, with ``report_file`` set, adds one JSON line to that file: of its own part, as the line says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -53,9 +57,11 @@ class Step:
 class RequestAccounts:
     """Brings what happened to the ledger, in order, once it can be read without waiting."""
 
-    def __init__(self, runtime: Runtime, ledger: Ledger, writes: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, ledger: Ledger, writes: bool, part: str | None = None
+    ) -> None:
         self.ledger = ledger
-        self._runtime, self._writes = runtime, writes
+        self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
     def admit(self, request_id: str, request: Request | None) -> None:
@@ -95,11 +101,11 @@ class RequestAccounts:
 
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
-        report = request_report(request_id, account, finished=True)
+        report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
                 "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                "%.4g of %.4g TFLOPs (%.1f%% of dense)",
+                "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,
                 account.video_tokens,
@@ -108,6 +114,7 @@ class RequestAccounts:
                 report["flops"]["executed"]["total"] / 1e12,
                 report["flops"]["dense"]["total"] / 1e12,
                 100 * report["flops_ratio"],
+                f", counting {self._part}" if self._part else "",
             )
         path = self._runtime.config.report_file
         if path is None:
@@ -117,6 +124,22 @@ class RequestAccounts:
                 file.write(json.dumps(report) + "\n")
         except OSError as error:  # a full disk must not end the engine
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
+
+
+def part_of_model(layers: range, num_layers: int, ranks: int) -> str | None:
+    """What one rank's account leaves out, in words; None if it is the whole.
+
+    Args:
+        layers: this rank's.
+        num_layers: of the model.
+        ranks: of tensor parallelism.
+    """
+    parts = []
+    if len(layers) < num_layers:
+        parts.append(f"layers {layers[0]} to {layers[-1]} of {num_layers}")
+    if ranks > 1:
+        parts.append(f"the choices of tensor-parallel rank 0 of {ranks}")
+    return " and ".join(parts) or None
 
 
 def room_beside_key_sums(available: int, layers: Mapping[str, AttentionSpec]) -> int:
@@ -140,7 +163,8 @@ def step_bytes(config: VllmConfig) -> int:
     """What a sparse step's layers share beside vLLM's own activations, at the most.
 
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
-    probabilities and choice it is made from.  Layers run one after the other, so it counts once.
+    probabilities and choice it is made from, also those of other tensor-parallel ranks
+    (attention/heads.py).  Layers run one after the other, so it counts once.
     """
     model, parallel = config.model_config, config.parallel_config
     scheduler = config.scheduler_config
@@ -150,6 +174,8 @@ def step_bytes(config: VllmConfig) -> int:
     turned = 2 * tokens * heads * model.get_head_size() * model.dtype.itemsize
     tiles = tokens // block + min(tokens, MAX_TEXT_TILES + scheduler.max_num_seqs)
     entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
+    ranks = parallel.tensor_parallel_size
+    entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
     return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry
 
 
@@ -171,9 +197,13 @@ class AccountingWorker:
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
         layers = range(stage.start_layer, stage.end_layer)
-        ledger = Ledger(ModelShape.of(text), layers, text.num_hidden_layers)
+        ledger = Ledger(
+            ModelShape.of(text, current_platform.device_type), layers, text.num_hidden_layers
+        )
         writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
-        self._accounts = RequestAccounts(runtime, ledger, writes)
+        ranks = get_tensor_model_parallel_world_size()
+        part = part_of_model(layers, text.num_hidden_layers, ranks)
+        self._accounts = RequestAccounts(runtime, ledger, writes, part)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, once key sums and what a step takes have got their part."""
@@ -200,7 +230,12 @@ class AccountingWorker:
         if config.flops is None or not config.enabled:
             return Request(config, is_video)
         text = self.vllm_config.model_config.hf_text_config
-        cost = prompt_cost(ModelShape.of(text), text.num_hidden_layers, is_video, config)
+        cost = prompt_cost(
+            ModelShape.of(text, current_platform.device_type),
+            text.num_hidden_layers,
+            is_video,
+            config,
+        )
         return Request(config, is_video, cost.share(config.flops), cost.least)
 
     def execute_model(self, scheduler_output: Any) -> Any:

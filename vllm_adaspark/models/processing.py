@@ -18,6 +18,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.platforms import current_platform
 
 from ..accounting import ModelShape
 from ..budget import prompt_cost
@@ -146,7 +147,12 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         tokens = len(processed["prompt_token_ids"])
         text = self.info.get_hf_config().get_text_config()
         is_video = mask_of(tokens, videos)
-        cost = prompt_cost(ModelShape.of(text), text.num_hidden_layers, is_video, config)
+        cost = prompt_cost(
+            ModelShape.of(text, current_platform.device_type),
+            text.num_hidden_layers,
+            is_video,
+            config,
+        )
         if config.flops < cost.least:
             raise AdaSparkConfigError(
                 f"mm_processor_kwargs.{REQUEST_KEY}: flops={config.flops} cannot be met: of this "
