@@ -195,7 +195,7 @@ def sampled_frames(video: Video, sampling: Sampling) -> int:
         CostError: no pair of frames can be taken.
     """
     options = Options(sampling.fps, sampling.max_frames, sampling.min_frames)
-    number = number_of_frames(video.seconds, video.most_frames or video.frames, options)
+    number = number_of_frames(video.frames, video.fps, video.most_frames, options)
     if number < PAIR:
         raise CostError(
             f"the video has {video.frames} frame(s), and Qwen2.5-VL takes them in pairs; "

@@ -124,7 +124,7 @@ def probe(data: bytes, source: str) -> Video:
         fps=contents.fps,
         width=picture.shape[1],
         height=picture.shape[0],
-        most_frames=None if contents.constant else most_frames(contents),
+        most_frames=most_frames(contents),
         remarks=tuple(remarks),
     )
 

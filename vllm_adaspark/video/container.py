@@ -38,6 +38,7 @@ class Contents:
     constant: bool  # whether frame k is shown at k / fps
     claimed_seconds: float | None  # the length that the container states
     container: str  # its name in FFmpeg
+    whole: bool  # nothing in the container is missing or damaged
     hdr: bool  # its colours are coded for HDR screens (PQ or HLG)
     # By packet, in the order of decoding:
     numbers: np.ndarray  # int64 [packets]: of the frame it holds, -1 for one that is never shown
@@ -50,7 +51,7 @@ class Contents:
 
     @property
     def seconds(self) -> float:
-        """How long it is; the last frame is shown as long as the one before it, at least."""
+        """How long it is, if the last frame stays as long as frames do in the mean."""
         return self.frames / self.fps
 
     @property
@@ -72,27 +73,30 @@ def scan(data: bytes) -> Contents:
         VideoError: no video, or one without frames.
     """
     with opened(data) as (container, stream):
-        shown, keys, order, durations = [], [], [], []
-        for packet, ticks in packets(container, stream):
+        shown, keys, order, faults = [], [], [], []
+        for packet, ticks in packets(container, stream, faults):
             order.append(ticks)
             shown.append(not packet.is_discard)
             keys.append(packet.is_keyframe)
-            durations.append(packet.duration or 0)
         claimed = _claimed_seconds(container, stream)
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         rates = [rate for rate in rates if rate]
         base = stream.time_base
         name = container.format.name
+        whole = not faults and len(order) >= (stream.frames or 0)
         hdr = stream.codec_context.color_trc in HDR_TRANSFERS
         # libavformat guesses the order of an AVI's frames, and guesses wrong.
-        counted = None in order or (name == "avi" and _reorders(stream))
+        guessed = name == "avi" and bool(stream.codec_context.has_b_frames)
+        counted = guessed or None in order or len(set(order)) < min(len(order), 2)
     if not any(shown):
         raise VideoError("the video has no frames")
     if counted:
         rate = rates[0] if rates else DEFAULT_RATE
         numbers = np.where(shown, np.cumsum(shown) - 1, -1)
         times = np.arange(sum(shown)) / float(rate)
-        return Contents(times, float(rate), True, claimed, name, hdr, numbers, np.array(keys), True)
+        return Contents(
+            times, float(rate), True, claimed, name, whole, hdr, numbers, np.array(keys), True
+        )
     ticks, visible = np.array(order), np.flatnonzero(shown)
     visible = visible[np.argsort(ticks[visible], kind="stable")]
     numbers = np.full(len(ticks), -1)
@@ -100,13 +104,9 @@ def scan(data: bytes) -> Contents:
     ticks = ticks[visible] - ticks[visible[0]]
     rate = _constant_rate(ticks, rates, base)
     times = ticks * float(base)
-    if rate is None:
-        before = times[-1] - times[-2]
-        fps = len(times) / (times[-1] + max(before, durations[visible[-1]] * float(base)))
-    else:
-        fps = float(rate)
+    fps = float(rate) if rate is not None else (len(times) - 1) / times[-1]
     constant = rate is not None
-    return Contents(times, fps, constant, claimed, name, hdr, numbers, np.array(keys), False)
+    return Contents(times, fps, constant, claimed, name, whole, hdr, numbers, np.array(keys), False)
 
 
 @contextmanager
@@ -119,11 +119,11 @@ def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     if not data:
         raise VideoError("the video is empty: 0 bytes")
     try:
-        # A playlist among the videos must not make the server open files or URLs that it names.
+        # A playlist or a session description must not make the server open what it names.
         container = av.open(
             BytesIO(data),
             buffer_size=BUFFER_BYTES,
-            io_open=_no_other_file,
+            container_options={"protocol_whitelist": "none"},
             metadata_errors="replace",
         )
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -135,8 +135,8 @@ def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
         # A song's cover is a video stream of one picture.
         streams = [s for s in container.streams.video if not _is_cover(s)]
         if not streams:
-            kinds = sorted({stream.type for stream in container.streams})
-            raise VideoError(f"the file has no video, only {', '.join(kinds) or 'nothing'}")
+            kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+            raise VideoError("the file has no video" + (f", only {kinds}" if kinds else ""))
         best = container.streams.best("video")
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
@@ -144,14 +144,17 @@ def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def packets(container: Any, stream: Any) -> Iterator[tuple[Any, int | None]]:
+def packets(
+    container: Any, stream: Any, faults: list[str] | None = None
+) -> Iterator[tuple[Any, int | None]]:
     """(packet, presentation time in ticks or None) of all there are, in the order of decoding.
 
     The same on each call for the same file.  Times go on where a joined recording begins anew.
+    What cannot be read is left out, and said in ``faults``.
     """
     jump = JUMP_SECONDS / stream.time_base
     shift, last = 0, None
-    for packet in _readable(container, stream):
+    for packet in _readable(container, stream, [] if faults is None else faults):
         dts = packet.dts if packet.dts is not None else packet.pts
         if dts is not None:
             if last is not None and dts + shift < last - jump:
@@ -160,7 +163,7 @@ def packets(container: Any, stream: Any) -> Iterator[tuple[Any, int | None]]:
         yield packet, (packet.pts + shift if packet.pts is not None else None)
 
 
-def _readable(container: Any, stream: Any) -> Iterator[Any]:
+def _readable(container: Any, stream: Any, faults: list[str]) -> Iterator[Any]:
     """Packets that are whole; those that a damaged part swallows are passed over."""
     held, errors = None, 0
     while errors < ERRORS_IN_A_ROW:
@@ -172,10 +175,13 @@ def _readable(container: Any, stream: Any) -> Iterator[Any]:
                     yield held
                 held, errors = packet, 0
             break
-        except av.FFmpegError:
+        except av.FFmpegError as error:
+            faults.append(_reason(error))
             errors += 1
     # Where a file is cut off, the last packet is a part of one.
-    if held is not None and not held.is_corrupt:
+    if held is not None and held.is_corrupt:
+        faults.append("the last packet is cut off")
+    elif held is not None:
         yield held
 
 
@@ -198,16 +204,8 @@ def _claimed_seconds(container: Any, stream: Any) -> float | None:
     return container.duration / av.time_base if container.duration else None
 
 
-def _reorders(stream: Any) -> bool:
-    return bool(stream.codec_context.has_b_frames)
-
-
 def _is_cover(stream: Any) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _no_other_file(url: str, flags: int, options: dict) -> Any:
-    raise PermissionError(f"a video may not name other files: {url}")
 
 
 def _reason(error: Exception) -> str:

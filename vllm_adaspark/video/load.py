@@ -96,8 +96,9 @@ class _OtherDecoder(VideoLoader):
     @classmethod
     def _read(cls, data, contents, numbers, progress):
         try:
-            if contents.counted or contents.hdr:
-                raise _Unreadable("its times or its colours are not plain")
+            if contents.counted or contents.hdr or not contents.whole or contents.cut_short:
+                # decord ends the process at some files that are cut off.
+                raise _Unreadable("its times or its colours are not plain, or a part is missing")
             return cls._try(data, contents, numbers), numbers, cls.decoder
         except _Unreadable as reason:
             logger.warning("AdaSpark: read a video with PyAV, not %s: %s", cls.decoder, reason)

@@ -67,16 +67,21 @@ def refuse(name: str, value: Any, why: str) -> None:
     raise ValueError(f"media_io_kwargs.video.{name}={value!r}: {why}")
 
 
-def number_of_frames(seconds: float, most: int, options: Options) -> int:
-    """An even number of frames to take of a video so long, 0 where that is impossible.
+def number_of_frames(frames: int, fps: float, most: int | None, options: Options) -> int:
+    """An even number of frames to take of a video, 0 where that is impossible.
 
     Args:
-        seconds: its length.
-        most: frames it has, or would have at the rate of its fastest part.
+        frames: it has.
+        fps: at which they come, in the mean.
+        most: where their rate varies, what ``most_frames`` says; None at a constant rate.
         options: what is asked for.
     """
-    limit = min(options.max_frames, most) // PAIR * PAIR
-    return int(min(max(seconds * options.fps, options.min_frames), limit) // PAIR * PAIR)
+    if most is None:
+        wanted = frames / fps * options.fps
+    else:  # from the first frame's time to the last one's, both included
+        wanted = (frames - 1) / fps * options.fps + 1
+    limit = min(options.max_frames, most or frames) // PAIR * PAIR
+    return int(min(max(wanted, options.min_frames), limit) // PAIR * PAIR)
 
 
 def at_constant_rate(frames: int, number: int) -> list[int]:
@@ -88,10 +93,10 @@ def at_constant_rate(frames: int, number: int) -> list[int]:
     return torch.clamp(taken, max=frames - 1).tolist()
 
 
-def most_frames(contents: Contents) -> int:
-    """Frames that the video would have if it all came as fast as its fastest part."""
+def most_frames(contents: Contents) -> int | None:
+    """Frames that it would have if all came as fast as its fastest part; None at a constant rate."""
     if contents.constant:
-        return contents.frames
+        return None
     gaps = np.diff(contents.times)
     return 1 + math.floor(contents.times[-1] / gaps[gaps > 0].min() + 0.5)
 
@@ -110,7 +115,8 @@ def sample(contents: Contents, options: Options) -> Sample:
     Raises:
         VideoError: no pair of frames can be taken.
     """
-    number = number_of_frames(contents.seconds, most_frames(contents), options)
+    most = most_frames(contents)
+    number = number_of_frames(contents.frames, contents.fps, most, options)
     if number < PAIR or contents.frames < PAIR:
         raise VideoError(
             f"Qwen2.5-VL takes a video's frames in pairs, and of this one's {contents.frames} "
