@@ -164,11 +164,11 @@ def test_variable_rate_is_sampled_at_even_times(container, loader) -> None:
     """At each time what a player shows then; the last frame is seen."""
     numbers, metadata = shown(encode(container, times=UNEVEN), loader)
     step = seconds_apart(metadata)
-    assert step == pytest.approx(0.5, rel=0.02)
+    assert step == pytest.approx(0.5)
     expected = np.searchsorted(UNEVEN, np.arange(len(numbers)) * step + 1e-3, side="right") - 1
     assert metadata.frames_indices == expected.tolist()
     assert numbers == [number % 256 for number in expected]
-    assert metadata.frames_indices[0] == 0 and metadata.frames_indices[-1] == 324
+    assert metadata.frames_indices[0] == 0 and metadata.frames_indices[-2:] == [324, 324]
     assert {*range(300, 325)} <= set(metadata.frames_indices), "every frame of the sparse part"
 
 
@@ -176,20 +176,20 @@ def test_a_burst_among_few_frames_is_seen() -> None:
     """No fewer frames than fps asks for, though the file has fewer."""
     numbers, metadata = shown(encode(times=[0, 20, 20.5, 21, 21.5, 40]))
     assert set(numbers) == set(range(6))
-    assert len(numbers) == 80 and seconds_apart(metadata) == pytest.approx(40 / 79)
+    assert len(numbers) == 82 and seconds_apart(metadata) == pytest.approx(0.5)
 
 
 def test_max_frames_of_a_variable_rate() -> None:
     numbers, metadata = shown(encode(times=UNEVEN), max_frames=8)
     assert len(numbers) == 8 and metadata.frames_indices[-1] == 324
-    assert seconds_apart(metadata) == pytest.approx(58 / 7, rel=1e-3)
+    assert seconds_apart(metadata) == pytest.approx(58 / 6)
 
 
 def test_a_clock_of_milliseconds_is_a_constant_rate() -> None:
     data = encode("matroska", rate=Fraction(30000, 1001), frames=100)
     contents = scan(data)
     assert contents.constant and contents.fps == pytest.approx(30000 / 1001)
-    stock, metadata = Qwen2VLVideoBackend.load_bytes(data)
+    _, metadata = Qwen2VLVideoBackend.load_bytes(data)
     assert shown(data)[1].frames_indices == metadata["frames_indices"]
 
 
@@ -293,7 +293,7 @@ def test_where_the_middle_is_damaged_the_last_picture_stays(loader, warnings) ->
 def test_a_broadcast_that_is_joined_late() -> None:
     """Nothing before the first keyframe can be decoded: it is left out."""
     data = encode("mpegts", frames=100, gop=50)
-    numbers, metadata = shown(data[len(data) // 4 // 188 * 188 :])
+    numbers, _ = shown(data[len(data) // 4 // 188 * 188 :])
     assert numbers[0] >= 25 and numbers == sorted(set(numbers)) and numbers[-1] >= 90
 
 

@@ -87,26 +87,34 @@ def scan(data: bytes) -> Contents:
         hdr = stream.codec_context.color_trc in HDR_TRANSFERS
         # libavformat guesses the order of an AVI's frames, and guesses wrong.
         guessed = name == "avi" and bool(stream.codec_context.has_b_frames)
-        counted = guessed or None in order or len(set(order)) < min(len(order), 2)
+        counted = guessed or None in order or (len(order) > 1 and len(set(order)) == 1)
     if not any(shown):
         raise VideoError("the video has no frames")
+    shown = np.array(shown)
     if counted:
         rate = rates[0] if rates else DEFAULT_RATE
         numbers = np.where(shown, np.cumsum(shown) - 1, -1)
-        times = np.arange(sum(shown)) / float(rate)
-        return Contents(
-            times, float(rate), True, claimed, name, whole, hdr, numbers, np.array(keys), True
-        )
-    ticks, visible = np.array(order), np.flatnonzero(shown)
-    visible = visible[np.argsort(ticks[visible], kind="stable")]
-    numbers = np.full(len(ticks), -1)
-    numbers[visible] = np.arange(len(visible))
-    ticks = ticks[visible] - ticks[visible[0]]
-    rate = _constant_rate(ticks, rates, base)
-    times = ticks * float(base)
-    fps = float(rate) if rate is not None else (len(times) - 1) / times[-1]
-    constant = rate is not None
-    return Contents(times, fps, constant, claimed, name, whole, hdr, numbers, np.array(keys), False)
+        times = np.arange(shown.sum()) / float(rate)
+    else:
+        ticks, visible = np.array(order), np.flatnonzero(shown)
+        visible = visible[np.argsort(ticks[visible], kind="stable")]
+        numbers = np.full(len(ticks), -1)
+        numbers[visible] = np.arange(len(visible))
+        ticks = ticks[visible] - ticks[visible[0]]
+        rate = _constant_rate(ticks, rates, base)
+        times = ticks * float(base)
+    return Contents(
+        times=times,
+        fps=float(rate) if rate is not None else (len(times) - 1) / times[-1],
+        constant=rate is not None,
+        claimed_seconds=claimed,
+        container=name,
+        whole=whole,
+        hdr=hdr,
+        numbers=numbers,
+        keys=np.array(keys),
+        counted=counted,
+    )
 
 
 @contextmanager

@@ -78,8 +78,8 @@ def number_of_frames(frames: int, fps: float, most: int | None, options: Options
     """
     if most is None:
         wanted = frames / fps * options.fps
-    else:  # from the first frame's time to the last one's, both included
-        wanted = (frames - 1) / fps * options.fps + 1
+    else:  # from the first frame's time to the last one's, and the last one a whole pair
+        wanted = (frames - 1) / fps * options.fps + PAIR
     limit = min(options.max_frames, most or frames) // PAIR * PAIR
     return int(min(max(wanted, options.min_frames), limit) // PAIR * PAIR)
 
@@ -94,7 +94,7 @@ def at_constant_rate(frames: int, number: int) -> list[int]:
 
 
 def most_frames(contents: Contents) -> int | None:
-    """Frames that it would have if all came as fast as its fastest part; None at a constant rate."""
+    """Frames it would have if all came as fast as its fastest part; None at a constant rate."""
     if contents.constant:
         return None
     gaps = np.diff(contents.times)
@@ -125,10 +125,11 @@ def sample(contents: Contents, options: Options) -> Sample:
     if contents.constant:
         numbers = at_constant_rate(contents.frames, number)
         return Sample(numbers, contents.seconds / len(numbers))
-    times = np.linspace(0, contents.times[-1], number)
-    # A microsecond: the last time must find the last frame.
-    numbers = np.searchsorted(contents.times, times + 1e-6, side="right") - 1
-    return Sample(numbers.tolist(), float(times[1]))
+    # The last frame, however short, fills the last pair: half of one would be half a picture.
+    step = float(contents.times[-1]) / max(number - PAIR, 1)
+    # A microsecond: the time of the last frame must find it.
+    times = np.arange(number) * step + 1e-6
+    return Sample((np.searchsorted(contents.times, times, side="right") - 1).tolist(), step)
 
 
 def metadata(contents: Contents, taken: Sample, read: list[int], backend: str) -> dict[str, Any]:
