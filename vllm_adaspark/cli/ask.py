@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     # All that can be refused is refused before the engine starts.
     data = _read(args.video, quiet=args.json)
     video = media.probe(data, args.video)
+    for remark in video.remarks:
+        print(f"VIDEO: {remark}", file=sys.stderr)
     cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
 
     from . import offline
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     offline.prepare_environment()
     rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
     options = offline.engine_options(model.name, rest)
-    with Progress("decode", None, "frames", quiet=args.json) as decoding:
+    with Progress("decode", None, "packets", quiet=args.json) as decoding:
         frames = offline.decode(data, sampling, options, decoding)
     with ExitStack() as stack:
         with Progress("start", None, "", quiet=args.json) as starting:
