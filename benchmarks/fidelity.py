@@ -19,8 +19,8 @@ import inputs
 import torch
 from inputs import BLOCK, HEADS, KINDS, QUESTION, Inputs
 
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.reference import Tile, paper_attention, tile_attention
+from vllm_adaspark.methods.adaspark.reference import Tile, paper_attention, tile_attention
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 UNIFORM_KEEP = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)

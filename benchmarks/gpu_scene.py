@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cubes import spread_tokens
 from vllm_adaspark.kernels import nucleus, score
 from vllm_adaspark.kernels.tables import compact_tables
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.video.order import spread_tokens
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from vllm import _custom_ops, envs
 from vllm.v1.attention.backends import cpu_attn
 
-from vllm_adaspark.attention.adapters import adapter_for
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.adapters import adapter_for
+from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import Request
-from vllm_adaspark.runtime import Runtime
+from vllm_adaspark.step import Runtime
 
 
 class PagedLayer:

@@ -51,7 +51,7 @@ def ask(llm, video, questions, settings: dict | None) -> tuple[list[str], dict]:
     from evaluate import PROMPT
     from vllm import SamplingParams
 
-    from vllm_adaspark.reports import merge_reports
+    from vllm_adaspark.accounts.reports import merge_reports
 
     sampling = SamplingParams(max_tokens=4, temperature=0)
     prompts = [

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_adaspark.cubes import cube_order
+from vllm_adaspark.video.order import cube_order
 
 GRID = (16, 8, 16)  # merged tokens (T, H, W): 32 cubes of 64
 CUBE = (4, 4, 4)

@@ -18,9 +18,9 @@ import numpy as np
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.patches import Patch
 
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cubes import block_spread, cube_order
-from vllm_adaspark.reference import tile_attention
+from vllm_adaspark.methods.adaspark.reference import tile_attention
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.video.order import block_spread, cube_order
 
 GRID = (8, 8, 16)  # frames, rows, columns of merged tokens
 CUBE = (4, 4, 4)

@@ -26,7 +26,7 @@ from finetune_data import NEEDLE, Clip, JsonLines, NeedleVideos
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vllm_adaspark.config import COMPENSATIONS, SELECTIONS, AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, SELECTIONS, AdaSparkConfig
 from vllm_adaspark.training import enable_sparse_training
 from vllm_adaspark.training.enable import checkpoint_settings
 

@@ -92,7 +92,7 @@ def answers(llm, processor, paths: list[Path], options: argparse.Namespace) -> I
 
 def costs_by_id(llm) -> dict[str, dict]:
     """AdaSpark's shares of the last requests."""
-    from vllm_adaspark.reports import merge_reports
+    from vllm_adaspark.accounts.reports import merge_reports
 
     requests = merge_reports(llm.collective_rpc("adaspark_report"))["requests"]
     return {

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .config import COMPENSATIONS, IMPORTANCES, OFF, SELECTIONS, AdaSparkConfig
-from .selection import BUDGET
+from .methods.adaspark.choose import BUDGET
+from .methods.adaspark.settings import COMPENSATIONS, IMPORTANCES, OFF, SELECTIONS, AdaSparkConfig
 
 FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .config import (
+from .methods.adaspark.settings import (
     CHECKPOINT_KEY,
     CUBE_VOLUMES,
     SERVER_KEY,
@@ -186,7 +186,7 @@ def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
     """Keep the FFN op, whose sizes depend on the data, out of piecewise CUDA graphs."""
     from vllm.platforms import current_platform
 
-    from .ffn import OP_NAME
+    from .models.sparse_mlp import OP_NAME
 
     compilation = vllm_config.compilation_config
     if not current_platform.is_cuda_alike():

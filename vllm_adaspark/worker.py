@@ -26,16 +26,16 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from .accounting import Account, ModelShape
-from .attention.plan import MAX_TEXT_TILES, StepPlan
-from .attention.state import KeySums, StepRows
-from .budget import prompt_cost
-from .ledger import Ledger, keep_counts
+from .accounts.account import Account, ModelShape
+from .accounts.ledger import Ledger, keep_counts
+from .accounts.reports import request_report, told_settings
+from .methods.adaspark.budget import prompt_cost
+from .methods.adaspark.plan import MAX_TEXT_TILES, StepPlan
 from .observing import observing
-from .reports import request_report, told_settings
+from .paged.state import KeySums, StepRows
 from .requests import Request, RequestTable, mask_of, settings_of, videos_of
-from .runtime import Runtime
-from .tracing.worker import TracingWorker
+from .step import Runtime
+from .traces.worker import TracingWorker
 
 logger = init_logger("vllm.adaspark")
 

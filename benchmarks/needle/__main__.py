@@ -15,7 +15,7 @@ from pathlib import Path
 
 from server import ServerFailed  # examples/demo
 
-from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
 
 from . import NEEDLE, ROOT, grid, plots, report, results
 from .run import Run

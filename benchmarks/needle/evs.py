@@ -7,7 +7,7 @@ sees the others.  Its FLOPs are those of a dense prompt with so many tokens; tex
 
 from __future__ import annotations
 
-from vllm_adaspark.cost import Model
+from vllm_adaspark.accounts.cost import Model
 
 from .videos import Cell
 

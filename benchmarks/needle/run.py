@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_adaspark.cost import Model, read_model
+from vllm_adaspark.accounts.cost import Model, read_model
 
 from . import evs
 from .ask import Answers, ask

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from harness import PagedLayer, one_request
 
-from vllm_adaspark.accounting import count_step
-from vllm_adaspark.attention.score import choose_cubes
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.accounts.account import count_step
+from vllm_adaspark.methods.adaspark.score import choose_cubes
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.requests import Request
 
 from .record import DENSE, Cell, Record, in_turn, progress

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from harness import one_request
 
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.ffn import active_tokens, sparse_ffn
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.requests import Request
-from vllm_adaspark.token_ffn import active_tokens, sparse_ffn
 
 from .record import DENSE, Cell, Record, in_turn, progress
 

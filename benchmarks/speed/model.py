@@ -14,7 +14,7 @@ from pathlib import Path
 import checkpoint as demo_checkpoint  # examples/demo
 import video as demo_video  # examples/demo
 
-from vllm_adaspark.accounting import ModelShape
+from vllm_adaspark.accounts.account import ModelShape
 
 LAYERS = 4
 SHAPES = {

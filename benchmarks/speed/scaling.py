@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_adaspark.attention.state import KeySums
+from vllm_adaspark.paged.state import KeySums
 
 from .attention import SHAPE, USUAL, selection_share
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from vllm_adaspark.cli import main as vllm_adaspark
 from vllm_adaspark.cli.redact import redact_text
-from vllm_adaspark.config import OFF, AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import OFF, AdaSparkConfig, AdaSparkConfigError
 
 KEY_FILES = {"VLLM_API_KEY_FILE": "VLLM_API_KEY", "HF_TOKEN_FILE": "HF_TOKEN"}
 READ = ("MODEL", "ADASPARK", "HTTP", "HOST", "PORT", "VLLM_ARGS")

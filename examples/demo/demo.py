@@ -142,8 +142,8 @@ def ask(url: str, video: Path, question: str, max_tokens: int) -> tuple[str, str
 
 def draw(url: str, answer: str, path: Path) -> str:
     """Save a picture of what an answer attended; returns the trace's id."""
-    from vllm_adaspark.picture import save_heatmap
-    from vllm_adaspark.tracing.reader import read_http
+    from vllm_adaspark.traces.picture import save_heatmap
+    from vllm_adaspark.traces.reader import read_http
 
     trace = read_http(url, answer)
     save_heatmap(trace, path)

@@ -9,7 +9,7 @@ import shlex
 import pytest
 from deploy_tools import DEPLOY, ENTRYPOINT, ROOT, serve_arguments
 
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
 

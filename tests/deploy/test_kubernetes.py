@@ -10,7 +10,7 @@ import yaml
 from deploy_tools import DEPLOY, module, parse_serve, passes, serve_arguments, tool
 
 from vllm_adaspark import ARCHITECTURE, __version__
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 KUBERNETES = DEPLOY / "kubernetes"
 FOLDERS = ("server", "multi-node", "monitoring")

@@ -152,6 +152,6 @@ def ask(llm, prompts: list[dict], max_tokens: int = 6, logprobs: int = 8) -> lis
 
 def last_reports(llm, count: int = 1) -> list[dict]:
     """Accounts of the last requests, oldest first."""
-    from vllm_adaspark.reports import merge_reports  # see test_isolation.py
+    from vllm_adaspark.accounts.reports import merge_reports  # see test_isolation.py
 
     return merge_reports(llm.collective_rpc("adaspark_report"))["requests"][-count:]

@@ -19,7 +19,7 @@ from engine.twin import TwinModel
 from vllm_adaspark.analysis.measure import Prompt
 from vllm_adaspark.analysis.study import StudyError, _queries
 from vllm_adaspark.cli import main
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.video import VideoLoader
 
 pytestmark = pytest.mark.engine

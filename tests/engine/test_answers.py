@@ -19,7 +19,7 @@ from engine.engines import (
     video_prompt,
 )
 from engine.twin import TwinModel
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 pytestmark = pytest.mark.engine
 CLOSE = 1e-3  # of log-probabilities in float32

@@ -10,9 +10,9 @@ import video as demo_video  # examples/demo
 from PIL import Image
 
 import engine.engines  # noqa: F401, sets the environment of engines in this process
+from vllm_adaspark.accounts.cost import Sampling, Video, cost, read_model
 from vllm_adaspark.cli import main
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cost import Sampling, Video, cost, read_model
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 pytestmark = pytest.mark.engine
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 # What registering brings; everything else belongs to a server with our architecture.
 AT_MOST = {
     "vllm_adaspark",
-    "vllm_adaspark.config",
+    "vllm_adaspark.methods.adaspark.settings",
     "vllm_adaspark.startup",
     "vllm_adaspark.requests",
 }

@@ -11,7 +11,7 @@ import torch
 
 from engine.engines import SPARSE, ask, clip, engine, video_prompt
 from vllm_adaspark import worker
-from vllm_adaspark.attention.state import KeySums
+from vllm_adaspark.paged.state import KeySums
 from vllm_adaspark.worker import room_beside_key_sums, step_bytes
 
 pytestmark = pytest.mark.engine

@@ -20,9 +20,9 @@ from engine.engines import (
     video_prompt,
 )
 from engine.twin import TwinModel
-from vllm_adaspark.accounting import ModelShape
-from vllm_adaspark.budget import prompt_cost
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.accounts.account import ModelShape
+from vllm_adaspark.methods.adaspark.budget import prompt_cost
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 pytestmark = pytest.mark.engine
 CLOSE = 1e-3  # of log-probabilities in float32

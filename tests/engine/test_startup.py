@@ -16,7 +16,7 @@ from vllm import EngineArgs
 
 from engine.engines import SPARSE
 from vllm_adaspark import ARCHITECTURE
-from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
 
 pytestmark = pytest.mark.engine
 REFUSED_SECONDS = 120  # it takes about 12

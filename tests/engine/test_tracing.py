@@ -12,9 +12,9 @@ from PIL import Image
 
 from engine.engines import SPARSE, ask, clip, engine, last_reports, video_prompt
 from vllm_adaspark import observing
-from vllm_adaspark.picture import save_heatmap
-from vllm_adaspark.tracing import reader
-from vllm_adaspark.tracing.trace import unpack_bits
+from vllm_adaspark.traces import reader
+from vllm_adaspark.traces.picture import save_heatmap
+from vllm_adaspark.traces.trace import unpack_bits
 
 pytestmark = pytest.mark.engine
 CLOSE = 1e-3  # of log-probabilities in float32
@@ -211,20 +211,20 @@ def a_trace_without_room_takes_nobodys_place(llm) -> None:
 
 
 BREAK = {
-    "starting a trace": "vllm_adaspark.tracing.worker.settings_of",
-    "recording what a layer chose": "vllm_adaspark.tracing.step._pack",
-    "filing a step's traces": "vllm_adaspark.tracing.worker.chunk_of",
-    "keeping a traced answer": "vllm_adaspark.tracing.trace.Trace.add_answer",
-    "traces before a step": "vllm_adaspark.tracing.worker.Tracer.before_step",
-    "traces after a step": "vllm_adaspark.tracing.worker.Tracer.after_step",
-    "listing traces": "vllm_adaspark.tracing.trace.Trace.summary",
-    "reading a trace": "vllm_adaspark.tracing.trace.Trace.meta",
-    "making a trace's frames": "vllm_adaspark.tracing.frames.unpatchify",
-    "the account of a step": "vllm_adaspark.ledger.count_step",
+    "starting a trace": "vllm_adaspark.traces.worker.settings_of",
+    "recording what a layer chose": "vllm_adaspark.traces.step._pack",
+    "filing a step's traces": "vllm_adaspark.traces.worker.chunk_of",
+    "keeping a traced answer": "vllm_adaspark.traces.trace.Trace.add_answer",
+    "traces before a step": "vllm_adaspark.traces.worker.Tracer.before_step",
+    "traces after a step": "vllm_adaspark.traces.worker.Tracer.after_step",
+    "listing traces": "vllm_adaspark.traces.trace.Trace.summary",
+    "reading a trace": "vllm_adaspark.traces.trace.Trace.meta",
+    "making a trace's frames": "vllm_adaspark.traces.frames.unpatchify",
+    "the account of a step": "vllm_adaspark.accounts.ledger.count_step",
     "the account of a request": "vllm_adaspark.worker.request_report",
     "accounts": "vllm_adaspark.worker.RequestAccounts.settle",
-    "the settings in accounts": "vllm_adaspark.ledger.Ledger.admit",
-    "reading accounts": "vllm_adaspark.ledger.Ledger.report",
+    "the settings in accounts": "vllm_adaspark.accounts.ledger.Ledger.admit",
+    "reading accounts": "vllm_adaspark.accounts.ledger.Ledger.report",
 }
 
 

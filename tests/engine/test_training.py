@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from engine.engines import VIDEO, Answer, ask, chat, clip, engine, last_reports, video_prompt
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.training import enable_sparse_training
 
 pytestmark = pytest.mark.engine

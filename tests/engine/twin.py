@@ -11,9 +11,9 @@ import torch
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
 
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cubes import cube_order
-from vllm_adaspark.reference import Tile, tile_attention, tile_ffn
+from vllm_adaspark.methods.adaspark.reference import Tile, tile_attention, tile_ffn
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.video.order import cube_order
 
 
 class TwinModel:

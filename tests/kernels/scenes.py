@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from vllm_adaspark import requests
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.state import StepRows
 
 
 @dataclass

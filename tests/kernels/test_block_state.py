@@ -11,8 +11,8 @@ from harness import PagedLayer, cpu_takes_fp8
 
 from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
 from kernels.test_fast_path import check_step, chosen_by_tile, record_choices
-from vllm_adaspark.attention.state import KeySums
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.state import KeySums
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
 CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)

@@ -12,10 +12,10 @@ import torch
 from harness import PagedLayer
 
 from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
-from vllm_adaspark.attention import backend
-from vllm_adaspark.attention.plan import DENSE
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.reference import Tile, tile_attention
+from vllm_adaspark.methods.adaspark.plan import DENSE
+from vllm_adaspark.methods.adaspark.reference import Tile, tile_attention
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged import backend
 
 CASES = 240
 # A bf16 logit may round the other way on another CPU, which moves a pooled probability a little.

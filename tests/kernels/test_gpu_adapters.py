@@ -15,9 +15,9 @@ from harness import PagedLayer
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
 from kernels.scenes import gather, known_of, random_request, relative_rms, rows_of
-from vllm_adaspark.attention.adapters import SUPPORTED, adapter_for
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.runtime import Runtime
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.adapters import SUPPORTED, adapter_for
+from vllm_adaspark.step import Runtime
 
 SHAPE = dict(heads=6, kv_heads=2, head_size=32, dtype=torch.float32)
 CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)

@@ -11,7 +11,7 @@ import torch
 from harness import PagedLayer
 
 from kernels.scenes import gather, known_of, random_request, rows_of
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
 CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1, dense_layers=3, p_ffn=0.7)

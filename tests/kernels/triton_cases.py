@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from kernels.scenes import gather, known_of, random_request, rows_of
-from vllm_adaspark import kernels, selection
-from vllm_adaspark.attention import score as attention_score
-from vllm_adaspark.attention import tables as attention_tables
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import KeySums
-from vllm_adaspark.config import COMPENSATIONS, AdaSparkConfig
+from vllm_adaspark import kernels
 from vllm_adaspark.kernels import ffn, nucleus, score, tables
+from vllm_adaspark.methods.adaspark import choose as selection
+from vllm_adaspark.methods.adaspark import score as attention_score
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
+from vllm_adaspark.paged import tables as attention_tables
+from vllm_adaspark.paged.state import KeySums
 
 assert kernels.interpreted(), "run through tests/kernels/test_triton.py"
 
@@ -434,8 +435,8 @@ def test_layer_ffn_equals_torch(
 ) -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from vllm_adaspark import ffn as plugin_ffn
-    from vllm_adaspark import token_ffn
+    from vllm_adaspark.methods.adaspark import ffn as token_ffn
+    from vllm_adaspark.models import sparse_mlp as plugin_ffn
 
     config = AdaSparkConfig(
         p_ffn=0.5, importance=importance, compensation=compensation, cube=(2, 4, 4)

@@ -18,8 +18,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Served, about, mm
 
-from vllm_adaspark.accounting import Account, ModelShape
-from vllm_adaspark.ledger import EDGES
+from vllm_adaspark.accounts.account import Account, ModelShape
+from vllm_adaspark.accounts.ledger import EDGES
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]

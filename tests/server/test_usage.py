@@ -15,7 +15,7 @@ import pytest
 import video as demo_video  # examples/demo
 from serving import Served, about, data_url, mm
 
-from vllm_adaspark.accounting import Account, ModelShape
+from vllm_adaspark.accounts.account import Account, ModelShape
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 FIELDS = {

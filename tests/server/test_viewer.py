@@ -19,9 +19,9 @@ from server import VllmServer  # examples/demo
 from serving import Served, mm
 
 from vllm_adaspark import ARCHITECTURE
-from vllm_adaspark.cubes import cube_order
-from vllm_adaspark.picture import cube_heat, gradient, save_heatmap
-from vllm_adaspark.tracing import reader
+from vllm_adaspark.traces import reader
+from vllm_adaspark.traces.picture import cube_heat, gradient, save_heatmap
+from vllm_adaspark.video.order import cube_order
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 START_SECONDS = 240

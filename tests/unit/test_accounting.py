@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.accounting import Account, ModelShape, count_step
-from vllm_adaspark.attention import planner
-from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.accounts.account import Account, ModelShape, count_step
+from vllm_adaspark.methods.adaspark import planner
+from vllm_adaspark.methods.adaspark.plan import DENSE, TEXT, VIDEO, StepPlan
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import Request
 
 BLOCK = 32

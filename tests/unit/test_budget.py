@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.accounting import ModelShape
-from vllm_adaspark.attention import plan as plans
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.budget import LEAST_SHARE, prompt_cost
-from vllm_adaspark.config import COMPENSATIONS, AdaSparkConfig
+from vllm_adaspark.accounts.account import ModelShape
+from vllm_adaspark.methods.adaspark import plan as plans
+from vllm_adaspark.methods.adaspark.budget import LEAST_SHARE, prompt_cost
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
+from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=64, heads=4, kv_heads=2, head_size=16, intermediate=160)

@@ -19,7 +19,7 @@ import video as demo_video  # examples/demo
 
 from vllm_adaspark import ARCHITECTURE, __version__
 from vllm_adaspark.cli import COMMANDS, doctor, main, media, progress, serve, settings
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 PROGRAM = "import sys; from vllm_adaspark.cli import main; sys.exit(main())"
 WRITTEN = ("serve", "ask", "inspect", "doctor")

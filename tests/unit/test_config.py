@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError, settled
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError, settled
 
 # Keys that a request may not set; the first two decide what is computed, so a checkpoint may.
 TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4}

@@ -11,9 +11,7 @@ import pytest
 import torch
 import video as demo_video  # examples/demo
 
-from vllm_adaspark.cli.media import probe
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cost import (
+from vllm_adaspark.accounts.cost import (
     PRESETS,
     CostError,
     FrameRules,
@@ -24,6 +22,8 @@ from vllm_adaspark.cost import (
     resized,
     sampled_frames,
 )
+from vllm_adaspark.cli.media import probe
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 CONFIG = AdaSparkConfig()
 HD = Video(frames=108_000, fps=30.0, width=1280, height=720)  # an hour

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from vllm_adaspark.cubes import block_spread, cube_order, spread_tokens
+from vllm_adaspark.video.order import block_spread, cube_order, spread_tokens
 
 IDEAL = 3.75  # mean squared spread of a 4x4x4 box
 

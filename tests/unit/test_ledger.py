@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark import ledger as ledger_module
 from vllm_adaspark import observing as observing_module
-from vllm_adaspark.accounting import ModelShape, count_step
-from vllm_adaspark.attention.plan import DENSE, StepPlan
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
+from vllm_adaspark.accounts import ledger as ledger_module
+from vllm_adaspark.accounts.account import ModelShape, count_step
+from vllm_adaspark.accounts.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
+from vllm_adaspark.accounts.reports import told_settings
+from vllm_adaspark.accounts.request_ids import search_name, unnumbered
+from vllm_adaspark.methods.adaspark.plan import DENSE, StepPlan
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.observing import observing
-from vllm_adaspark.reports import told_settings
-from vllm_adaspark.request_ids import search_name, unnumbered
+from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)

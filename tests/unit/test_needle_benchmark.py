@@ -12,8 +12,8 @@ from needle import evs, grid, intervals, plots, report, results, run, servers, t
 from needle.videos import Cell
 from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cost import PRESETS
+from vllm_adaspark.accounts.cost import PRESETS
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 # Videos
 

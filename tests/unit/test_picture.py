@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllm_adaspark.cubes import cube_order
-from vllm_adaspark.picture import ALWAYS, NEVER, OPACITY, colors, cubes_of, gradient, save_heatmap
+from vllm_adaspark.traces.picture import (
+    ALWAYS,
+    NEVER,
+    OPACITY,
+    colors,
+    cubes_of,
+    gradient,
+    save_heatmap,
+)
+from vllm_adaspark.video.order import cube_order
 
 LAYERS = [0, 1, 2]
 GRID, CUBE, OFFSET, SIZE = (8, 8, 8), (4, 4, 4), 64, 64  # eight exact cubes

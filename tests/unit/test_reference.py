@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.reference import paper_attention, paper_ffn, tile_attention, tile_ffn
+from vllm_adaspark.methods.adaspark.reference import (
+    paper_attention,
+    paper_ffn,
+    tile_attention,
+    tile_ffn,
+)
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 B = 8  # KV block
 HEADS, KV_HEADS, D = 4, 2, 16

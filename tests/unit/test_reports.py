@@ -8,9 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from vllm_adaspark.accounting import Account, ModelShape, StepCounts
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.reports import (
+from vllm_adaspark.accounts.account import Account, ModelShape, StepCounts
+from vllm_adaspark.accounts.reports import (
     merge_engines,
     merge_ranks,
     merge_reports,
@@ -18,6 +17,7 @@ from vllm_adaspark.reports import (
     told_settings,
     usage,
 )
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=4, head_size=2, intermediate=16)

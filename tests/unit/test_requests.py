@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.choose import BUDGET
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import (
     Request,
     RequestTable,
@@ -19,8 +20,7 @@ from vllm_adaspark.requests import (
     pack_settings,
     unpack_settings,
 )
-from vllm_adaspark.runtime import Runtime
-from vllm_adaspark.selection import BUDGET
+from vllm_adaspark.step import Runtime
 
 VIDEO = SimpleNamespace(modality="video")
 IMAGE = SimpleNamespace(modality="image")

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.config import SELECTIONS, AdaSparkConfig
-from vllm_adaspark.reference_choice import choose, choose_under_budget
-from vllm_adaspark.selection import (
+from vllm_adaspark.methods.adaspark.choose import (
     BUDGET,
     TOP_K,
     TOP_P,
@@ -18,6 +16,8 @@ from vllm_adaspark.selection import (
     under_budget,
     uniform,
 )
+from vllm_adaspark.methods.adaspark.reference_choice import choose, choose_under_budget
+from vllm_adaspark.methods.adaspark.settings import SELECTIONS, AdaSparkConfig
 
 
 def one_row(rule, probs, share, min_keep=1, valid=None):

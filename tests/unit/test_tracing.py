@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import StepRows
-from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.cubes import cube_order
+from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import Request
-from vllm_adaspark.tracing import reader
-from vllm_adaspark.tracing.frames import (
+from vllm_adaspark.traces import reader
+from vllm_adaspark.traces.frames import (
     MAX_WAITING,
     FrameMaker,
     Frames,
@@ -27,9 +26,10 @@ from vllm_adaspark.tracing.frames import (
     frame_room,
     unpatchify,
 )
-from vllm_adaspark.tracing.step import StepTrace, chunk_of, counted_bytes
-from vllm_adaspark.tracing.store import Sizes, TraceStore, trace_id
-from vllm_adaspark.tracing.trace import Trace, Video, pack_bits, parse_source, unpack_bits
+from vllm_adaspark.traces.step import StepTrace, chunk_of, counted_bytes
+from vllm_adaspark.traces.store import Sizes, TraceStore, trace_id
+from vllm_adaspark.traces.trace import Trace, Video, pack_bits, parse_source, unpack_bits
+from vllm_adaspark.video.order import cube_order
 
 SIZE = 64
 LAYERS = range(2, 5)  # as on a second pipeline stage

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vllm_adaspark.attention.plan import DENSE
-from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
-from vllm_adaspark.cubes import cube_order
-from vllm_adaspark.reference import tile_attention, tile_ffn
+from vllm_adaspark.methods.adaspark.plan import DENSE
+from vllm_adaspark.methods.adaspark.reference import tile_attention, tile_ffn
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
 from vllm_adaspark.training import attention, disable_sparse_training, enable_sparse_training
 from vllm_adaspark.training.enable import checkpoint_settings
 from vllm_adaspark.training.ffn import sparse_mlp
 from vllm_adaspark.training.packing import pack
 from vllm_adaspark.training.prompt import Prompt, read_prompts
+from vllm_adaspark.video.order import cube_order
 
 SPARSE = AdaSparkConfig(p_attn=0.5, p_ffn=0.5, min_cubes=1, dense_below=2, cube=(2, 4, 4))
 SETTINGS = {

@@ -21,9 +21,9 @@ from transformers.video_utils import VideoMetadata
 from video_files import can_encode, encode, number_of, picture, sound
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen2VLVideoBackend
 
+from vllm_adaspark.accounts.cost import Sampling, sampled_frames
 from vllm_adaspark.cli import UsageError
 from vllm_adaspark.cli.media import probe
-from vllm_adaspark.cost import Sampling, sampled_frames
 from vllm_adaspark.video import decode
 from vllm_adaspark.video.container import scan
 from vllm_adaspark.video.load import (

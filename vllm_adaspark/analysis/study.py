@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..reports import merge_reports
+from ..accounts.reports import merge_reports
 from .measure import MASSES, Prompt
 from .probe import Probe
 

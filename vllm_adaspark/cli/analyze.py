@@ -113,8 +113,8 @@ def _analyze(
 def _case(llm: Any, prompt: dict[str, Any], path: Path) -> Path:
     """The heat map of a traced run at the server's own p."""
     from ..analysis.study import run as ask
-    from ..picture import save_heatmap
-    from ..tracing.reader import read_offline
+    from ..traces.picture import save_heatmap
+    from ..traces.reader import read_offline
 
     _say("sparse, traced")
     ask(llm, prompt, {"trace": True}, max_tokens=ANSWER_TOKENS)

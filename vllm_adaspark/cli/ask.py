@@ -135,8 +135,8 @@ def _with(prompt: dict[str, Any], settings: Any) -> dict[str, Any]:
 
 def _save_picture(llm: Any, path: Path) -> None:
     """The latest trace, which is that of the request that just ended."""
-    from ..picture import save_heatmap
-    from ..tracing.reader import read_offline
+    from ..traces.picture import save_heatmap
+    from ..traces.reader import read_offline
 
     try:
         save_heatmap(read_offline(llm), path)

@@ -257,7 +257,7 @@ def _attention() -> Finding:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
-    from ..attention.adapters import SUPPORTED
+    from ..paged.adapters import SUPPORTED
 
     config = VllmConfig()
     config.cache_config.block_size = 64

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what it costs."""
-    from .. import cost as costs
+    from ..accounts import cost as costs
     from . import media
 
     sampling = media.sampling(args)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _imagined(args: argparse.Namespace):
     """The video that ``--duration`` and ``--size`` describe."""
-    from ..cost import Video
+    from ..accounts.cost import Video
 
     if not args.duration or not args.size:
         raise UsageError(
@@ -192,7 +192,7 @@ def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: i
     Raises:
         UsageError: it cannot be asked, or the model has too few positions for it.
     """
-    from .. import cost as costs
+    from ..accounts import cost as costs
 
     try:
         cost = costs.cost(model, video, config, sampling, **tokens)

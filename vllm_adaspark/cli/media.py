@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cost import PRESETS, CostError, Model, Sampling, Video, read_model
+from ..accounts.cost import PRESETS, CostError, Model, Sampling, Video, read_model
 from ..video import decode
 from ..video.container import VideoError, scan
 from ..video.sampling import MAX_FPS, MAX_FRAMES, PAIR, most_frames

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import ARCHITECTURE
-from ..cost import Cost, Sampling
+from ..accounts.cost import Cost, Sampling
 from . import CommandError, UsageError
 from .progress import Progress
 from .vllm_options import merge
@@ -273,7 +273,7 @@ def _watch_encoder(llm: Any, progress: Progress) -> Iterator[None]:
 
 
 def _account(llm: Any, request_id: str) -> dict[str, Any] | None:
-    from ..reports import merge_reports
+    from ..accounts.reports import merge_reports
 
     try:
         requests = merge_reports(llm.collective_rpc("adaspark_report"))["requests"]

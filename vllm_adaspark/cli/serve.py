@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ARCHITECTURE
-from ..config import CHECKPOINT_KEY, SHORT_FOR, AdaSparkConfig
+from ..methods.adaspark.settings import CHECKPOINT_KEY, SHORT_FOR, AdaSparkConfig
 from . import PROGRAM, CommandError, UsageError
 from .redact import redact_arguments
 from .settings import add_settings, checked, given_settings, misspelt

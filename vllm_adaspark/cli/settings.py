@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from ..config import AdaSparkConfig, AdaSparkConfigError, settled
+from ..methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError, settled
 from . import UsageError
 
 

@@ -27,11 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import COMPENSATIONS
+from ..methods.adaspark.settings import COMPENSATIONS
 from . import interpreted
 
 if TYPE_CHECKING:
-    from ..attention.plan import FFNPlan
+    from ..methods.adaspark.plan import FFNPlan
 
 CENTROID, MEAN = (COMPENSATIONS.index(name) for name in ("centroid", "mean"))
 

@@ -20,17 +20,11 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.platforms import current_platform
 
-from ..accounting import ModelShape
-from ..budget import prompt_cost
-from ..config import AdaSparkConfig, AdaSparkConfigError
+from ..accounts.account import ModelShape
+from ..methods.adaspark.budget import prompt_cost
+from ..methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
 from ..requests import FIELD, mask_of, pack_settings
-from .checks import (
-    Grid,
-    check_embeddings,
-    check_positions,
-    check_processor_kwargs,
-    position_limit,
-)
+from .checks import Grid, check_embeddings, check_positions, check_processor_kwargs, position_limit
 from .sent_items import sent_items
 
 REQUEST_KEY = "adaspark"  # in mm_processor_kwargs

@@ -22,10 +22,10 @@ from vllm.model_executor.models.qwen2 import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index, maybe_prefix
 
-from ..attention.adapters import adapter_for
-from ..attention.backend import head_ranks
-from ..ffn import SparseMLP
-from ..runtime import Runtime
+from ..paged.adapters import adapter_for
+from ..paged.backend import head_ranks
+from ..step import Runtime
+from .sparse_mlp import SparseMLP
 
 
 class SparseDecoderLayer(Qwen2DecoderLayer):

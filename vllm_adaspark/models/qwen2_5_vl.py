@@ -31,10 +31,10 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from .. import LANGUAGE_MODEL
-from ..config import AdaSparkConfig
-from ..cubes import cube_order
+from ..methods.adaspark.settings import AdaSparkConfig
 from ..requests import FIELD, settings_of, unpack_settings, videos_of
-from ..runtime import Runtime
+from ..step import Runtime
+from ..video.order import cube_order
 from .processing import AdaSparkProcessingInfo, AdaSparkProcessor, resolved_config
 
 

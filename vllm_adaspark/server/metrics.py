@@ -25,9 +25,9 @@ from prometheus_client.core import (
 from vllm.logger import init_logger
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from ..accounting import Account
-from ..ledger import EDGES
-from ..reports import merge_ranks
+from ..accounts.account import Account
+from ..accounts.ledger import EDGES
+from ..accounts.reports import merge_ranks
 from .engine import SharedAnswer, ask_workers, engine_ranks
 from .refusals import LABELS, REQUESTS, REQUESTS_HELP
 

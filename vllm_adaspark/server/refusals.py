@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from ..config import AdaSparkConfigError
+from ..methods.adaspark.settings import AdaSparkConfigError
 from ..models.sent_items import sent_items
 
 REQUESTS = "vllm_adaspark:requests"

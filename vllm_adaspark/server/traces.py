@@ -16,7 +16,7 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from vllm.logger import init_logger
 
-from ..tracing import reader
+from ..traces import reader
 from .engine import ask_workers
 
 logger = init_logger("vllm.adaspark")

@@ -20,8 +20,8 @@ from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.logger import init_logger
 
-from .. import reports
-from ..accounting import Account, ModelShape
+from ..accounts import reports
+from ..accounts.account import Account, ModelShape
 from ..observing import observing
 from .engine import ask_workers
 from .refusals import count_error, count_refusal

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..attention.plan import AttentionPlan
-from ..attention.score import choose_cubes
-from ..attention.state import KeySums
+from ..methods.adaspark.plan import AttentionPlan
+from ..methods.adaspark.score import choose_cubes
+from ..paged.state import KeySums
 from .packing import Step
 
 NAME = "adaspark"  # as attn_implementation

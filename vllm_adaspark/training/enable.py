@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
-from ..config import (
+from ..methods.adaspark.settings import (
     CHECKPOINT_KEY,
     CUBE_VOLUMES,
     AdaSparkConfig,

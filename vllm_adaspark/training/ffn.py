@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..token_ffn import active_tokens, sparse_ffn
+from ..methods.adaspark.ffn import active_tokens, sparse_ffn
 from .packing import Step
 
 

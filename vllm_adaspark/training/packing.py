@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..accounting import ModelShape
-from ..attention.plan import StepPlan
-from ..attention.planner import build_plan
-from ..attention.state import StepRows
-from ..budget import prompt_cost
-from ..config import AdaSparkConfig
+from ..accounts.account import ModelShape
+from ..methods.adaspark.budget import prompt_cost
+from ..methods.adaspark.plan import StepPlan
+from ..methods.adaspark.planner import build_plan
+from ..methods.adaspark.settings import AdaSparkConfig
+from ..paged.state import StepRows
 from ..requests import Request
 from .prompt import Prompt
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import AdaSparkConfig
-from ..cubes import cube_order
+from ..methods.adaspark.settings import AdaSparkConfig
+from ..video.order import cube_order
 
 
 @dataclass(frozen=True)

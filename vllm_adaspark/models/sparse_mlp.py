@@ -24,9 +24,9 @@ from vllm.utils.torch_utils import (
     direct_register_custom_op,
 )
 
-from .kernels import use_triton
-from .runtime import Runtime
-from .token_ffn import active_tokens, sparse_ffn
+from ..kernels import use_triton
+from ..methods.adaspark.ffn import active_tokens, sparse_ffn
+from ..step import Runtime
 
 OP_NAME = "vllm::adaspark_ffn"
 
@@ -68,7 +68,7 @@ class SparseMLP(Qwen2MLP):
         if step.trace is not None:
             step.trace.tokens(self.adaspark_layer, active)
         if self._on_device(x):
-            from .kernels import ffn
+            from ..kernels import ffn
 
             weights = self.gate_up_proj.weight, self.down_proj.weight
             reduce = tensor_model_parallel_all_reduce if self.down_proj.tp_size > 1 else None
@@ -82,7 +82,7 @@ class SparseMLP(Qwen2MLP):
             isinstance(layer.quant_method, UnquantizedLinearMethod) for layer in layers
         ):
             return False
-        from .kernels import ffn
+        from ..kernels import ffn
 
         return ffn.waits_for_nothing(x, *(layer.weight for layer in layers))
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import COMPENSATIONS
-from ..cubes import spread_tokens
-from ..requests import Request, RowSettings
-from ..selection import BUDGET, UNIFORM, BudgetGroups
+from ...paged.state import KeyWrites, StepRows
+from ...requests import Request, RowSettings
+from ...video.order import spread_tokens
+from .choose import BUDGET, UNIFORM, BudgetGroups
 from .plan import (
     DENSE,
     FALLBACKS,
@@ -28,7 +28,7 @@ from .plan import (
     StepPlan,
     Tiles,
 )
-from .state import KeyWrites, StepRows
+from .settings import COMPENSATIONS
 
 
 def build_plan(

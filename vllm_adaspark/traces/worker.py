@@ -22,13 +22,13 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from ..attention.plan import StepPlan
-from ..attention.state import StepRows
+from ..accounts.reports import told_settings
+from ..accounts.request_ids import search_name
+from ..methods.adaspark.plan import StepPlan
 from ..observing import observing
-from ..reports import told_settings
-from ..request_ids import search_name
+from ..paged.state import StepRows
 from ..requests import settings_of, videos_of
-from ..runtime import Runtime
+from ..step import Runtime
 from .frames import FrameMaker, Frames, PatchShape
 from .step import StepTrace, chunk_of, counted_bytes
 from .store import Sizes, TraceStore, trace_id

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .config import AdaSparkConfig
+from .settings import AdaSparkConfig
 
 
 def choose(probs: torch.Tensor, config: AdaSparkConfig) -> tuple[torch.Tensor, float]:

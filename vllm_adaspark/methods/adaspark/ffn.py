@@ -27,10 +27,10 @@ from collections.abc import Callable
 
 import torch
 
-from . import selection
-from .attention.plan import FFNPlan
-from .config import COMPENSATIONS, IMPORTANCES
-from .kernels import use_triton
+from ...kernels import use_triton
+from . import choose as selection
+from .plan import FFNPlan
+from .settings import COMPENSATIONS, IMPORTANCES
 
 # Numbers measured at a time on a CPU, so that the float32 copies stay in its cache.
 SLAB_NUMBERS = 1 << 18
@@ -72,7 +72,7 @@ def active_tokens(
 def _norm(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """L2 norms ``[cubes, block_size]`` of ``x[tokens]``, fp32 at the least."""
     if use_triton(x):
-        from .kernels import ffn
+        from ...kernels import ffn
 
         return ffn.token_norms(x, tokens)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -82,7 +82,7 @@ def _norm(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _deviation(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """L2 distances from the cube's mean; shapes as in :func:`_norm`."""
     if use_triton(x):
-        from .kernels import ffn
+        from ...kernels import ffn
 
         return ffn.token_norms(x, tokens, centred=True)
     step = len(tokens)

@@ -21,9 +21,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from ..methods.adaspark.plan import AttentionPlan
+from ..methods.adaspark.score import choose_cubes
 from .heads import HeadRanks
-from .plan import AttentionPlan
-from .score import choose_cubes
 from .state import KeySums, StepRows
 from .tables import SharedTensors, VirtualBatch, build_tables, to_virtual
 

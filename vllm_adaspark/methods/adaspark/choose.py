@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .config import SELECTIONS, SHARE_STEPS
-from .kernels import use_triton
+from ...kernels import use_triton
+from .settings import SELECTIONS, SHARE_STEPS
 
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
 BUDGET = len(SELECTIONS)  # the rule of a request with a FLOPs budget, see under_budget
@@ -33,7 +33,7 @@ def top_p(
         ``[..., n]`` bool.  Ties go to the earlier entry.  (Paper: AdaS-Attn and AdaS-FFN.)
     """
     if use_triton(probs):
-        from .kernels import nucleus
+        from ...kernels import nucleus
 
         if nucleus.takes(probs):
             return nucleus.top_p(probs, valid, share, min_keep)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .cubes import cube_order
-from .tracing.reader import spread
+from ..video.order import cube_order
+from .reader import spread
 
 WIDTH, MARGIN, GAP = 1240, 28, 14
 SMOOTH = 2  # drawn so much larger, then reduced: Pillow's lines have no soft edges

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .accounting import ModelShape
-from .budget import prompt_cost
-from .config import CHECKPOINT_KEY, AdaSparkConfig
-from .kernels import score_products
-from .video.sampling import (
+from ..kernels import score_products
+from ..methods.adaspark.budget import prompt_cost
+from ..methods.adaspark.settings import CHECKPOINT_KEY, AdaSparkConfig
+from ..video.sampling import (
     FPS,
     MIN_FRAMES,
     PAIR,
@@ -35,6 +34,7 @@ from .video.sampling import (
     at_constant_rate,
     number_of_frames,
 )
+from .account import ModelShape
 
 TEXT_BEFORE = 15  # tokens of Qwen's chat template before the video
 KEY_SUM_BYTES = 4  # float32

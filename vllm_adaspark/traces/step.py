@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..attention.plan import DENSE, StepPlan
-from ..attention.state import StepRows
+from ..methods.adaspark.plan import DENSE, StepPlan
 from ..observing import observing
+from ..paged.state import StepRows
 from .store import Sizes
 from .trace import Chunk, pack_bits
 

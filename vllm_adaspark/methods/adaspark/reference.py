@@ -25,9 +25,9 @@ from itertools import groupby
 
 import torch
 
-from .config import AdaSparkConfig
-from .cubes import spread_tokens
+from ...video.order import spread_tokens
 from .reference_choice import choose, choose_under_budget, top_p
+from .settings import AdaSparkConfig
 
 
 @dataclass(frozen=True, slots=True)

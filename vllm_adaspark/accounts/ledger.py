@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .accounting import Account, ModelShape, count_step
-from .attention.plan import StepPlan, Tiles
-from .attention.state import StepRows
+from ..methods.adaspark.plan import StepPlan, Tiles
+from ..paged.state import StepRows
+from .account import Account, ModelShape, count_step
 from .reports import DENSE_REASONS, mode_of
 from .request_ids import search_name, unnumbered
 

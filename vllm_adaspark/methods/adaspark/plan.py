@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..selection import BudgetGroups
-from ..timing import Stopwatch
-from .scratch import Scratch
-from .state import KeyWrites
+from ...accounts.timing import Stopwatch
+from ...paged.scratch import Scratch
+from ...paged.state import KeyWrites
+from .choose import BudgetGroups
 
 DENSE, VIDEO, TEXT = range(3)
 

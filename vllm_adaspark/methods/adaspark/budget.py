@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .accounting import ModelShape
-from .attention.plan import MAX_TEXT_TILES
-from .config import SHARE_STEPS, AdaSparkConfig
+from ...accounts.account import ModelShape
+from .plan import MAX_TEXT_TILES
+from .settings import SHARE_STEPS, AdaSparkConfig
 
 # Below this share of what may be left out, choosing has no room: an FFN cube keeps one token of 64.
 LEAST_SHARE = 0.02

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .accounting import PER_LAYER, SECONDS, Account
-from .requests import Request
+from ..requests import Request
+from .account import PER_LAYER, SECONDS, Account
 
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
 DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback")

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cubes import cube_order
-from ..request_ids import search_name, unnumbered
+from ..accounts.request_ids import search_name, unnumbered
+from ..video.order import cube_order
 
 SOURCES = ("question", "answer")
 
@@ -42,7 +42,7 @@ def merge_lists(ranks: Iterable[list[dict[str, Any]] | None]) -> list[dict[str, 
 
 def merge_meta(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
     """``adaspark_trace(id, "meta")`` of all ranks; None unless all have the trace."""
-    from .. import reports  # needs torch, which a client over HTTP can do without
+    from ..accounts import reports  # needs torch, which a client over HTTP can do without
 
     known = _all_or_none(ranks)
     if not known:

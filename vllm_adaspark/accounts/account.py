@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .attention.plan import DENSE, FALLBACKS, StepPlan
-from .attention.state import StepRows
-from .kernels import score_products
+from ..kernels import score_products
+from ..methods.adaspark.plan import DENSE, FALLBACKS, StepPlan
+from ..paged.state import StepRows
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
 OF_STEP = ("tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")  # counted once

@@ -21,12 +21,12 @@ from bisect import bisect_left
 
 import torch
 
-from .. import selection
-from ..kernels import scores_heads_of, use_triton
-from .heads import HeadRanks
+from ...kernels import scores_heads_of, use_triton
+from ...paged.heads import HeadRanks
+from ...paged.scratch import Scratch
+from ...paged.state import KeySums
+from . import choose as selection
 from .plan import VIDEO, AttentionPlan, ScoreJob
-from .scratch import Scratch
-from .state import KeySums
 
 # Logits held at a time, in numbers.  Fewer would fit a CPU's cache, but a product of few queries
 # spends its time on preparing the keys.
@@ -182,7 +182,7 @@ def _score_fused(
     scale: float,
 ) -> None:
     """As :func:`_score_together` and :func:`_score_each`, all tiles of a job at once, in Triton."""
-    from ..kernels import score
+    from ...kernels import score
 
     # The kernels take the queries of a job together, and no others.
     asking = query[:, job.tokens.flatten()].to(_product_dtype(query)).contiguous()

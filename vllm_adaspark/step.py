@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from .attention.heads import HeadRanks
-from .attention.plan import StepPlan
-from .attention.planner import build_plan
-from .attention.state import StepRows
-from .config import AdaSparkConfig
+from .methods.adaspark.plan import StepPlan
+from .methods.adaspark.planner import build_plan
+from .methods.adaspark.settings import AdaSparkConfig
+from .paged.heads import HeadRanks
+from .paged.state import StepRows
 from .requests import Request, RequestTable
-from .tracing.step import StepTrace
+from .traces.step import StepTrace
 
 
 class Runtime:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .plan import AttentionPlan
+from ..methods.adaspark.plan import AttentionPlan
 
 
 @dataclass(frozen=True)

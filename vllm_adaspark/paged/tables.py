@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import use_triton
-from .plan import AttentionPlan
+from ..methods.adaspark.plan import AttentionPlan
 
 
 @dataclass(frozen=True)

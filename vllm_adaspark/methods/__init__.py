@@ -1,0 +1,1 @@
+"""Sparsity methods, a folder each; base.py says what one is."""
