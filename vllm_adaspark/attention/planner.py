@@ -301,8 +301,9 @@ def _score_jobs(
 ) -> list[ScoreJob]:
     """Group the tokens of sparse tiles so that each job is a few dense matrix products.
 
-    Tiles that ask no token have none.  One job per row and kind; rows with a single text token (decode) share one job.  ``asking`` are
-    the tokens of a VIDEO tile that are asked, as offsets in its block.
+    Tiles that ask no token have none.  One job per row and kind; rows with a single text token
+    (decode) share one job.  ``asking`` are the tokens of a VIDEO tile that are asked, as offsets in
+    its block.
     """
     jobs: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     row = tiles.row[sparse]
