@@ -190,6 +190,8 @@ def test_bad_arguments(tmp_path: Path, how: dict, message: str) -> None:
 
 
 def test_needs_neither_torch_nor_vllm_nor_matplotlib() -> None:
-    code = "import sys, vllm_adaspark.picture, vllm_adaspark.tracing.reader; print(*sys.modules)"
+    code = (
+        "import sys, vllm_adaspark.traces.picture, vllm_adaspark.traces.reader; print(*sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "vllm", "matplotlib"} & set(done.stdout.split())

@@ -175,7 +175,7 @@ class Video:
     fps: float
     width: int
     height: int
-    # Frames it would have if all came as fast as its fastest part; None: at a constant rate.
+    # Where its rate varies, frames it would have if all came as fast as its fastest part.
     most_frames: int | None = None
     remarks: tuple[str, ...] = ()  # what its owner should be told of the file
 

@@ -96,7 +96,7 @@ def _analyze(
     cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
     offline.prepare_environment()
     options = _engine_options(args, model.name, cost)
-    with Progress("decode", None, "packets", quiet=True) as decoding:
+    with Progress("decode", None, "frames", quiet=True) as decoding:
         frames = offline.decode(data, sampling, options, decoding)
     _say("starting the engine")
     with offline.engine(options, settings, config.cube_volume, cost) as llm:

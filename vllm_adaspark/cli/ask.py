@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     offline.prepare_environment()
     rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
     options = offline.engine_options(model.name, rest)
-    with Progress("decode", None, "packets", quiet=args.json) as decoding:
+    with Progress("decode", None, "frames", quiet=args.json) as decoding:
         frames = offline.decode(data, sampling, options, decoding)
     with ExitStack() as stack:
         with Progress("start", None, "", quiet=args.json) as starting:

@@ -78,7 +78,7 @@ class SparseImpl:
     """The layer's forward: dense by the stock path, or sparse over a virtual batch.
 
     Mixed in before a stock ``AttentionImpl``, whose ``num_heads`` and ``num_kv_heads`` are this
-    rank's.  ``layer.adaspark`` is the model's :class:`~vllm_adaspark.runtime.Runtime`.
+    rank's.  ``layer.adaspark`` is the model's :class:`~vllm_adaspark.step.Runtime`.
     """
 
     stock_impl: ClassVar[type]

@@ -94,11 +94,11 @@ def at_constant_rate(frames: int, number: int) -> list[int]:
 
 
 def most_frames(contents: Contents) -> int | None:
-    """Frames it would have if all came as fast as its fastest part; None at a constant rate."""
+    """Frames to tell all of it apart, the last one a pair; None at a constant rate."""
     if contents.constant:
         return None
     gaps = np.diff(contents.times)
-    return 1 + math.floor(contents.times[-1] / gaps[gaps > 0].min() + 0.5)
+    return PAIR + math.floor(contents.times[-1] / gaps[gaps > 0].min() + 0.5)
 
 
 @dataclass(frozen=True)
