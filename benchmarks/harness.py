@@ -15,6 +15,7 @@ import torch
 from vllm import _custom_ops, envs
 from vllm.v1.attention.backends import cpu_attn
 
+from vllm_adaspark.methods.adaspark.method import AdaSpark
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.adapters import adapter_for
 from vllm_adaspark.paged.state import StepRows
@@ -50,7 +51,7 @@ class PagedLayer:
         self.block_size = config.cube_volume
         self.heads, self.kv_heads, self.head_size, self.dtype = heads, kv_heads, head_size, dtype
         self.kv_cache_dtype = kv_cache_dtype
-        self.runtime = Runtime(config)
+        self.runtime = Runtime(method(config, heads, kv_heads, head_size))
         isa = isa or cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
         if isa == "amx":
             # The system hands out tile registers on request.  In an engine oneDNN has asked, in the
@@ -142,6 +143,18 @@ def one_request(tokens: int, block_size: int, *, start: int = 0, shuffle_seed: i
     if shuffle_seed is not None:
         np.random.default_rng(shuffle_seed).shuffle(blocks)
     return StepRows(np.array([0, tokens - start]), np.array([tokens]), blocks[None])
+
+
+def method(config: AdaSparkConfig, heads: int, kv_heads: int, head_size: int) -> AdaSpark:
+    """AdaSpark for a model of such layers."""
+    sizes = SimpleNamespace(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        hidden_size=heads * head_size,
+        intermediate_size=1,
+        num_hidden_layers=1,
+    )
+    return AdaSpark(config, sizes, "cpu")
 
 
 def cpu_takes_fp8() -> bool:

@@ -16,34 +16,39 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from .methods.adaspark.choose import BUDGET
-from .methods.adaspark.settings import COMPENSATIONS, IMPORTANCES, OFF, SELECTIONS, AdaSparkConfig
+from .settings import OFF, Settings
 
 FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
 
 
-def pack_settings(config: AdaSparkConfig) -> torch.Tensor:
-    """``config`` as a tensor ``[bytes]`` (uint8, JSON) that travels with a video."""
-    return torch.tensor(list(json.dumps(config.to_dict()).encode()), dtype=torch.uint8)
+def pack_settings(settings: Any) -> torch.Tensor:
+    """A method's ``settings`` as a tensor ``[bytes]`` (uint8, JSON) that travels with a video."""
+    return torch.tensor(list(json.dumps(settings.to_dict()).encode()), dtype=torch.uint8)
 
 
-def unpack_settings(packed: torch.Tensor) -> AdaSparkConfig:
-    """The settings that :func:`pack_settings` packed."""
-    return AdaSparkConfig().override(json.loads(bytes(packed.tolist())))
-
-
-def settings_of(feature: Any) -> AdaSparkConfig:
-    """The settings that the processor attached to a video (a ``MultiModalFeatureSpec``).
+def unpack_settings(packed: torch.Tensor | None, method: type) -> Any:
+    """The settings that :func:`pack_settings` packed.
 
     A video that came past the processor, preprocessed by somebody else, has none: it runs dense.
     """
+    told = OFF if packed is None else json.loads(bytes(packed.tolist()))
+    return method().override(told)
+
+
+def settings_of(feature: Any, method: type) -> Any:
+    """The settings that the processor attached to a video.
+
+    Args:
+        feature: vLLM's ``MultiModalFeatureSpec``.
+        method: the class of the method's settings.
+    """
     packed = feature.data.get(FIELD)
-    return unpack_settings(packed.data) if packed is not None else AdaSparkConfig().override(OFF)
+    return unpack_settings(None if packed is None else packed.data, method)
 
 
 def videos_of(features: Iterable[Any] | None) -> list[Any]:
@@ -53,19 +58,15 @@ def videos_of(features: Iterable[Any] | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """One request with video.
+    """One request with video; a method may know more of it, in a class of its own.
 
     Attributes:
-        config: its settings.
+        config: its settings, of the method's class.
         is_video: ``[prompt tokens]`` bool.
-        share: with a budget, the share of cubes and FFN tokens to keep (see budget.py).
-        least_budget: with a budget, the smallest one that this prompt can keep.
     """
 
-    config: AdaSparkConfig
+    config: Settings
     is_video: np.ndarray
-    share: float | None = None
-    least_budget: float | None = None
 
     @cached_property
     def is_cube(self) -> np.ndarray:
@@ -73,53 +74,6 @@ class Request:
         size = self.config.cube_volume
         whole = len(self.is_video) // size
         return self.is_video[: whole * size].reshape(whole, size).all(axis=1)
-
-    @cached_property
-    def settings(self) -> RowSettings:
-        """What the plan needs of the settings, as plain numbers."""
-        config = self.config
-        rule = SELECTIONS.index(config.selection)
-        attention = config.p_attn if config.selection == "top_p" else config.keep
-        ffn = config.p_ffn
-        if self.share is not None:
-            attention, ffn, rule = self.share, self.share, BUDGET
-        if not config.enabled:
-            attention = ffn = 1.0
-        return RowSettings(
-            attention_share=attention,
-            ffn_share=ffn,
-            importance=IMPORTANCES.index(config.importance),
-            compensation=COMPENSATIONS.index(config.compensation),
-            rule=rule,
-            sparse_text=config.text_queries == "sparse",
-            min_cubes=config.min_cubes,
-            dense_layers=config.dense_layers,
-        )
-
-
-class RowSettings(NamedTuple):
-    """The settings of one request, or arrays ``[rows]`` of those of a step's requests.
-
-    Shares are above 0 and at most 1; at 1 nothing is left out.
-    """
-
-    attention_share: Any
-    ffn_share: Any
-    importance: Any  # index into config.IMPORTANCES
-    compensation: Any  # index into config.COMPENSATIONS
-    rule: Any  # index into config.SELECTIONS, or selection.BUDGET
-    sparse_text: Any  # bool
-    min_cubes: Any
-    dense_layers: Any
-
-    @classmethod
-    def of_rows(cls, requests: Sequence[Request | None]) -> RowSettings:
-        """Arrays ``[rows]``; a row without video leaves nothing out."""
-        rows = [_NOTHING_LEFT_OUT if r is None else r.settings for r in requests]
-        return cls(*(np.array(column) for column in zip(*rows, strict=True)))
-
-
-_NOTHING_LEFT_OUT = RowSettings(1.0, 1.0, 0, 0, 0, False, 1, 0)
 
 
 @dataclass

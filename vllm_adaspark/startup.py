@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .methods.adaspark.settings import (
-    CHECKPOINT_KEY,
-    CUBE_VOLUMES,
-    SERVER_KEY,
-    AdaSparkConfig,
-    AdaSparkConfigError,
-    settled,
-)
+from .methods.base import load
+from .settings import CHECKPOINT_KEY, CUBE_VOLUMES, METHOD_KEY, SERVER_KEY, Settings, SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,29 +30,33 @@ class StartupCheck(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Settle settings and block size; raise AdaSparkConfigError on what cannot work."""
-        config = settle(vllm_config)
+        """Settle settings and block size; raise SettingsError on what cannot work."""
+        name = (vllm_config.additional_config or {}).get(METHOD_KEY, "adaspark")
+        config = settle(vllm_config, load(name).settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
         _split_graphs_at_ffn(vllm_config)
         _use_our_worker(vllm_config)
         _use_video_loader(vllm_config)
         # The request processor and the model see the model's config, not ours: it travels there.
-        vllm_config.model_config.hf_config.adaspark_resolved = config.to_dict()
+        vllm_config.model_config.hf_config.adaspark_resolved = {
+            METHOD_KEY: name,
+            "settings": config.to_dict(),
+        }
         logger.info("AdaSpark: %s", config)
 
 
-def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
+def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:
     """The checkpoint's settings, and over them the operator's."""
     operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
     checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
-    config = settled(checkpoint, operator)
+    config = settings.settled(checkpoint, operator)
     if checkpoint is not None:
         logger.info(
             "AdaSpark: config.json %s says %s; --additional-config %s says %s",
             *(CHECKPOINT_KEY, checkpoint, SERVER_KEY, operator),
         )
-    if not config.enabled and settled(None, operator).enabled:
+    if not config.enabled and settings.settled(None, operator).enabled:
         logger.warning(
             "AdaSpark: dense, since config.json %s says so; --additional-config '%s' turns it on",
             *(CHECKPOINT_KEY, f'{{"{SERVER_KEY}": {{"enabled": true}}}}'),
@@ -66,15 +64,15 @@ def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
     return config
 
 
-def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
+def _settle_block_size(vllm_config: VllmConfig, config: Settings) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
     operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
-    trained = config.cube != settled(None, operator).cube
+    trained = config.cube != type(config).settled(None, operator).cube
     cube = f"cube={list(config.cube)}" + (f" of config.json {CHECKPOINT_KEY}" if trained else "")
     if volume not in CUBE_VOLUMES:
-        raise AdaSparkConfigError(
+        raise SettingsError(
             f"{cube} holds {volume} tokens; allowed volumes: "
             f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
         )
@@ -82,7 +80,7 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
         cache.block_size = volume
         cache.user_specified_block_size = True
     elif cache.block_size != volume:
-        raise AdaSparkConfigError(
+        raise SettingsError(
             f"--block-size {cache.block_size} does not match {cube}, which holds "
             f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
         )
@@ -154,7 +152,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     ]
     for unsupported, what in refused:
         if unsupported:
-            raise AdaSparkConfigError(f"AdaSpark does not support {what}")
+            raise SettingsError(f"AdaSpark does not support {what}")
 
 
 def _tells_requests(worker_cls: str | type) -> bool:

@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from .methods.adaspark.plan import StepPlan
-from .methods.adaspark.planner import build_plan
-from .methods.adaspark.settings import AdaSparkConfig
+from .methods.base import Method
 from .paged.heads import HeadRanks
+from .paged.plan import StepPlan
 from .paged.state import StepRows
 from .requests import Request, RequestTable
 from .traces.step import StepTrace
@@ -25,6 +24,7 @@ class Runtime:
     """Holds ``plan``, the current step's plan, or None when the step is dense throughout.
 
     Attributes:
+        method: decides what a step leaves out.
         rows: the current step's requests, also when it has no plan; None in profiling runs.
         requests: what the worker knows of its requests; None until it says.
         request_ids: the requests of the step that is about to run, in row order; None in dummy
@@ -34,8 +34,8 @@ class Runtime:
         new_trace: makes the step's trace; set by the worker for steps with a traced request.
     """
 
-    def __init__(self, config: AdaSparkConfig) -> None:
-        self.config = config
+    def __init__(self, method: Method) -> None:
+        self.method = method
         self.plan: StepPlan | None = None
         self.rows: StepRows | None = None
         self.head_ranks: HeadRanks | None = None
@@ -65,17 +65,10 @@ class Runtime:
     def plan_step(
         self, rows: StepRows, requests: Sequence[Request | None], device: torch.device
     ) -> None:
-        """Make the plan of a step whose ``rows`` have a block table; see planner.build_plan."""
+        """Make the plan of a step whose ``rows`` have a block table."""
         began = time.perf_counter()
         self.rows = rows
-        self.plan = build_plan(
-            rows,
-            requests,
-            self.config.cube_volume,
-            dense_below=self.config.dense_below,
-            cube_queries=self.config.cube_queries,
-            device=device,
-        )
+        self.plan = self.method.plan(rows, requests, device)
         if self.plan is not None:
             self.plan.planning_seconds = time.perf_counter() - began
             if self.new_trace is not None:

@@ -28,10 +28,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
-from .accounts.reports import request_report, told_settings
-from .methods.adaspark.budget import prompt_cost
-from .methods.adaspark.plan import MAX_TEXT_TILES, StepPlan
+from .accounts.reports import request_report
 from .observing import observing
+from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import KeySums, StepRows
 from .requests import Request, RequestTable, mask_of, settings_of, videos_of
 from .step import Runtime
@@ -66,7 +65,9 @@ class RequestAccounts:
 
     def admit(self, request_id: str, request: Request | None) -> None:
         """Note what a new request asked for; None if it has no video."""
-        self.ledger.admit(request_id, None if request is None else told_settings(request))
+        self.ledger.admit(
+            request_id, None if request is None else self._runtime.method.told(request)
+        )
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -116,7 +117,7 @@ class RequestAccounts:
                 100 * report["flops_ratio"],
                 f", counting {self._part}" if self._part else "",
             )
-        path = self._runtime.config.report_file
+        path = self._runtime.method.settings.report_file
         if path is None:
             return
         try:
@@ -164,7 +165,7 @@ def step_bytes(config: VllmConfig) -> int:
 
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
     probabilities and choice it is made from, also those of other tensor-parallel ranks
-    (attention/heads.py).  Layers run one after the other, so it counts once.
+    (paged/heads.py).  Layers run one after the other, so it counts once.
     """
     model, parallel = config.model_config, config.parallel_config
     scheduler = config.scheduler_config
@@ -222,21 +223,11 @@ class AccountingWorker:
 
     def _describe(self, new: Any) -> Request:
         """What a new request with video asked for, from vLLM's NewRequestData."""
-        videos = videos_of(new.mm_features)
-        config = settings_of(videos[0])
+        method, videos = self._runtime.method, videos_of(new.mm_features)
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         is_video = mask_of(tokens, [video.mm_position for video in videos])
-        if config.flops is None or not config.enabled:
-            return Request(config, is_video)
-        text = self.vllm_config.model_config.hf_text_config
-        cost = prompt_cost(
-            ModelShape.of(text, current_platform.device_type),
-            text.num_hidden_layers,
-            is_video,
-            config,
-        )
-        return Request(config, is_video, cost.share(config.flops), cost.least)
+        return method.describe(settings_of(videos[0], method.settings_class), is_video)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from server import ServerFailed  # examples/demo
 
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.settings import SettingsError
 
 from . import NEEDLE, ROOT, grid, plots, report, results
 from .run import Run
@@ -83,7 +84,7 @@ def own_contender(name: str, settings: str, lengths: tuple[int, ...]) -> grid.Co
     whole = base | given
     try:
         AdaSparkConfig().override(whole, source=f"--settings of {name!r}")
-    except AdaSparkConfigError as error:
+    except SettingsError as error:
         raise ValueError(str(error)) from None
     return grid.Contender(f"adaspark {name}", settings=whole, lengths=lengths)
 

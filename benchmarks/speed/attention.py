@@ -18,9 +18,9 @@ import torch
 from harness import PagedLayer, one_request
 
 from vllm_adaspark.accounts.account import count_step
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.score import choose_cubes
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.requests import Request
 
 from .record import DENSE, Cell, Record, in_turn, progress
 
@@ -127,7 +127,7 @@ class _Inputs:
         rows = one_request(len(self.query), config.cube_volume, shuffle_seed=0)
         num_blocks = rows.block_table.size + 1  # and vLLM's null block
         layer = PagedLayer(config, num_blocks=num_blocks, sparse=sparse, isa=isa, **SHAPE)
-        layer.begin(rows, [Request(config, np.ones(len(self.query), bool))])
+        layer.begin(rows, [AdaSparkRequest(config, np.ones(len(self.query), bool))])
         layer.write(self.key, self.value)
         return layer
 

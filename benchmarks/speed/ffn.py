@@ -12,8 +12,8 @@ from harness import one_request
 
 from vllm_adaspark.methods.adaspark.ffn import active_tokens, sparse_ffn
 from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.requests import Request
 
 from .record import DENSE, Cell, Record, in_turn, progress
 
@@ -86,7 +86,7 @@ def _dense(ffn: Callable, x: torch.Tensor) -> Callable[[], dict]:
 def _ours(ffn: Callable, x: torch.Tensor, residual: torch.Tensor, share: float):
     config = AdaSparkConfig(p_ffn=min(share, ALL))
     rows = one_request(len(x), config.cube_volume)
-    request = Request(config, np.ones(len(x), bool))
+    request = AdaSparkRequest(config, np.ones(len(x), bool))
     plan = build_plan(
         rows, [request], config.cube_volume, dense_below=8, cube_queries=16, device=x.device
     ).ffn

@@ -30,7 +30,8 @@ from pathlib import Path
 
 from vllm_adaspark.cli import main as vllm_adaspark
 from vllm_adaspark.cli.redact import redact_text
-from vllm_adaspark.methods.adaspark.settings import OFF, AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.settings import OFF, SettingsError
 
 KEY_FILES = {"VLLM_API_KEY_FILE": "VLLM_API_KEY", "HF_TOKEN_FILE": "HF_TOKEN"}
 READ = ("MODEL", "ADASPARK", "HTTP", "HOST", "PORT", "VLLM_ARGS")
@@ -106,7 +107,7 @@ def _additional_config(env: Mapping[str, str]) -> list[str]:
         ) from None
     try:
         AdaSparkConfig().override(settings, source="ADASPARK")
-    except AdaSparkConfigError as error:
+    except SettingsError as error:
         raise SettingError(str(error)) from None
     settings = {OFF: True} if settings == OFF else settings
     return ["--additional-config", json.dumps({"adaspark": settings})]

@@ -16,7 +16,8 @@ from vllm import EngineArgs
 
 from engine.engines import SPARSE
 from vllm_adaspark import ARCHITECTURE
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.settings import SettingsError
 
 pytestmark = pytest.mark.engine
 REFUSED_SECONDS = 120  # it takes about 12
@@ -39,7 +40,7 @@ def refusal(checkpoint, *args, **options) -> str:
         start(checkpoint, *args, **options)
     message = str(caught.value)
     cause = caught.value.errors()[0]["ctx"]["error"]  # pydantic's wrapping keeps ours
-    assert isinstance(cause, AdaSparkConfigError), message
+    assert isinstance(cause, SettingsError), message
     # Ours opens the message: second line, after pydantic's "1 validation error for VllmConfig".
     assert message.splitlines()[1].strip().startswith(f"Value error, {cause}"[:60])
     return str(cause)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_adaspark import requests
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.state import StepRows
 
@@ -26,12 +26,12 @@ class Request:
     layout: list[tuple[str, int]] = field(default_factory=list)
 
     @property
-    def known(self) -> requests.Request | None:
+    def known(self) -> AdaSparkRequest | None:
         """What a worker knows of it; a budget is taken as the share to keep, as the twin does."""
         if not self.is_video.any():
             return None
         config = self.config
-        return requests.Request(config, self.is_video.numpy(), config.flops)
+        return AdaSparkRequest(config, self.is_video.numpy(), config.flops)
 
 
 def random_request(
@@ -80,7 +80,7 @@ def rows_of(step: list[tuple[Request, int]]) -> StepRows:
     )
 
 
-def known_of(step: list[tuple[Request, int]]) -> list[requests.Request | None]:
+def known_of(step: list[tuple[Request, int]]) -> list[AdaSparkRequest | None]:
     """What a worker knows of each request of a step."""
     return [request.known for request, _ in step]
 

@@ -12,10 +12,10 @@ import torch
 from harness import PagedLayer
 
 from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
-from vllm_adaspark.methods.adaspark.plan import DENSE
+from vllm_adaspark.methods.adaspark import method
 from vllm_adaspark.methods.adaspark.reference import Tile, tile_attention
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.paged import backend
+from vllm_adaspark.paged.tiles import DENSE
 
 CASES = 240
 # A bf16 logit may round the other way on another CPU, which moves a pooled probability a little.
@@ -109,13 +109,13 @@ def next_step(
 def record_choices(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Every result of choose_cubes, as the layer sees it."""
     seen: list[torch.Tensor] = []
-    original = backend.choose_cubes
+    original = method.choose_cubes
 
     def recording(*args):
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(backend, "choose_cubes", recording)
+    monkeypatch.setattr(method, "choose_cubes", recording)
     return seen
 
 

@@ -25,11 +25,12 @@ from vllm_adaspark.accounts.account import Account, ModelShape, count_step
 from vllm_adaspark.methods.adaspark import planner
 from vllm_adaspark.methods.adaspark.budget import prompt_cost
 from vllm_adaspark.methods.adaspark.ffn import sparse_ffn
-from vllm_adaspark.methods.adaspark.plan import DENSE, TEXT, VIDEO, StepPlan
 from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.plan import StepPlan
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import Request
+from vllm_adaspark.paged.tiles import DENSE, TEXT, VIDEO
 
 BLOCK = 32
 LAYERS = range(2)
@@ -44,7 +45,7 @@ KEPT = {1: torch.tensor([[2, 3, 3] + 8 * [3], [2, 3, 4] + 8 * [4]])}
 ACTIVE = {0: torch.tensor([16, 20, 32]), 1: torch.tensor([10, 10, 10])}
 
 
-def plan_of(rows: StepRows, *requests: Request | None) -> StepPlan | None:
+def plan_of(rows: StepRows, *requests: AdaSparkRequest | None) -> StepPlan | None:
     return build_plan(
         rows, requests, BLOCK, dense_below=1, cube_queries=16, device=torch.device("cpu")
     )
@@ -61,7 +62,7 @@ def step(*requests: tuple[int, int, int]) -> tuple:
         seq_lens=done + count,
         block_table=block[:, None] + np.arange(8),
     )
-    return rows, plan_of(rows, *[Request(CONFIG, IS_VIDEO)] * len(requests))
+    return rows, plan_of(rows, *[AdaSparkRequest(CONFIG, IS_VIDEO)] * len(requests))
 
 
 def keep_everything(plan: StepPlan) -> None:
@@ -212,7 +213,7 @@ def test_account_of_nothing() -> None:
 def test_decode_step() -> None:
     """One answer token, at position 136: it sees 137 tokens and three cubes."""
     rows = StepRows(np.array([0, 1]), np.array([137]), 5 + np.arange(8)[None])
-    plan = plan_of(rows, Request(CONFIG, IS_VIDEO))
+    plan = plan_of(rows, AdaSparkRequest(CONFIG, IS_VIDEO))
     plan.kept_blocks = {1: torch.tensor([[3], [4]])}
     counts = count_step(rows, plan, LAYERS)
     assert counts.dense_pairs.tolist() == [137]
@@ -232,7 +233,7 @@ def test_every_ffn_evaluation_is_charged(compensations, seed) -> None:
     rng = np.random.default_rng(seed)
     rows, _ = step(*((0, 136, 5 + 8 * i) for i in range(len(compensations))))
     plan = plan_of(
-        rows, *(Request(replace(CONFIG, compensation=c), IS_VIDEO) for c in compensations)
+        rows, *(AdaSparkRequest(replace(CONFIG, compensation=c), IS_VIDEO) for c in compensations)
     )
     number = rng.choice([1, 7, BLOCK - 1, BLOCK], len(plan.ffn.tokens))
     number[0] = BLOCK  # always one whose tokens all run
@@ -255,7 +256,7 @@ def test_every_ffn_evaluation_is_charged(compensations, seed) -> None:
 def test_means_of_large_numbers_are_finite(dtype, compensation) -> None:
     """The sum over a cube would not fit in float16."""
     rows, _ = step((0, 136, 5))
-    plan = plan_of(rows, Request(replace(CONFIG, compensation=compensation), IS_VIDEO))
+    plan = plan_of(rows, AdaSparkRequest(replace(CONFIG, compensation=compensation), IS_VIDEO))
     active = (torch.arange(BLOCK) % 2 == 0).expand(len(plan.ffn.tokens), -1)
     out = sparse_ffn(torch.full((136, 4), 30_000, dtype=dtype), lambda x: x, active, plan.ffn)
     assert torch.allclose(out.float(), torch.tensor(30_000.0), rtol=2**-7)
@@ -282,7 +283,7 @@ def test_scores_that_are_computed_twice_are_charged_twice(whole) -> None:
 def test_uniform_scores_nothing() -> None:
     config = replace(CONFIG, selection="uniform", keep=0.5)
     rows, _ = step((0, 136, 5))
-    plan = plan_of(rows, Request(config, IS_VIDEO))
+    plan = plan_of(rows, AdaSparkRequest(config, IS_VIDEO))
     with plan.selection.running(torch.device("cpu")):
         sum(range(10_000))
     keep_everything(plan)
@@ -373,7 +374,7 @@ def test_requests_of_a_batch_are_counted_apart(whole) -> None:
         seq_lens=np.array([20, 136, 0]),
         block_table=np.stack([np.arange(8) + 40, np.arange(8) + 5, np.zeros(8, int)]),
     )
-    plan = plan_of(rows, None, Request(CONFIG, IS_VIDEO), None)
+    plan = plan_of(rows, None, AdaSparkRequest(CONFIG, IS_VIDEO), None)
     own = {1: torch.cat([torch.tensor([[1], [1]]), KEPT[1]], dim=1)}  # the text request is a tile
     plan.kept_blocks, plan.ffn_active = own, dict(ACTIVE)
     alone = account_of(*whole).report()

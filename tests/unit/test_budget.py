@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from vllm_adaspark.accounts.account import ModelShape
-from vllm_adaspark.methods.adaspark import plan as plans
 from vllm_adaspark.methods.adaspark.budget import LEAST_SHARE, prompt_cost
 from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
+from vllm_adaspark.paged.plan import MAX_TEXT_TILES
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=64, heads=4, kv_heads=2, head_size=16, intermediate=160)
 BLOCK, LAYERS, CUBE_QUERIES = 8, 3, 4
@@ -84,7 +84,7 @@ def plan_of(is_video, config, share, chunk) -> list:
         rows = StepRows(np.array([0, end - start]), np.array([end]), table)
         made.append(
             build_plan(
-                rows, [Request(config, is_video, share)], BLOCK,
+                rows, [AdaSparkRequest(config, is_video, share)], BLOCK,
                 dense_below=config.dense_below, cube_queries=CUBE_QUERIES, device=CPU,
             )
         )  # fmt: skip
@@ -190,6 +190,6 @@ def test_much_text_after_a_video_is_counted_as_dense():
     video = np.ones(400, bool)
     few, many = (
         prompt_cost(SHAPE, LAYERS, np.append(video, np.zeros(n, bool)), settings(dense_below=2))
-        for n in (plans.MAX_TEXT_TILES, plans.MAX_TEXT_TILES + 1)
+        for n in (MAX_TEXT_TILES, MAX_TEXT_TILES + 1)
     )
     assert len(few.cubes) > len(many.cubes) == 400 // BLOCK - 2

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError, settled
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.settings import SettingsError
 
 # Keys that a request may not set; the first two decide what is computed, so a checkpoint may.
 TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4}
@@ -27,7 +28,7 @@ OPERATORS_KEYS = {
     [("p_atn", "p_attn"), ("pffn", "p_ffn"), ("selecton", "selection"), ("cubes", "cube")],
 )
 def test_unknown_key_is_named_with_the_nearest_known_one(written, meant):
-    with pytest.raises(AdaSparkConfigError) as caught:
+    with pytest.raises(SettingsError) as caught:
         AdaSparkConfig().override({written: 0.5}, source="--additional-config adaspark")
     message = str(caught.value)
     assert "--additional-config adaspark" in message
@@ -37,20 +38,20 @@ def test_unknown_key_is_named_with_the_nearest_known_one(written, meant):
 
 
 def test_unknown_key_without_a_near_one_suggests_nothing():
-    with pytest.raises(AdaSparkConfigError) as caught:
+    with pytest.raises(SettingsError) as caught:
         AdaSparkConfig().override({"temperature": 0.5})
     assert "'temperature'" in str(caught.value)
     assert "did you mean" not in str(caught.value)
 
 
 def test_a_key_that_is_no_string_is_an_unknown_key():
-    with pytest.raises(AdaSparkConfigError, match="unknown key 7"):
+    with pytest.raises(SettingsError, match="unknown key 7"):
         AdaSparkConfig().override({7: 0.5})
 
 
 @pytest.mark.parametrize("settings", [[], "p_attn=0.5", 0.5, True])
 def test_settings_must_be_an_object(settings):
-    with pytest.raises(AdaSparkConfigError, match="must be an object of settings"):
+    with pytest.raises(SettingsError, match="must be an object of settings"):
         AdaSparkConfig().override(settings)
 
 
@@ -101,13 +102,13 @@ def test_settings_must_be_an_object(settings):
     ],
 )
 def test_bad_value_names_key_value_and_what_is_allowed(key, value, allowed):
-    with pytest.raises(AdaSparkConfigError) as caught:
+    with pytest.raises(SettingsError) as caught:
         AdaSparkConfig().override({key: value}, source="checkpoint")
     message = str(caught.value)
     assert message.startswith("checkpoint: ")
     assert f"{key}={value!r}" in message
     assert allowed in message
-    with pytest.raises(AdaSparkConfigError):
+    with pytest.raises(SettingsError):
         AdaSparkConfig(**{key: value})
 
 
@@ -145,7 +146,7 @@ def test_shares_are_rounded_to_thousandths_but_never_to_nothing_or_to_dense(key)
 
 def test_rising_priority_leaves_other_keys_alone():
     checkpoint = {"p_attn": 0.8, "p_ffn": 0.3, "dense_layers": 2}
-    server = settled(checkpoint, {"p_attn": 0.7, "min_cubes": 3})
+    server = AdaSparkConfig.settled(checkpoint, {"p_attn": 0.7, "min_cubes": 3})
     request = server.override({"p_attn": 0.5}, request=True)
     assert (request.p_attn, request.p_ffn, request.min_cubes, request.dense_layers) == (
         0.5,
@@ -161,7 +162,7 @@ def test_rising_priority_leaves_other_keys_alone():
 @pytest.mark.parametrize(("key", "value"), SERVER_KEYS.items())
 def test_a_request_may_not_set_a_server_key(key, value):
     assert getattr(AdaSparkConfig().override({key: value}), key) == value
-    with pytest.raises(AdaSparkConfigError, match="cannot be set per request") as caught:
+    with pytest.raises(SettingsError, match="cannot be set per request") as caught:
         AdaSparkConfig().override({key: value}, request=True)
     allowed = str(caught.value).split("allowed: ")[1].split(", ")
     assert "p_attn" in allowed
@@ -170,19 +171,19 @@ def test_a_request_may_not_set_a_server_key(key, value):
 
 @pytest.mark.parametrize(("key", "value"), OPERATORS_KEYS.items())
 def test_a_checkpoint_may_not_set_what_is_the_operators(key, value):
-    with pytest.raises(AdaSparkConfigError, match="cannot be set by a checkpoint") as caught:
-        settled({"p_attn": 0.5, key: value}, {"p_attn": 0.4})
+    with pytest.raises(SettingsError, match="cannot be set by a checkpoint") as caught:
+        AdaSparkConfig.settled({"p_attn": 0.5, key: value}, {"p_attn": 0.4})
     message = str(caught.value)
     assert message.startswith(f"config.json adaspark_config: {key!r}")
     assert not set(message.split("allowed: ")[1].split(", ")) & set(OPERATORS_KEYS)
-    with pytest.raises(AdaSparkConfigError, match=repr(key)):  # also where the operator names it
-        settled({key: value}, {key: value})
-    assert getattr(settled(None, {key: value}), key) == value
+    with pytest.raises(SettingsError, match=repr(key)):  # also where the operator names it
+        AdaSparkConfig.settled({key: value}, {key: value})
+    assert getattr(AdaSparkConfig.settled(None, {key: value}), key) == value
 
 
 def test_a_checkpoint_may_set_what_training_fixes():
-    assert settled(TRAINED_KEYS, None) == AdaSparkConfig(**TRAINED_KEYS)
-    assert settled(TRAINED_KEYS, {"dense_below": 8}).dense_below == 8
+    assert AdaSparkConfig.settled(TRAINED_KEYS, None) == AdaSparkConfig(**TRAINED_KEYS)
+    assert AdaSparkConfig.settled(TRAINED_KEYS, {"dense_below": 8}).dense_below == 8
 
 
 @pytest.mark.parametrize("off", ["off", {"off": True}, {"off": True, "p_attn": 0.5}])
@@ -196,32 +197,32 @@ def test_a_checkpoint_may_set_what_training_fixes():
     ],
 )
 def test_an_operators_off_is_stock_whatever_the_checkpoint_says(off, checkpoint):
-    assert settled(checkpoint, off) == AdaSparkConfig().override(off)
-    assert settled(checkpoint, off).cube_volume == AdaSparkConfig().cube_volume
-    assert not settled(None, off).enabled
+    assert AdaSparkConfig.settled(checkpoint, off) == AdaSparkConfig().override(off)
+    assert AdaSparkConfig.settled(checkpoint, off).cube_volume == AdaSparkConfig().cube_volume
+    assert not AdaSparkConfig.settled(None, off).enabled
 
 
 def test_words_of_two_sources():
     bypass = {"compensation": "bypass", "min_cubes": 5}
-    assert settled(bypass, "paper") == AdaSparkConfig().override("paper")
-    paper = settled("paper", bypass)
+    assert AdaSparkConfig.settled(bypass, "paper") == AdaSparkConfig().override("paper")
+    paper = AdaSparkConfig.settled("paper", bypass)
     assert (paper.importance, paper.compensation, paper.min_cubes) == ("norm", "bypass", 5)
-    assert settled("off", None) == AdaSparkConfig(enabled=False, order="raster")
-    assert settled("off", {"enabled": True}).enabled
-    assert settled({"p_attn": 0.3}, {"off": False}).p_attn == 0.3
+    assert AdaSparkConfig.settled("off", None) == AdaSparkConfig(enabled=False, order="raster")
+    assert AdaSparkConfig.settled("off", {"enabled": True}).enabled
+    assert AdaSparkConfig.settled({"p_attn": 0.3}, {"off": False}).p_attn == 0.3
 
 
 def test_a_wrong_value_is_told_with_its_source():
-    with pytest.raises(AdaSparkConfigError, match=r"^config\.json adaspark_config: p_attn=7"):
-        settled({"p_attn": 7}, {"p_attn": 0.5})
-    with pytest.raises(AdaSparkConfigError, match=r"^--additional-config adaspark: p_attn=7"):
-        settled({"p_attn": 0.5}, {"p_attn": 7})
+    with pytest.raises(SettingsError, match=r"^config\.json adaspark_config: p_attn=7"):
+        AdaSparkConfig.settled({"p_attn": 7}, {"p_attn": 0.5})
+    with pytest.raises(SettingsError, match=r"^--additional-config adaspark: p_attn=7"):
+        AdaSparkConfig.settled({"p_attn": 0.5}, {"p_attn": 7})
 
 
 def test_a_request_may_change_a_cubes_shape_but_not_its_volume():
     server = AdaSparkConfig()
     assert server.override({"cube": [1, 8, 8]}, request=True).cube == (1, 8, 8)
-    with pytest.raises(AdaSparkConfigError) as caught:
+    with pytest.raises(SettingsError) as caught:
         server.override({"cube": [2, 4, 4]}, request=True)
     message = str(caught.value)
     assert "cube=[2, 4, 4] holds 32 tokens" in message
@@ -250,13 +251,13 @@ def test_what_is_named_beside_paper_counts():
     config = AdaSparkConfig().override({"compensation": "bypass", "paper": True})
     assert (config.importance, config.compensation) == ("norm", "bypass")
     assert AdaSparkConfig().override({"paper": False}) == AdaSparkConfig()
-    with pytest.raises(AdaSparkConfigError, match="paper='yes': expected true or false"):
+    with pytest.raises(SettingsError, match="paper='yes': expected true or false"):
         AdaSparkConfig().override({"paper": "yes"})
 
 
 def test_off_false_changes_nothing_and_off_must_be_a_bool():
     assert AdaSparkConfig().override({"off": False}) == AdaSparkConfig()
-    with pytest.raises(AdaSparkConfigError, match="off=1: expected true or false"):
+    with pytest.raises(SettingsError, match="off=1: expected true or false"):
         AdaSparkConfig().override({"off": 1})
 
 
@@ -265,7 +266,7 @@ def test_a_budget_and_the_p_it_replaces():
     assert (server.flops, server.sparse_attention, server.sparse_ffn) == (0.5, True, True)
     assert not AdaSparkConfig(flops=1).sparse_attention
     for key in ("p_attn", "p_ffn", "keep"):
-        with pytest.raises(AdaSparkConfigError, match=f"flops=0.4 and {key}=0.3"):
+        with pytest.raises(SettingsError, match=f"flops=0.4 and {key}=0.3"):
             AdaSparkConfig().override({"flops": 0.4, key: 0.3})
         assert server.override({key: 0.3}).flops is None  # the later source decides
     assert server.override({"flops": None}) == AdaSparkConfig()
@@ -288,12 +289,15 @@ def test_a_budget_and_the_p_it_replaces():
 )
 def test_of_two_sources_the_later_decides_on_the_budget(lower, upper, counts):
     """Between checkpoint and operator as between server and request."""
-    for config in (settled(lower, upper), settled(None, lower).override(upper, request=True)):
+    for config in (
+        AdaSparkConfig.settled(lower, upper),
+        AdaSparkConfig.settled(None, lower).override(upper, request=True),
+    ):
         assert {key: getattr(config, key) for key in counts} == counts
 
 
 def test_a_budget_chooses_p_so_it_needs_top_p():
-    with pytest.raises(AdaSparkConfigError, match="selection='uniform' cannot be kept"):
+    with pytest.raises(SettingsError, match="selection='uniform' cannot be kept"):
         AdaSparkConfig().override({"flops": 0.4, "selection": "uniform"})
 
 

@@ -14,17 +14,17 @@ from vllm_adaspark import observing as observing_module
 from vllm_adaspark.accounts import ledger as ledger_module
 from vllm_adaspark.accounts.account import ModelShape, count_step
 from vllm_adaspark.accounts.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
-from vllm_adaspark.accounts.reports import told_settings
 from vllm_adaspark.accounts.request_ids import search_name, unnumbered
-from vllm_adaspark.methods.adaspark.plan import DENSE, StepPlan
 from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.observing import observing
+from vllm_adaspark.paged.plan import StepPlan
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import Request
+from vllm_adaspark.paged.tiles import DENSE
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
-SETTINGS = told_settings(Request(AdaSparkConfig(), np.ones(9, bool)))
+SETTINGS = {"p_attn": 0.5, "p_ffn": 0.5, "flops": None, "budget": None, "off": False}
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def sparse_plan() -> tuple[StepRows, StepPlan]:
     """A step over 12 cubes and a question, after its layers have run."""
     video, text = 12 * 64, 20
     rows = StepRows(np.array([0, video + text]), np.array([video + text]), np.arange(16)[None])
-    request = Request(AdaSparkConfig(), np.repeat([True, False], [video, text]))
+    request = AdaSparkRequest(AdaSparkConfig(), np.repeat([True, False], [video, text]))
     plan = build_plan(
         rows, [request], 64, dense_below=2, cube_queries=8, device=torch.device("cpu")
     )

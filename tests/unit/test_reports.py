@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from vllm_adaspark.accounts.reports import (
     merge_ranks,
     merge_reports,
     mode_of,
-    told_settings,
     usage,
 )
+from vllm_adaspark.methods.adaspark.method import AdaSpark
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=4, head_size=2, intermediate=16)
 LAYERS = range(4)
@@ -26,11 +27,18 @@ HEADS = 4
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")
 
 
+TEXT = SimpleNamespace(
+    num_attention_heads=4, num_key_value_heads=4, hidden_size=8, intermediate_size=16,
+    num_hidden_layers=4,
+)  # fmt: skip
+METHOD = AdaSpark(AdaSparkConfig(), TEXT, "cpu")
+
+
 def video(**settings) -> dict:
     """What a request with such settings tells; its budget, if any, can be kept."""
     config = AdaSparkConfig().override(settings)
     budget = (config.flops, 0.3) if config.flops and config.enabled else (None, None)
-    return told_settings(Request(config, np.ones(9, bool), *budget))
+    return METHOD.told(AdaSparkRequest(config, np.ones(9, bool), *budget))
 
 
 def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Account]:
@@ -188,6 +196,7 @@ def test_mode(request_account, mode) -> None:
 def test_settings_are_those_of_the_request(settings) -> None:
     told = video(**settings)
     budget = told.pop("budget")
+    assert told.pop("off") in (True, False)
     want = AdaSparkConfig().override(settings)
     for key, value in told.items():
         assert value == (list(want.cube) if key == "cube" else getattr(want, key)), key
@@ -200,7 +209,7 @@ def test_settings_are_those_of_the_request(settings) -> None:
 def test_an_account_says_whether_its_budget_is_kept() -> None:
     config = AdaSparkConfig(flops=0.4)
     for least, kept in ((0.3, True), (0.4, True), (0.41, False)):
-        told = told_settings(Request(config, np.ones(9, bool), 0.2, least))
+        told = METHOD.told(AdaSparkRequest(config, np.ones(9, bool), 0.2, least))
         answer = usage(account(told, choices=1))
         assert answer["budget"] == {"flops": 0.4, "smallest": least, "kept": kept}
         assert answer["settings"]["flops"] == 0.4 and "budget" not in answer["settings"]

@@ -7,19 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from harness import method
 
 from vllm_adaspark.methods.adaspark.choose import BUDGET
 from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest, RowSettings
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import (
-    Request,
-    RequestTable,
-    RowSettings,
-    mask_of,
-    pack_settings,
-    unpack_settings,
-)
+from vllm_adaspark.requests import RequestTable, mask_of, pack_settings, unpack_settings
 from vllm_adaspark.step import Runtime
 
 VIDEO = SimpleNamespace(modality="video")
@@ -79,7 +74,7 @@ def test_blocks_grow_are_replaced_after_preemption_and_forgotten(table) -> None:
 )
 def test_settings_survive_the_ride_with_a_video(settings) -> None:
     config = AdaSparkConfig(report_file="x", cube_queries=4).override(settings)
-    assert unpack_settings(pack_settings(config)) == config
+    assert unpack_settings(pack_settings(config), AdaSparkConfig) == config
 
 
 def test_a_video_may_lie_in_several_spans() -> None:
@@ -94,7 +89,7 @@ def test_a_video_may_lie_in_several_spans() -> None:
 def test_cubes_are_the_blocks_of_nothing_but_video() -> None:
     is_video = np.zeros(150, bool)
     is_video[10:140] = True
-    assert Request(CONFIG, is_video).is_cube.tolist() == [False, True, True, True]
+    assert AdaSparkRequest(CONFIG, is_video).is_cube.tolist() == [False, True, True, True]
 
 
 def test_settings_of_rows() -> None:
@@ -102,10 +97,10 @@ def test_settings_of_rows() -> None:
     rows = RowSettings.of_rows(
         [
             None,
-            Request(CONFIG, mask),
-            Request(CONFIG.override({"selection": "top_k", "keep": 0.3}), mask),
-            Request(CONFIG.override({"flops": 0.5}), mask, share=0.25, least_budget=0.2),
-            Request(CONFIG.override("off"), mask),
+            AdaSparkRequest(CONFIG, mask),
+            AdaSparkRequest(CONFIG.override({"selection": "top_k", "keep": 0.3}), mask),
+            AdaSparkRequest(CONFIG.override({"flops": 0.5}), mask, share=0.25, least_budget=0.2),
+            AdaSparkRequest(CONFIG.override("off"), mask),
         ]
     )
     assert rows.attention_share.tolist() == [1.0, 0.5, 0.3, 0.25, 1.0]
@@ -113,14 +108,14 @@ def test_settings_of_rows() -> None:
     assert rows.rule.tolist() == [0, 0, 1, BUDGET, 0]
 
 
-def many_rows() -> tuple[StepRows, list[Request | None]]:
+def many_rows() -> tuple[StepRows, list[AdaSparkRequest | None]]:
     """Prefill, decode, text and padding in one step, and every kind of settings."""
     video = np.concatenate([np.zeros(7, bool), np.ones(32 * 9, bool), np.zeros(20, bool)])
     requests = [
-        Request(CONFIG, video),
+        AdaSparkRequest(CONFIG, video),
         None,
-        Request(CONFIG.override({"flops": 0.5}), video, 0.4, 0.1),
-        Request(CONFIG.override({"selection": "uniform"}), video),
+        AdaSparkRequest(CONFIG.override({"flops": 0.5}), video, 0.4, 0.1),
+        AdaSparkRequest(CONFIG.override({"selection": "uniform"}), video),
         None,
     ]
     lens = np.array([200, 5, 315, 1, 0])
@@ -142,8 +137,8 @@ def test_a_plan_reads_nothing_back_from_the_device() -> None:
 
 
 def test_steps_without_video_have_no_plan_and_no_block_table() -> None:
-    runtime = Runtime(CONFIG)
-    runtime.requests = RequestTable(lambda request: Request(CONFIG, np.ones(320, bool)))
+    runtime = Runtime(method(CONFIG, 4, 2, 16))
+    runtime.requests = RequestTable(lambda request: AdaSparkRequest(CONFIG, np.ones(320, bool)))
     runtime.requests.update(told(new("v", list(range(11)), VIDEO), new("t", [20])))
     rows = StepRows(np.array([0, 1]), np.array([30]), None)
     runtime.request_ids = lambda: ["t"]
@@ -161,8 +156,8 @@ def test_steps_without_video_have_no_plan_and_no_block_table() -> None:
 
 
 def test_padded_rows_of_a_cuda_graph_are_nobodys() -> None:
-    runtime = Runtime(CONFIG)
-    runtime.requests = RequestTable(lambda request: Request(CONFIG, np.ones(320, bool)))
+    runtime = Runtime(method(CONFIG, 4, 2, 16))
+    runtime.requests = RequestTable(lambda request: AdaSparkRequest(CONFIG, np.ones(320, bool)))
     runtime.requests.update(told(new("v", list(range(1, 12)), VIDEO)))
     runtime.request_ids = lambda: ["v"]
     rows = StepRows(np.array([0, 1, 1, 1]), np.array([330, 0, 0]), None)
@@ -174,7 +169,7 @@ def test_dense_settings_sum_no_keys() -> None:
     video = np.ones(320, bool)
     rows = StepRows(np.array([0, 320]), np.array([320]), np.arange(10)[None])
     for settings in ("off", {"p_attn": 1.0}):
-        request = Request(CONFIG.override(settings), video)
+        request = AdaSparkRequest(CONFIG.override(settings), video)
         plan = build_plan(
             rows, [request], 32, dense_below=1, cube_queries=8, device=torch.device("cpu")
         )

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from vllm_adaspark.methods.adaspark.planner import build_plan
+from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import Request
 from vllm_adaspark.traces import reader
 from vllm_adaspark.traces.frames import (
     MAX_WAITING,
@@ -84,7 +84,7 @@ class Recorder:
         )
         is_video = (np.arange(PROMPT) >= BEFORE) & (np.arange(PROMPT) < VIDEO.end)
         plan = build_plan(
-            rows, [None, Request(CONFIG, is_video)], SIZE,
+            rows, [None, AdaSparkRequest(CONFIG, is_video)], SIZE,
             dense_below=2, cube_queries=16, device=torch.device("cpu"),
         )  # fmt: skip
         step = StepTrace()

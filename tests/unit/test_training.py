@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vllm_adaspark.methods.adaspark.plan import DENSE
 from vllm_adaspark.methods.adaspark.reference import tile_attention, tile_ffn
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.paged.tiles import DENSE
+from vllm_adaspark.settings import SettingsError
 from vllm_adaspark.training import attention, disable_sparse_training, enable_sparse_training
 from vllm_adaspark.training.enable import checkpoint_settings
 from vllm_adaspark.training.ffn import sparse_mlp
@@ -418,11 +419,11 @@ def test_bad_use_is_refused(model) -> None:
         enable_sparse_training(torch.nn.Linear(2, 2), SPARSE)
     with pytest.raises(TypeError, match="expected an AdaSparkConfig"):
         enable_sparse_training(model, {"p_attn": 0.5})
-    with pytest.raises(AdaSparkConfigError, match="enabled=False"):
+    with pytest.raises(SettingsError, match="enabled=False"):
         enable_sparse_training(model, AdaSparkConfig(enabled=False))
-    with pytest.raises(AdaSparkConfigError, match="no adaspark_config"):
+    with pytest.raises(SettingsError, match="no adaspark_config"):
         enable_sparse_training(model)
-    with pytest.raises(AdaSparkConfigError, match=r"cube=\[3, 3, 3\] holds 27"):
+    with pytest.raises(SettingsError, match=r"cube=\[3, 3, 3\] holds 27"):
         enable_sparse_training(model, AdaSparkConfig(cube=(3, 3, 3)))
     enable_sparse_training(model, SPARSE)
     batch = inputs(model, [9, (8, 4, 8), 20])

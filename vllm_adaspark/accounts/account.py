@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from ..kernels import score_products
-from ..methods.adaspark.plan import DENSE, FALLBACKS, StepPlan
+from ..paged.plan import FALLBACKS, StepPlan
 from ..paged.state import StepRows
+from ..paged.tiles import DENSE
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
 OF_STEP = ("tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")  # counted once
@@ -192,7 +193,7 @@ class Account:
     """Counts of one request, or of all of them.
 
     Attributes:
-        settings: what the request ran under (reports.told_settings); None for a request without
+        settings: what the request ran under (Method.told); None for a request without
             video, and for an account of many.
     """
 

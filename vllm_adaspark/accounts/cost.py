@@ -24,7 +24,8 @@ import torch
 
 from ..kernels import score_products
 from ..methods.adaspark.budget import prompt_cost
-from ..methods.adaspark.settings import CHECKPOINT_KEY, AdaSparkConfig
+from ..methods.adaspark.settings import AdaSparkConfig
+from ..settings import CHECKPOINT_KEY
 from ..video.sampling import (
     FPS,
     MIN_FRAMES,

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..methods.adaspark.plan import StepPlan, Tiles
+from ..paged.plan import StepPlan
 from ..paged.state import StepRows
+from ..paged.tiles import Tiles
 from .account import Account, ModelShape, count_step
 from .reports import DENSE_REASONS, mode_of
 from .request_ids import search_name, unnumbered

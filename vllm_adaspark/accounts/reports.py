@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ..requests import Request
 from .account import PER_LAYER, SECONDS, Account
 
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
@@ -101,9 +100,15 @@ def usage(account: Account, *, layers: bool = False) -> dict[str, Any]:
     report = account.report()
     if not layers:
         del report["layers"]
-    settings = dict(account.settings) if account.settings is not None else None
-    budget = settings.pop("budget") if settings is not None else None
+    told = account.settings
+    settings = None if told is None else shown_settings(told)
+    budget = None if told is None else told.get("budget")
     return {"mode": mode, "reason": reason, **report, "settings": settings, "budget": budget}
+
+
+def shown_settings(told: dict[str, Any]) -> dict[str, Any]:
+    """Of what a method tells of a request (``Method.told``), what users see as its settings."""
+    return {key: value for key, value in told.items() if key not in ("budget", "off")}
 
 
 def mode_of(account: Account) -> tuple[str, str | None]:
@@ -112,42 +117,8 @@ def mode_of(account: Account) -> tuple[str, str | None]:
         return "sparse", None
     if account.settings is None:
         return "dense", "no_video"
-    if _is_off(account.settings):
+    if account.settings["off"]:
         return "dense", "off"
     if account.fallback_tokens["cut_cube"] or account.fallback_tokens["long_text"]:
         return "dense", "fallback"
     return "dense", "few_cubes"
-
-
-def _is_off(settings: dict[str, Any]) -> bool:
-    attention = settings.get("p_attn", settings.get("keep"))
-    return settings["flops"] == 1 or attention == settings.get("p_ffn") == 1
-
-
-def told_settings(request: Request) -> dict[str, Any]:
-    """What a request runs under, JSON-ready, under the names of config.py.
-
-    With a budget there is no ``p_attn``, ``p_ffn`` or ``keep``, and ``budget`` says what was asked,
-    the smallest budget that the prompt can keep, and whether that is no more than was asked.
-    """
-    config, numbers = request.config, request.settings
-    budget = None
-    shares: dict[str, Any] = {"selection": config.selection}
-    if request.share is not None:
-        kept = request.least_budget <= config.flops
-        budget = {"flops": config.flops, "smallest": request.least_budget, "kept": kept}
-    else:
-        attention = "p_attn" if config.selection == "top_p" else "keep"
-        shares |= {attention: numbers.attention_share, "p_ffn": numbers.ffn_share}
-    return shares | {
-        "flops": config.flops if budget else None,
-        "min_cubes": config.min_cubes,
-        "dense_layers": config.dense_layers,
-        "text_queries": config.text_queries,
-        "importance": config.importance,
-        "compensation": config.compensation,
-        "cube": list(config.cube),
-        "order": config.order,
-        "trace": config.trace,
-        "budget": budget,
-    }

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import ARCHITECTURE
-from ..methods.adaspark.settings import CHECKPOINT_KEY, SHORT_FOR, AdaSparkConfig
+from ..methods.adaspark.settings import AdaSparkConfig
+from ..settings import CHECKPOINT_KEY
 from . import PROGRAM, CommandError, UsageError
 from .redact import redact_arguments
 from .settings import add_settings, checked, given_settings, misspelt
@@ -122,7 +123,7 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
             "filled in if it is left out"
         )
     settings = additional.get(PLUGIN) or {}
-    if isinstance(settings, str) and settings in SHORT_FOR:
+    if isinstance(settings, str) and settings in AdaSparkConfig.words:
         settings = {settings: True}
     if not isinstance(settings, dict):
         raise UsageError(f"--additional-config {PLUGIN}={settings!r}: expected an object")

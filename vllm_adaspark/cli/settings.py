@@ -11,7 +11,8 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from ..methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError, settled
+from ..methods.adaspark.settings import AdaSparkConfig
+from ..settings import SettingsError
 from . import UsageError
 
 
@@ -106,8 +107,8 @@ def checked(
         UsageError: AdaSparkConfig refuses them.
     """
     try:
-        return settled(checkpoint, settings, source=source)
-    except AdaSparkConfigError as error:
+        return AdaSparkConfig.settled(checkpoint, settings, source=source)
+    except SettingsError as error:
         raise UsageError(str(error)) from None
 
 

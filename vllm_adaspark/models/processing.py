@@ -20,21 +20,15 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.platforms import current_platform
 
-from ..accounts.account import ModelShape
-from ..methods.adaspark.budget import prompt_cost
-from ..methods.adaspark.settings import AdaSparkConfig, AdaSparkConfigError
+from ..methods import base as methods
 from ..requests import FIELD, mask_of, pack_settings
+from ..settings import SERVER_KEY, Settings
 from .checks import Grid, check_embeddings, check_positions, check_processor_kwargs, position_limit
 from .sent_items import sent_items
 
-REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
+REQUEST_KEY = SERVER_KEY  # in mm_processor_kwargs
 LONGEST_CAUSE = 300  # characters of a message of Hugging Face's
 GRIDS = 100_000  # images and videos whose grid is remembered; vLLM's cache holds fewer
-
-
-def resolved_config(hf_config: Any) -> AdaSparkConfig:
-    """Server and checkpoint settings, as startup.StartupCheck left them on the model's config."""
-    return AdaSparkConfig().override(getattr(hf_config, "adaspark_resolved", None))
 
 
 class AdaSparkProcessingInfo(Qwen2_5_VLProcessingInfo):
@@ -88,6 +82,7 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._method = methods.of_model(self.info.get_hf_config(), current_platform.device_type)
         self._grids: OrderedDict[str, Grid] = OrderedDict()  # by hash: cached items have no data
 
     def apply(self, inputs, timing_ctx):
@@ -97,14 +92,14 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         with sent_items.preparing() as prepared:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
-            if config.enabled and config.flops is not None:
-                self._check_budget(config, kwargs, processed)
+            places = processed["mm_placeholders"].get("video", [])
+            is_video = mask_of(len(processed["prompt_token_ids"]), places)
+            self._method.refuse(config, kwargs.get(REQUEST_KEY), is_video)
             prepared.ok = not self._will_be_refused(processed)
         return processed
 
-    def _settings(self, mm_kwargs: Mapping[str, object]) -> AdaSparkConfig:
-        server = resolved_config(self.info.get_hf_config())
-        return server.override(
+    def _settings(self, mm_kwargs: Mapping[str, object]) -> Settings:
+        return self._method.settings.override(
             mm_kwargs.get(REQUEST_KEY), source=f"mm_processor_kwargs.{REQUEST_KEY}", request=True
         )
 
@@ -129,31 +124,6 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         tokens = len(processed["prompt_token_ids"])
         limit = position_limit(self.info.get_hf_config().get_text_config())
         check_positions(tokens, media, self.info.ctx.model_config.max_model_len, limit)
-
-    def _check_budget(
-        self, config: AdaSparkConfig, mm_kwargs: Mapping[str, Any], processed: Any
-    ) -> None:
-        """Refuse a budget that the request itself asks for and that its prompt cannot keep."""
-        named = mm_kwargs.get(REQUEST_KEY)
-        videos = processed["mm_placeholders"].get("video")
-        if not videos or not isinstance(named, Mapping) or named.get("flops") is None:
-            return
-        tokens = len(processed["prompt_token_ids"])
-        text = self.info.get_hf_config().get_text_config()
-        is_video = mask_of(tokens, videos)
-        cost = prompt_cost(
-            ModelShape.of(text, current_platform.device_type),
-            text.num_hidden_layers,
-            is_video,
-            config,
-        )
-        if config.flops < cost.least:
-            raise AdaSparkConfigError(
-                f"mm_processor_kwargs.{REQUEST_KEY}: flops={config.flops} cannot be met: of this "
-                f"request's {tokens} tokens, what always runs (projections, text, "
-                f"min_cubes={config.min_cubes}) takes more; the smallest budget that can is "
-                f"{math.ceil(cost.least * 100) / 100}"
-            )
 
     # -- grids: what the checks need to know of an image or video ---------------------------------
 

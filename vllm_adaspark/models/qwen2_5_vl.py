@@ -28,14 +28,16 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from .. import LANGUAGE_MODEL
-from ..methods.adaspark.settings import AdaSparkConfig
+from ..methods import base as methods
 from ..requests import FIELD, settings_of, unpack_settings, videos_of
+from ..settings import Settings
 from ..step import Runtime
 from ..video.order import cube_order
-from .processing import AdaSparkProcessingInfo, AdaSparkProcessor, resolved_config
+from .processing import AdaSparkProcessingInfo, AdaSparkProcessor
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -74,7 +76,8 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
-        self.runtime = Runtime(resolved_config(config))
+        self.runtime = Runtime(methods.of_model(config, current_platform.device_type))
+        self._settings_class = self.runtime.method.settings_class
         self.language_model.share(self.runtime)
 
     # -- from video to embeddings ---------------------------------------------------------------
@@ -98,7 +101,7 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         for video, grid, packed in zip(
             videos, video_input["video_grid_thw"].tolist(), self._video_settings, strict=True
         ):
-            walk = _walk(grid, unpack_settings(packed), merge)
+            walk = _walk(grid, unpack_settings(packed, self._settings_class), merge)
             ordered.append(video if walk is None else video[walk.to(video.device)])
         return tuple(ordered)
 
@@ -109,7 +112,7 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
 
         Qwen2.5-VL's vision attention never crosses a temporal patch, so the result is the same.
         """
-        limit = self.runtime.config.encoder_patches
+        limit = self.runtime.method.settings.encoder_patches
         videos, start = [], 0
         for t, h, w in grids:
             step = max(1, limit // (h * w))
@@ -146,7 +149,8 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
         merge = self.config.vision_config.spatial_merge_size
         for video in videos_of(mm_features):
-            walk = _walk(video.data["video_grid_thw"].data.tolist(), settings_of(video), merge)
+            settings = settings_of(video, self._settings_class)
+            walk = _walk(video.data["video_grid_thw"].data.tolist(), settings, merge)
             if walk is not None:
                 start = video.mm_position.offset
                 tokens = slice(start, start + video.mm_position.length)
@@ -178,7 +182,7 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         return AdaSparkModelState
 
 
-def _walk(grid: list[int], config: AdaSparkConfig, merge: int) -> torch.Tensor | None:
+def _walk(grid: list[int], config: Settings, merge: int) -> torch.Tensor | None:
     """Cube order of a video with patch grid ``[t, h, w]``; None for raster order."""
     if config.order == "raster":
         return None

@@ -1,4 +1,4 @@
-"""AdaS-FFN in the model: an MLP whose tokens in cubes may skip it (token_ffn.py says which).
+"""The FFN in the model: a method may run it on some of the tokens.
 
 Only cubes that lie wholly in a step take part; a cube cut by a chunk edge, and all text, run dense.
 The choice depends on the data, so it is one opaque custom op: torch.compile and piecewise CUDA
@@ -6,6 +6,8 @@ graphs split there.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -25,7 +27,7 @@ from vllm.utils.torch_utils import (
 )
 
 from ..kernels import use_triton
-from ..methods.adaspark.ffn import active_tokens, sparse_ffn
+from ..methods.base import FFNCall
 from ..step import Runtime
 
 OP_NAME = "vllm::adaspark_ffn"
@@ -54,26 +56,21 @@ class SparseMLP(Qwen2MLP):
         return torch.ops.vllm.adaspark_ffn(x, residual, _encode_layer_name(self.layer_name))
 
     def run(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """What the op does: dense, unless this step has cubes to be sparse in."""
-        step = self.adaspark.plan
-        plan = step.ffn if step is not None else None
-        if plan is None or self.adaspark_layer < plan.dense_layers_range[0]:
-            return super().forward(x)
-        active = active_tokens(x, residual, plan, self.adaspark_layer)
-        if get_tensor_model_parallel_world_size() > 1:
-            # All ranks must gather the same tokens.  They see the same residual, but a rounding
-            # difference in an all-reduce must not be able to hang the next one.
-            active = get_tp_group().broadcast(active.to(torch.uint8), src=0).bool()
-        step.ffn_active[self.adaspark_layer] = active.sum(1)
-        if step.trace is not None:
-            step.trace.tokens(self.adaspark_layer, active)
-        if self._on_device(x):
-            from ..kernels import ffn
+        """What the op does: dense, unless the method has something to leave out."""
+        plan = self.adaspark.plan
+        output = None
+        if plan is not None and plan.ffn is not None:
+            fused = self._fused if self._on_device(x) else None
+            call = FFNCall(self.adaspark_layer, x, residual, super().forward, _agree, fused)
+            output = self.adaspark.method.ffn(plan, call)
+        return super().forward(x) if output is None else output
 
-            weights = self.gate_up_proj.weight, self.down_proj.weight
-            reduce = tensor_model_parallel_all_reduce if self.down_proj.tp_size > 1 else None
-            return ffn.sparse_swiglu(x.contiguous(), *weights, active, plan, reduce)
-        return sparse_ffn(x, super().forward, active, plan)
+    def _fused(self, x: torch.Tensor, active: torch.Tensor, plan: Any) -> torch.Tensor:
+        from ..kernels import ffn
+
+        weights = self.gate_up_proj.weight, self.down_proj.weight
+        reduce = tensor_model_parallel_all_reduce if self.down_proj.tp_size > 1 else None
+        return ffn.sparse_swiglu(x.contiguous(), *weights, active, plan, reduce)
 
     def _on_device(self, x: torch.Tensor) -> bool:
         """Whether the FFN can run without the host knowing how many tokens are active."""
@@ -85,6 +82,17 @@ class SparseMLP(Qwen2MLP):
         from ..kernels import ffn
 
         return ffn.waits_for_nothing(x, *(layer.weight for layer in layers))
+
+
+def _agree(active: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[cubes, block_size]`` (bool) that all ranks run.
+
+    All must gather the same ones.  They see the same residual, but a rounding difference in an
+    all-reduce must not be able to hang the next one.
+    """
+    if get_tensor_model_parallel_world_size() == 1:
+        return active
+    return get_tp_group().broadcast(active.to(torch.uint8), src=0).bool()
 
 
 def _adaspark_ffn(

@@ -21,11 +21,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from ..methods.adaspark.plan import AttentionPlan
-from ..methods.adaspark.score import choose_cubes
+from ..methods.base import AttentionCall
 from .heads import HeadRanks
 from .state import KeySums, StepRows
 from .tables import SharedTensors, VirtualBatch, build_tables, to_virtual
+from .tiles import TilePlan
 
 
 class SparseBackend(AttentionBackend):
@@ -108,7 +108,7 @@ class SparseImpl:
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         plan = layer.adaspark.plan
-        if plan is None or plan.key_writes.empty:
+        if plan is None or plan.key_writes is None or plan.key_writes.empty:
             return
         if self._key_sums is None:
             blocks, kv_heads, block_size, _ = kv_cache.shape
@@ -129,28 +129,33 @@ class SparseImpl:
     ) -> torch.Tensor:
         """As the stock ``forward``; shapes ``[tokens, heads, head_size]``."""
         step = layer.adaspark.plan if attn_metadata is not None else None
-        plan = step.attention if step is not None else None
-        if plan is None or layer.adaspark_layer < plan.dense_layers_range[0]:
+        index = layer.adaspark_layer
+        if step is None or not step.attends(index):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
         assert output_scale is None and output_block_scale is None, "no fused output quantization"
-        assert self._key_sums is not None, "cubes to choose from, but no keys were written"
+        plan = step.attention
         query, output_here = query[: plan.num_tokens], output[: plan.num_tokens]
         # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
         scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
-        with step.selection.running(query.device):
-            by_head = query.unflatten(1, (kv_cache.shape[1], -1)).transpose(0, 1)
-            chosen = choose_cubes(
-                by_head, self._key_sums, plan, scale, layer.adaspark_layer,
-                layer.adaspark.head_ranks,
-            )  # fmt: skip
+
+        def choose(chosen: torch.Tensor) -> VirtualBatch:
             batch = build_tables(chosen, plan, kv_cache.shape[2])
-        step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
-        if step.trace is not None:
-            step.trace.cubes(layer.adaspark_layer, chosen)
-        self._attend(layer, query, kv_cache, attn_metadata, batch, plan, output_here)
+            step.kept_blocks[index] = batch.kept_blocks
+            if step.trace is not None:
+                step.trace.cubes(index, chosen)
+            return batch
+
+        def run(batch: VirtualBatch) -> None:
+            self._attend(layer, query, kv_cache, attn_metadata, batch, plan, output_here)
+
+        runtime, kv_heads = layer.adaspark, kv_cache.shape[1]
+        call = AttentionCall(
+            index, query, kv_heads, scale, self._key_sums, runtime.head_ranks, choose, run
+        )
+        runtime.method.attend(step, call)
         return output
 
     def _attend(
@@ -160,7 +165,7 @@ class SparseImpl:
         kv_cache: torch.Tensor,
         metadata: Any,
         batch: VirtualBatch,
-        plan: AttentionPlan,
+        plan: TilePlan,
         output: torch.Tensor,
     ) -> None:
         """Run the kernel on the virtual batch; ``query`` and ``output [tokens, heads, d]``."""
@@ -180,7 +185,7 @@ class SparseImpl:
         output.unflatten(1, (kv_heads, -1)).copy_(shared.output.transpose(0, 1))
 
     def _virtual_metadata(
-        self, metadata: Any, batch: VirtualBatch, plan: AttentionPlan, query_start: torch.Tensor
+        self, metadata: Any, batch: VirtualBatch, plan: TilePlan, query_start: torch.Tensor
     ) -> Any:
         """The stock metadata with the virtual batch in place of the requests."""
         return replace(

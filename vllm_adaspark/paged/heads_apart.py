@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..methods.adaspark.plan import AttentionPlan
+from .tiles import TilePlan
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class HeadsApart:
 
     @classmethod
     def make(
-        cls, plan: AttentionPlan, query: torch.Tensor, output: torch.Tensor, kv_heads: int
+        cls, plan: TilePlan, query: torch.Tensor, output: torch.Tensor, kv_heads: int
     ) -> HeadsApart:
         """For queries like ``query`` and outputs like ``output``, ``[tokens, heads, d]``."""
         heads = query.shape[1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import use_triton
-from ..methods.adaspark.plan import AttentionPlan
+from .tiles import TilePlan
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class VirtualBatch:
     kept_blocks: torch.Tensor  # [kv_heads, tiles] int32, own block included
 
 
-def build_tables(chosen: torch.Tensor, plan: AttentionPlan, block_size: int) -> VirtualBatch:
+def build_tables(chosen: torch.Tensor, plan: TilePlan, block_size: int) -> VirtualBatch:
     """Block tables for one layer.
 
     Args:
@@ -79,7 +79,7 @@ class SharedTensors:
 
     @classmethod
     def make(
-        cls, plan: AttentionPlan, query: torch.Tensor, output: torch.Tensor, kv_heads: int
+        cls, plan: TilePlan, query: torch.Tensor, output: torch.Tensor, kv_heads: int
     ) -> SharedTensors:
         """For queries like ``query`` and outputs like ``output``, ``[tokens, heads, d]``."""
         head = torch.arange(kv_heads, dtype=torch.int32, device=query.device)

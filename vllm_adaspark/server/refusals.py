@@ -13,8 +13,8 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from ..methods.adaspark.settings import AdaSparkConfigError
 from ..models.sent_items import sent_items
+from ..settings import SettingsError
 
 REQUESTS = "vllm_adaspark:requests"
 REQUESTS_HELP = "Requests that ended, by mode and, where they were not sparse, by reason."
@@ -88,7 +88,7 @@ def _count(state: Any, reason: str) -> None:
 def reason_of(error: Exception) -> str:
     """One of REASONS."""
     for cause in _causes(error):
-        if isinstance(cause, AdaSparkConfigError):
+        if isinstance(cause, SettingsError):
             return "settings"
         if any(name.startswith(_MEDIA_MODULES) for name in _modules(cause)):
             return "media"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..methods.adaspark.plan import DENSE, StepPlan
 from ..observing import observing
+from ..paged.plan import StepPlan
 from ..paged.state import StepRows
+from ..paged.tiles import DENSE
 from .store import Sizes
 from .trace import Chunk, pack_bits
 

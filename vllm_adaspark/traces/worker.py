@@ -22,10 +22,10 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from ..accounts.reports import told_settings
+from ..accounts.reports import shown_settings
 from ..accounts.request_ids import search_name
-from ..methods.adaspark.plan import StepPlan
 from ..observing import observing
+from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from ..requests import settings_of, videos_of
 from ..step import Runtime
@@ -50,7 +50,8 @@ class Tracer:
         shape: PatchShape,
         keeps_frames: bool = True,
     ) -> None:
-        self.store = TraceStore(runtime.config.trace_mb << 20)
+        self._settings_class = runtime.method.settings_class
+        self.store = TraceStore(runtime.method.settings.trace_mb << 20)
         self._runtime, self._layers, self._sizes = runtime, layers, sizes
         self._shape, self._keeps_frames = shape, keeps_frames
         self._frame_maker = FrameMaker()
@@ -124,7 +125,7 @@ class Tracer:
             or request.req_id in self.store.running  # resumed after preemption
             or request.prompt_token_ids is None
             or request.sampling_params is None
-            or not any(settings_of(video).trace for video in videos)
+            or not any(settings_of(video, self._settings_class).trace for video in videos)
             or self._is_traced_search(request.req_id)
         ):
             return
@@ -133,8 +134,10 @@ class Tracer:
             request_id=request.req_id,
             started=time.time(),
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
-            videos=[_video(feature, self._shape.merge) for feature in videos],
-            settings=told_settings(self._runtime.requests[request.req_id]),
+            videos=[_video(feature, self._settings_class, self._shape.merge) for feature in videos],
+            settings=shown_settings(
+                self._runtime.method.told(self._runtime.requests[request.req_id])
+            ),
             block_size=self._sizes.block_size,
             layers=self._layers,
             stop_ids=_stop_ids(request.sampling_params),
@@ -171,8 +174,8 @@ def _stop_ids(sampling: Any) -> frozenset[int]:
     return frozenset(stop - {None})
 
 
-def _video(feature: Any, merge: int) -> Video:
-    config = settings_of(feature)
+def _video(feature: Any, settings_class: type, merge: int) -> Video:
+    config = settings_of(feature, settings_class)
     frames, rows, columns = feature.data["video_grid_thw"].data.tolist()
     seconds = feature.data.get("second_per_grid_ts")
     return Video(

@@ -21,13 +21,8 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
-from ..methods.adaspark.settings import (
-    CHECKPOINT_KEY,
-    CUBE_VOLUMES,
-    AdaSparkConfig,
-    AdaSparkConfigError,
-    settled,
-)
+from ..methods.adaspark.settings import AdaSparkConfig
+from ..settings import CHECKPOINT_KEY, CUBE_VOLUMES, SettingsError
 from .attention import NAME, adaspark_attention
 from .ffn import sparse_mlp
 from .packing import pack
@@ -59,7 +54,7 @@ def enable_sparse_training(
 
     Raises:
         TypeError: another kind of model or of config.
-        AdaSparkConfigError: settings that cannot be trained with.
+        SettingsError: settings that cannot be trained with.
     """
     if not isinstance(model, Qwen2_5_VLForConditionalGeneration):
         raise TypeError(
@@ -69,11 +64,11 @@ def enable_sparse_training(
     if config is None:
         settings = getattr(model.config, CHECKPOINT_KEY, None)
         if settings is None:
-            raise AdaSparkConfigError(
+            raise SettingsError(
                 f"config=None, and the model's config.json has no {CHECKPOINT_KEY}: pass an "
                 "AdaSparkConfig"
             )
-        config = settled(settings, None)
+        config = AdaSparkConfig.settled(settings, None)
     _check(model, config)
 
     disable_sparse_training(model)
@@ -118,17 +113,17 @@ def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) ->
             f"config={config!r}: expected an AdaSparkConfig, e.g. AdaSparkConfig(p_attn=0.5)"
         )
     if not config.enabled:
-        raise AdaSparkConfigError(
+        raise SettingsError(
             "enabled=False: there is nothing sparse to train; leave it out, or call "
             "disable_sparse_training"
         )
     if config.cube_volume not in CUBE_VOLUMES:
-        raise AdaSparkConfigError(
+        raise SettingsError(
             f"cube={list(config.cube)} holds {config.cube_volume} tokens, which no server takes; "
             f"allowed volumes: {', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 4]"
         )
     if any(kind != "full_attention" for kind in model.config.text_config.layer_types):
-        raise AdaSparkConfigError(
+        raise SettingsError(
             "use_sliding_window in the model's config is not supported; set it to false"
         )
 

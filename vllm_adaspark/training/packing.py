@@ -16,11 +16,11 @@ import torch
 
 from ..accounts.account import ModelShape
 from ..methods.adaspark.budget import prompt_cost
-from ..methods.adaspark.plan import StepPlan
 from ..methods.adaspark.planner import build_plan
+from ..methods.adaspark.request import AdaSparkRequest
 from ..methods.adaspark.settings import AdaSparkConfig
+from ..paged.plan import StepPlan
 from ..paged.state import StepRows
-from ..requests import Request
 from .prompt import Prompt
 
 
@@ -129,12 +129,12 @@ def _shared(
     return result
 
 
-def _request(prompt: Prompt, text_config, config: AdaSparkConfig) -> Request | None:
+def _request(prompt: Prompt, text_config, config: AdaSparkConfig) -> AdaSparkRequest | None:
     """What a server would know of a sequence; with a budget, a share that its tokens allow."""
     if not prompt.videos:
         return None
     if config.flops is None:
-        return Request(config, prompt.is_video)
+        return AdaSparkRequest(config, prompt.is_video)
     shape = ModelShape.of(text_config)
     cost = prompt_cost(shape, text_config.num_hidden_layers, prompt.is_video, config)
-    return Request(config, prompt.is_video, cost.share(config.flops), cost.least)
+    return AdaSparkRequest(config, prompt.is_video, cost.share(config.flops), cost.least)

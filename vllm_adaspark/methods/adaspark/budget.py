@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...accounts.account import ModelShape
-from .plan import MAX_TEXT_TILES
-from .settings import SHARE_STEPS, AdaSparkConfig
+from ...paged.plan import MAX_TEXT_TILES
+from ...settings import SHARE_STEPS
+from .settings import AdaSparkConfig
 
 # Below this share of what may be left out, choosing has no room: an FFN cube keeps one token of 64.
 LEAST_SHARE = 0.02

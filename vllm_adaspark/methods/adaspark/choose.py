@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ...kernels import use_triton
-from .settings import SELECTIONS, SHARE_STEPS
+from ...settings import SHARE_STEPS
+from .settings import SELECTIONS
 
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
 BUDGET = len(SELECTIONS)  # the rule of a request with a FLOPs budget, see under_budget

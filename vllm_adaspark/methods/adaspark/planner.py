@@ -7,33 +7,32 @@ rows, all of it on the host: nothing waits for a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ...paged.plan import FALLBACKS, MAX_TEXT_TILES, StepPlan
 from ...paged.state import KeyWrites, StepRows
-from ...requests import Request, RowSettings
-from ...video.order import spread_tokens
-from .choose import BUDGET, UNIFORM, BudgetGroups
-from .plan import (
+from ...paged.tiles import (
     DENSE,
-    FALLBACKS,
-    MAX_TEXT_TILES,
     TEXT,
     VIDEO,
-    AttentionPlan,
-    FFNPlan,
-    ScoreJob,
-    StepPlan,
     Tiles,
+    Tokens,
+    cubes_of,
+    cut_tiles,
+    tile_fields,
 )
+from ...video.order import spread_tokens
+from .choose import BUDGET, UNIFORM, BudgetGroups
+from .plan import AttentionPlan, FFNPlan, ScoreJob
+from .request import AdaSparkRequest, RowSettings
 from .settings import COMPENSATIONS
 
 
 def build_plan(
     rows: StepRows,
-    requests: Sequence[Request | None],
+    requests: Sequence[AdaSparkRequest | None],
     block_size: int,
     *,
     dense_below: int,
@@ -57,18 +56,16 @@ def build_plan(
     if all(request is None for request in requests):
         return None
     size = block_size
-    width = max(1, int(-(-rows.seq_lens.max(initial=1) // size)))
-    table = rows.block_table[:, :width]
-    in_prompt = _cubes_of_prompts(requests, width)
-    row_cubes = in_prompt & (np.arange(width) < rows.seq_lens[:, None] // size)
+    row_cubes, in_prompt = cubes_of(rows, requests, size)
+    table = rows.block_table[:, : row_cubes.shape[1]]
     settings = RowSettings.of_rows(requests)
 
-    tokens = _Tokens.of(rows, _is_video(rows, requests), row_cubes, in_prompt, size)
+    tokens = Tokens.of(rows, requests, row_cubes, in_prompt, size)
     may_choose = _may_choose(tokens, settings, dense_below)
     text, too_long = _text_that_chooses(tokens, settings, may_choose, len(row_cubes))
     asking = spread_tokens(size, cube_queries)
     asked = np.where(settings.rule == UNIFORM, 0, len(asking))  # it looks at no score
-    tiles = _tiles(tokens, row_cubes, may_choose, text, size, asked)
+    tiles = cut_tiles(tokens, row_cubes, may_choose, text, size, asked)
     number = len(requests)
     return StepPlan(
         attention=_attention_plan(
@@ -83,30 +80,8 @@ def build_plan(
     )
 
 
-def _cubes_of_prompts(requests: Sequence[Request | None], width: int) -> np.ndarray:
-    """``[rows, blocks]`` bool: the cubes of each prompt, whether computed yet or not."""
-    cubes = np.zeros((len(requests), width), bool)
-    for row, request in enumerate(requests):
-        if request is not None:
-            of_row = request.is_cube[:width]
-            cubes[row, : len(of_row)] = of_row
-    return cubes
-
-
-def _is_video(rows: StepRows, requests: Sequence[Request | None]) -> np.ndarray:
-    """``[tokens]`` bool: which of the step's tokens are video."""
-    is_video = np.zeros(int(rows.query_start[-1]), bool)
-    for row, request in enumerate(requests):
-        if request is not None:
-            done = int(rows.computed[row])
-            of_row = request.is_video[done : done + int(rows.query_lens[row])]
-            first = int(rows.query_start[row])
-            is_video[first : first + len(of_row)] = of_row
-    return is_video
-
-
 def _fallbacks(
-    tokens: _Tokens,
+    tokens: Tokens,
     settings: RowSettings,
     may_choose: np.ndarray,
     too_long: np.ndarray,
@@ -122,51 +97,14 @@ def _fallbacks(
     }
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Facts per token of the step."""
-
-    row: np.ndarray
-    position: np.ndarray  # in its request
-    block: np.ndarray  # logical block
-    is_video: np.ndarray
-    of_cube: np.ndarray  # its block is a cube, computed in full once the prompt is
-    cubes_before: np.ndarray  # complete cubes before its own block
-    whole_cubes: np.ndarray  # [cubes] first token of each cube that is wholly in the step
-    in_whole_cube: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        rows: StepRows,
-        is_video: np.ndarray,
-        row_cubes: np.ndarray,
-        in_prompt: np.ndarray,
-        size: int,
-    ) -> _Tokens:
-        row, position = rows.token_row, rows.token_position
-        block = position // size
-        whole = np.flatnonzero((position % size == 0) & row_cubes[row, block])
-        in_whole = np.zeros(len(row), bool)
-        in_whole[whole[:, None] + np.arange(size)] = True
-        before = np.cumsum(row_cubes, axis=1) - row_cubes
-        of_cube = in_prompt[row, block]
-        return cls(row, position, block, is_video, of_cube, before[row, block], whole, in_whole)
-
-    @property
-    def cut(self) -> np.ndarray:
-        """Tokens of cubes that a chunk edge cuts."""
-        return self.of_cube & ~self.in_whole_cube
-
-
-def _may_choose(tokens: _Tokens, settings: RowSettings, dense_below: int) -> np.ndarray:
+def _may_choose(tokens: Tokens, settings: RowSettings, dense_below: int) -> np.ndarray:
     """Tokens with enough cubes before them, and settings that may leave some out, ``[tokens]``."""
     sparse = settings.attention_share[tokens.row] < 1
     return sparse & (tokens.cubes_before >= max(dense_below, 1))
 
 
 def _text_that_chooses(
-    tokens: _Tokens, settings: RowSettings, may_choose: np.ndarray, num_rows: int
+    tokens: Tokens, settings: RowSettings, may_choose: np.ndarray, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Text tokens that choose for themselves, and those that are too many to, ``[tokens]``."""
     row = tokens.row
@@ -175,41 +113,9 @@ def _text_that_chooses(
     return text & few, text & ~few
 
 
-def _tiles(
-    tokens: _Tokens,
-    row_cubes: np.ndarray,
-    may_choose: np.ndarray,
-    text: np.ndarray,
-    size: int,
-    asked: np.ndarray,
-) -> Tiles:
-    """Cut the step into tiles.
-
-    ``may_choose`` and ``text`` that chooses are ``[tokens]``; ``asked [rows]``: tokens of a VIDEO
-    tile whose probabilities decide, 0 in rows that score no cubes.
-    """
-    row = tokens.row
-    kind = np.where(may_choose & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
-
-    opens = np.diff(row, prepend=-1) != 0
-    opens |= np.diff(kind, prepend=-1) != 0
-    opens |= kind == TEXT
-    opens |= (kind == VIDEO) & (tokens.position % size == 0)
-    start = np.flatnonzero(opens)
-    length = np.diff(start, append=len(row))
-    last = start + length - 1
-    block = tokens.block[last]
-    kind, row = kind[start], row[start]
-    candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
-    candidates &= (kind != DENSE)[:, None]
-    tail_gap = (block + 1) * size - tokens.position[last] - 1
-    asked = np.select([kind == VIDEO, kind == TEXT], [asked[row], np.minimum(asked[row], 1)], 0)
-    return Tiles(row, start, length, block, kind, asked, tail_gap, candidates)
-
-
 def _attention_plan(
     rows: StepRows,
-    tokens: _Tokens,
+    tokens: Tokens,
     tiles: Tiles,
     table: np.ndarray,
     row_cubes: np.ndarray,
@@ -223,41 +129,29 @@ def _attention_plan(
     if not len(sparse):
         return None
     sparse_row = tiles.row[sparse]
-    up_to_own = np.arange(table.shape[1]) <= tiles.block[:, None]
     dense_layers = settings.dense_layers[sparse_row]
-    sparse_of = np.full(len(tiles), -1)
-    sparse_of[sparse] = np.arange(len(sparse))
 
     def to(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(array).to(device=device, dtype=dtype)
 
     return AttentionPlan(
-        tiles=tiles,
+        **tile_fields(rows, tiles, table, device),
+        first_layer=int(dense_layers.min()),
         jobs=_score_jobs(tiles, sparse, row_cubes, asking, device),
-        sparse_tiles=to(sparse, torch.int64),
-        sparse_of=to(sparse_of, torch.int32),
-        candidates=to(tiles.candidates[sparse], torch.bool),
-        always=to(up_to_own & ~tiles.candidates, torch.bool),
-        blocks=to(table[tiles.row], torch.int32),
         row_blocks=to(table, torch.int64),
         row_cubes=to(row_cubes, torch.bool),
-        tail_gap=to(tiles.tail_gap, torch.int32),
-        query_start=to(np.append(tiles.start, rows.query_start[-1]), torch.int32),
         share=to(settings.attention_share[sparse_row], torch.float32),
         min_cubes=to(settings.min_cubes[sparse_row], torch.int64),
         rule=to(settings.rule[sparse_row], torch.int64),
         dense_layers=to(dense_layers, torch.int64),
+        most_dense_layers=int(dense_layers.max()),
         rules=tuple(np.unique(settings.rule[sparse_row]).tolist()),
         budget=_attention_budget(tokens, tiles, sparse, settings, may_choose, size, device),
-        dense_layers_range=(int(dense_layers.min()), int(dense_layers.max())),
-        max_query_len=int(tiles.length.max()),
-        max_seq_len=int(rows.seq_lens.max()),
-        num_tokens=int(rows.query_start[-1]),
     )
 
 
 def _attention_budget(
-    tokens: _Tokens,
+    tokens: Tokens,
     tiles: Tiles,
     sparse: np.ndarray,
     settings: RowSettings,
@@ -343,7 +237,7 @@ def _score_jobs(
 
 
 def _ffn_plan(
-    tokens: _Tokens, settings: RowSettings, size: int, device: torch.device
+    tokens: Tokens, settings: RowSettings, size: int, device: torch.device
 ) -> FFNPlan | None:
     first = tokens.whole_cubes
     first = first[settings.ffn_share[tokens.row[first]] < 1]
@@ -370,7 +264,7 @@ def _ffn_plan(
 
 
 def _ffn_budget(
-    tokens: _Tokens,
+    tokens: Tokens,
     settings: RowSettings,
     row: np.ndarray,
     by_budget: np.ndarray,
@@ -389,7 +283,7 @@ def _ffn_budget(
 
 
 def _key_writes(
-    tokens: _Tokens, settings: RowSettings, table: np.ndarray, size: int, device: torch.device
+    tokens: Tokens, settings: RowSettings, table: np.ndarray, size: int, device: torch.device
 ) -> KeyWrites:
     """Only keys that a query may have to choose by are summed."""
 

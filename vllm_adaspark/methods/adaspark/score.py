@@ -25,8 +25,9 @@ from ...kernels import scores_heads_of, use_triton
 from ...paged.heads import HeadRanks
 from ...paged.scratch import Scratch
 from ...paged.state import KeySums
+from ...paged.tiles import VIDEO
 from . import choose as selection
-from .plan import VIDEO, AttentionPlan, ScoreJob
+from .plan import AttentionPlan, ScoreJob
 
 # Logits held at a time, in numbers.  Fewer would fit a CPU's cache, but a product of few queries
 # spends its time on preparing the keys.
@@ -88,7 +89,7 @@ def choose_cubes(
     )
     chosen = selection.select(probs, candidates, rule, share, least, plan.rules, plan.budget)
     chosen, candidates = chosen[:, own], candidates[:, own]
-    if layer < plan.dense_layers_range[1]:
+    if layer < plan.most_dense_layers:
         chosen = torch.where((plan.dense_layers > layer)[:, None, None], candidates, chosen)
     return chosen
 

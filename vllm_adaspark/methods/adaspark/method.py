@@ -1,0 +1,124 @@
+"""AdaSpark as a method: which of its parts runs at which moment (methods/base.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...accounts.account import ModelShape
+from ...paged.plan import StepPlan
+from ...paged.state import StepRows
+from ...settings import SERVER_KEY, SettingsError
+from ..base import AttentionCall, FFNCall
+from .budget import PromptCost, prompt_cost
+from .ffn import active_tokens, sparse_ffn
+from .planner import build_plan
+from .request import AdaSparkRequest
+from .score import choose_cubes
+from .settings import AdaSparkConfig
+
+
+class AdaSpark:
+    """Cube-selective attention and a token-selective FFN (arXiv 2604.08077)."""
+
+    settings_class = AdaSparkConfig
+
+    def __init__(self, settings: AdaSparkConfig, text_config: Any, device_type: str) -> None:
+        self.settings = settings
+        self._shape = ModelShape.of(text_config, device_type)
+        self._layers = text_config.num_hidden_layers
+
+    def refuse(self, settings: AdaSparkConfig, named: Any, is_video: np.ndarray) -> None:
+        """Refuse a budget that the request itself names and that its prompt cannot keep."""
+        if settings.flops is None or not settings.enabled or not is_video.any():
+            return
+        if not isinstance(named, Mapping) or named.get("flops") is None:
+            return
+        least = self._cost(settings, is_video).least
+        if settings.flops < least:
+            raise SettingsError(
+                f"mm_processor_kwargs.{SERVER_KEY}: flops={settings.flops} cannot be met: of this "
+                f"request's {len(is_video)} tokens, what always runs (projections, text, "
+                f"min_cubes={settings.min_cubes}) takes more; the smallest budget that can is "
+                f"{math.ceil(least * 100) / 100}"
+            )
+
+    def describe(self, settings: AdaSparkConfig, is_video: np.ndarray) -> AdaSparkRequest:
+        """A request with video; with a budget, the share that its own prompt leaves."""
+        if settings.flops is None or not settings.enabled:
+            return AdaSparkRequest(settings, is_video)
+        cost = self._cost(settings, is_video)
+        return AdaSparkRequest(settings, is_video, cost.share(settings.flops), cost.least)
+
+    def _cost(self, settings: AdaSparkConfig, is_video: np.ndarray) -> PromptCost:
+        return prompt_cost(self._shape, self._layers, is_video, settings)
+
+    def told(self, request: AdaSparkRequest) -> dict[str, Any]:
+        """Its settings under the names that users know.
+
+        With a budget there is no ``p_attn``, ``p_ffn`` or ``keep``, and ``budget`` says what was
+        asked, the smallest budget that the prompt can keep, and whether that is no more.
+        """
+        config, numbers = request.config, request.settings
+        shares: dict[str, Any] = {"selection": config.selection}
+        budget = None
+        if request.share is not None:
+            kept = request.least_budget <= config.flops
+            budget = {"flops": config.flops, "smallest": request.least_budget, "kept": kept}
+        else:
+            attention = "p_attn" if config.selection == "top_p" else "keep"
+            shares |= {attention: numbers.attention_share, "p_ffn": numbers.ffn_share}
+        return shares | {
+            "flops": config.flops if budget else None,
+            "min_cubes": config.min_cubes,
+            "dense_layers": config.dense_layers,
+            "text_queries": config.text_queries,
+            "importance": config.importance,
+            "compensation": config.compensation,
+            "cube": list(config.cube),
+            "order": config.order,
+            "trace": config.trace,
+            "budget": budget,
+            "off": numbers.attention_share == numbers.ffn_share == 1,
+        }
+
+    def plan(
+        self, rows: StepRows, requests: Sequence[AdaSparkRequest | None], device: torch.device
+    ) -> StepPlan | None:
+        """See planner.build_plan."""
+        return build_plan(
+            rows,
+            requests,
+            self.settings.cube_volume,
+            dense_below=self.settings.dense_below,
+            cube_queries=self.settings.cube_queries,
+            device=device,
+        )
+
+    def attend(self, plan: StepPlan, call: AttentionCall) -> None:
+        """Score the cubes, choose, attend (score.py, choose.py)."""
+        assert call.sums is not None, "cubes to choose from, but no keys were written"
+        with plan.selection.running(call.query.device):
+            by_head = call.query.unflatten(1, (call.kv_heads, -1)).transpose(0, 1)
+            chosen = choose_cubes(
+                by_head, call.sums, plan.attention, call.scale, call.layer, call.head_ranks
+            )
+            tables = call.choose(chosen)
+        call.run(tables)
+
+    def ffn(self, plan: StepPlan, call: FFNCall) -> torch.Tensor | None:
+        """Run the tokens that matter, and one centroid for the others of a cube (ffn.py)."""
+        cubes = plan.ffn
+        if cubes is None or call.layer < cubes.dense_layers_range[0]:
+            return None
+        active = call.agree(active_tokens(call.x, call.residual, cubes, call.layer))
+        plan.ffn_active[call.layer] = active.sum(1)
+        if plan.trace is not None:
+            plan.trace.tokens(call.layer, active)
+        if call.fused is not None:
+            return call.fused(call.x, active, cubes)
+        return sparse_ffn(call.x, call.dense, active, cubes)

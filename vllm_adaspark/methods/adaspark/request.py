@@ -1,0 +1,76 @@
+"""What AdaSpark knows of a request: its settings as a plan takes them, and a budget's share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...requests import Request
+from .choose import BUDGET
+from .settings import COMPENSATIONS, IMPORTANCES, SELECTIONS, AdaSparkConfig
+
+
+@dataclass(frozen=True)
+class AdaSparkRequest(Request):
+    """One request with video.
+
+    Attributes:
+        config: its settings.
+        share: with a budget, the share of cubes and FFN tokens to keep (see budget.py).
+        least_budget: with a budget, the smallest one that this prompt can keep.
+    """
+
+    config: AdaSparkConfig
+    share: float | None = None
+    least_budget: float | None = None
+
+    @cached_property
+    def settings(self) -> RowSettings:
+        """What the plan needs of the settings, as plain numbers."""
+        config = self.config
+        rule = SELECTIONS.index(config.selection)
+        attention = config.p_attn if config.selection == "top_p" else config.keep
+        ffn = config.p_ffn
+        if self.share is not None:
+            attention, ffn, rule = self.share, self.share, BUDGET
+        if not config.enabled:
+            attention = ffn = 1.0
+        return RowSettings(
+            attention_share=attention,
+            ffn_share=ffn,
+            importance=IMPORTANCES.index(config.importance),
+            compensation=COMPENSATIONS.index(config.compensation),
+            rule=rule,
+            sparse_text=config.text_queries == "sparse",
+            min_cubes=config.min_cubes,
+            dense_layers=config.dense_layers,
+        )
+
+
+class RowSettings(NamedTuple):
+    """The settings of one request, or arrays ``[rows]`` of those of a step's requests.
+
+    Shares are above 0 and at most 1; at 1 nothing is left out.
+    """
+
+    attention_share: Any
+    ffn_share: Any
+    importance: Any  # index into settings.IMPORTANCES
+    compensation: Any  # index into settings.COMPENSATIONS
+    rule: Any  # index into settings.SELECTIONS, or choose.BUDGET
+    sparse_text: Any  # bool
+    min_cubes: Any
+    dense_layers: Any
+
+    @classmethod
+    def of_rows(cls, requests: Sequence[AdaSparkRequest | None]) -> RowSettings:
+        """Arrays ``[rows]``; a row without video leaves nothing out."""
+        rows = [_NOTHING_LEFT_OUT if r is None else r.settings for r in requests]
+        return cls(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+_NOTHING_LEFT_OUT = RowSettings(1.0, 1.0, 0, 0, 0, False, 1, 0)

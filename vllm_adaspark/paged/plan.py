@@ -1,0 +1,52 @@
+"""The plan of a step, as layers, accounts and traces read it, whatever the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..accounts.timing import Stopwatch
+from .state import KeyWrites
+from .tiles import TilePlan
+
+# A text token costs a kernel as much as a decode token.  Past so many of them in one request's
+# chunk, attending densely in one tile is cheaper than choosing for each.
+MAX_TEXT_TILES = 1024
+
+# Why tokens ran dense though their settings are sparse: a chunk edge cuts their cube; their KV
+# block also holds text, so it is no cube; their text is longer than MAX_TEXT_TILES.
+FALLBACKS = ("cut_cube", "mixed_block", "long_text")
+
+
+@dataclass
+class StepPlan:
+    """Everything the layers share in one step, and the counts they leave behind.
+
+    Attributes:
+        attention: the tiles, if the method leaves cubes out in this step.
+        ffn: the method's own plan for the FFN, if it skips tokens in this step.  Accounts and
+            traces read ``tokens [cubes, block_size]``, ``row [cubes]`` and ``extra [cubes]`` of it:
+            which tokens are a cube's, whose it is, and how many FFN evaluations are made for the
+            tokens that skip.
+        key_writes: which keys are summed in this step; None for none.
+    """
+
+    attention: TilePlan | None
+    ffn: Any
+    key_writes: KeyWrites | None
+    video_tokens: np.ndarray  # [rows] video tokens in this step
+    cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
+    block_size: int
+    fallback_tokens: dict[str, np.ndarray] = field(default_factory=dict)  # of FALLBACKS: [rows]
+    planning_seconds: float = 0.0
+    selection: Stopwatch = field(default_factory=Stopwatch)  # scores, choice, tables of all layers
+    kept_blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [kv_heads, tiles]
+    ffn_active: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [cubes]
+    trace: Any = None  # traces.step.StepTrace, in steps with a traced request
+
+    def attends(self, layer: int) -> bool:
+        """Whether the method, not the stock path, runs this layer's attention."""
+        return self.attention is not None and layer >= self.attention.first_layer

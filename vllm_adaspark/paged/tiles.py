@@ -1,0 +1,210 @@
+"""A step cut into query tiles, whose tokens attend to the same KV blocks.
+
+There are three kinds:
+
+* ``VIDEO``: a complete cube, all of it in this step.
+* ``TEXT``: one token that is not video: question, answer, decode.
+* ``DENSE``: a run of tokens that attend to everything.  A chunk edge inside a cube may thus only
+  make more be computed.
+
+A tile's *candidates* are the cubes before its own block, of which a method keeps some.  All other
+blocks up to and including its own are always attended: blocks that hold text, and the own block.
+Which tokens are tiles is the method's to say; what follows from it, for tables and counts, is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..requests import Request
+from .scratch import Scratch
+from .state import StepRows
+
+DENSE, VIDEO, TEXT = range(3)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Host facts of the step's tiles, in token order; together they cover every token once."""
+
+    row: np.ndarray  # [tiles]
+    start: np.ndarray  # [tiles] first token in the step
+    length: np.ndarray  # [tiles] tokens
+    block: np.ndarray  # [tiles] logical index of the last block it touches
+    kind: np.ndarray  # [tiles] DENSE, VIDEO or TEXT
+    asked: np.ndarray  # [tiles] tokens of it that are scored against the candidates, for the FLOPs
+    tail_gap: np.ndarray  # [tiles] slots of the last block after the tile's last token
+    candidates: np.ndarray  # [tiles, blocks] bool, all false for DENSE
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(kw_only=True)
+class TilePlan:
+    """What every layer needs to make block tables from a choice; tensors on the device.
+
+    *Sparse* tiles are those that are not DENSE.
+    """
+
+    tiles: Tiles
+    sparse_tiles: torch.Tensor  # [sparse] int64, index of each sparse tile
+    sparse_of: torch.Tensor  # [tiles] int32, the reverse; -1 for DENSE ones
+    candidates: torch.Tensor  # [sparse, blocks] bool
+    always: torch.Tensor  # [tiles, blocks] bool: attended without being chosen
+    blocks: torch.Tensor  # [tiles, blocks] int32 physical blocks
+    tail_gap: torch.Tensor  # [tiles] int32
+    query_start: torch.Tensor  # [tiles + 1] int32
+    max_query_len: int
+    max_seq_len: int
+    num_tokens: int
+    first_layer: int = 0  # layers below it are dense
+    shared: Any = None  # what the adapter's first layer made for all of them
+    scratch: Scratch = field(default_factory=Scratch)  # for choosing and for tables
+
+
+def tile_fields(
+    rows: StepRows, tiles: Tiles, table: np.ndarray, device: torch.device
+) -> dict[str, Any]:
+    """The fields of a :class:`TilePlan`, for a method's own plan to be made with.
+
+    Args:
+        rows: the step's requests.
+        tiles: at least one of them sparse.
+        table: ``[rows, blocks]`` physical blocks.
+        device: where the layers run.
+    """
+    sparse = np.flatnonzero(tiles.kind != DENSE)
+    sparse_of = np.full(len(tiles), -1)
+    sparse_of[sparse] = np.arange(len(sparse))
+    up_to_own = np.arange(table.shape[1]) <= tiles.block[:, None]
+
+    def to(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(array).to(device=device, dtype=dtype)
+
+    return dict(
+        tiles=tiles,
+        sparse_tiles=to(sparse, torch.int64),
+        sparse_of=to(sparse_of, torch.int32),
+        candidates=to(tiles.candidates[sparse], torch.bool),
+        always=to(up_to_own & ~tiles.candidates, torch.bool),
+        blocks=to(table[tiles.row], torch.int32),
+        tail_gap=to(tiles.tail_gap, torch.int32),
+        query_start=to(np.append(tiles.start, rows.query_start[-1]), torch.int32),
+        max_query_len=int(tiles.length.max()),
+        max_seq_len=int(rows.seq_lens.max()),
+        num_tokens=int(rows.query_start[-1]),
+    )
+
+
+def cubes_of(
+    rows: StepRows, requests: Sequence[Request | None], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``[rows, blocks]`` bool each: the cubes there are once the step is done, and those there will
+    be once the prompt is."""
+    width = max(1, int(-(-rows.seq_lens.max(initial=1) // size)))
+    in_prompt = _cubes_of_prompts(requests, width)
+    return in_prompt & (np.arange(width) < rows.seq_lens[:, None] // size), in_prompt
+
+
+def _cubes_of_prompts(requests: Sequence[Request | None], width: int) -> np.ndarray:
+    """``[rows, blocks]`` bool: the cubes of each prompt, whether computed yet or not."""
+    cubes = np.zeros((len(requests), width), bool)
+    for row, request in enumerate(requests):
+        if request is not None:
+            of_row = request.is_cube[:width]
+            cubes[row, : len(of_row)] = of_row
+    return cubes
+
+
+def _is_video(rows: StepRows, requests: Sequence[Request | None]) -> np.ndarray:
+    """``[tokens]`` bool: which of the step's tokens are video."""
+    is_video = np.zeros(int(rows.query_start[-1]), bool)
+    for row, request in enumerate(requests):
+        if request is not None:
+            done = int(rows.computed[row])
+            of_row = request.is_video[done : done + int(rows.query_lens[row])]
+            first = int(rows.query_start[row])
+            is_video[first : first + len(of_row)] = of_row
+    return is_video
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Facts per token of the step."""
+
+    row: np.ndarray
+    position: np.ndarray  # in its request
+    block: np.ndarray  # logical block
+    is_video: np.ndarray
+    of_cube: np.ndarray  # its block is a cube, computed in full once the prompt is
+    cubes_before: np.ndarray  # complete cubes before its own block
+    whole_cubes: np.ndarray  # [cubes] first token of each cube that is wholly in the step
+    in_whole_cube: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        rows: StepRows,
+        requests: Sequence[Request | None],
+        row_cubes: np.ndarray,
+        in_prompt: np.ndarray,
+        size: int,
+    ) -> Tokens:
+        """From the step's rows; ``row_cubes`` and ``in_prompt`` as :func:`cubes_of` gives them."""
+        is_video = _is_video(rows, requests)
+        row, position = rows.token_row, rows.token_position
+        block = position // size
+        whole = np.flatnonzero((position % size == 0) & row_cubes[row, block])
+        in_whole = np.zeros(len(row), bool)
+        in_whole[whole[:, None] + np.arange(size)] = True
+        before = np.cumsum(row_cubes, axis=1) - row_cubes
+        of_cube = in_prompt[row, block]
+        return cls(row, position, block, is_video, of_cube, before[row, block], whole, in_whole)
+
+    @property
+    def cut(self) -> np.ndarray:
+        """Tokens of cubes that a chunk edge cuts."""
+        return self.of_cube & ~self.in_whole_cube
+
+
+def cut_tiles(
+    tokens: Tokens,
+    row_cubes: np.ndarray,
+    video: np.ndarray,
+    text: np.ndarray,
+    size: int,
+    asked: np.ndarray,
+) -> Tiles:
+    """Cut the step into tiles.
+
+    Args:
+        tokens: of the step.
+        row_cubes: ``[rows, blocks]`` bool, the cubes there are once the step is done.
+        video: ``[tokens]`` bool, tokens whose cube may be a VIDEO tile, if it is whole.
+        text: ``[tokens]`` bool, text tokens that are a TEXT tile each.
+        size: tokens in a KV block.
+        asked: ``[rows]`` tokens of a VIDEO tile that are scored, 0 in rows that score none.
+    """
+    row = tokens.row
+    kind = np.where(video & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
+
+    opens = np.diff(row, prepend=-1) != 0
+    opens |= np.diff(kind, prepend=-1) != 0
+    opens |= kind == TEXT
+    opens |= (kind == VIDEO) & (tokens.position % size == 0)
+    start = np.flatnonzero(opens)
+    length = np.diff(start, append=len(row))
+    last = start + length - 1
+    block = tokens.block[last]
+    kind, row = kind[start], row[start]
+    candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
+    candidates &= (kind != DENSE)[:, None]
+    tail_gap = (block + 1) * size - tokens.position[last] - 1
+    asked = np.select([kind == VIDEO, kind == TEXT], [asked[row], np.minimum(asked[row], 1)], 0)
+    return Tiles(row, start, length, block, kind, asked, tail_gap, candidates)

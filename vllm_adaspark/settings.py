@@ -1,0 +1,272 @@
+"""Settings of a method: one frozen, validated object, and who may set what of it.
+
+Three sources lie over the defaults, in rising priority:
+
+1. the checkpoint:  ``"adaspark_config": {...}`` in its ``config.json``: how it was trained
+2. the operator:    ``--additional-config '{"adaspark": {...}}'``: the keys that it names
+3. the request:     ``mm_processor_kwargs={"adaspark": {...}}``
+
+A checkpoint may come from anywhere, and a request from anyone, so each may set only part of the
+keys.  A request sets what concerns itself.  A checkpoint sets what decides the numbers that the
+model computes; what decides where data goes and how much memory is used (``trace``, ``trace_mb``,
+``report_file``, ``encoder_patches``) is the operator's.
+
+``{"off": true}``, or ``"off"`` for the whole object, is short for ``{"enabled": false, "order":
+"raster"}``: dense, and token for token what the stock model computes.  A method may have other such
+words, and keys of its own: it subclasses :class:`Settings`.
+
+Unknown keys, wrong types and values out of range are errors that name the key, the value and what
+is allowed: at start for the first two, HTTP 400 for the last.  This module imports nothing but the
+standard library, so a client can use it to check settings before it sends them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+ORDERS = ("cube", "raster")
+CUBE_VOLUMES = (32, 64, 128)  # tested ones; a cube is a KV block
+
+SERVER_KEY = "adaspark"  # in --additional-config, and of a request's mm_processor_kwargs
+CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
+METHOD_KEY = "method"  # in --additional-config: another method than AdaSpark
+
+OFF = "off"
+
+# Shares are whole thousandths, so that "how many are 0.1 of 30" has one answer (choose._count).
+SHARE_STEPS = 1000
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used.  The message names the key, the value and what is allowed."""
+
+
+def setting(
+    default: Any, doc: str, *, request: bool = True, checkpoint: bool = True, **rule: Any
+) -> Any:
+    """A field of a method's settings.
+
+    Args:
+        default: its value if nobody sets it.
+        doc: what it means, shown by the command line.
+        request: whether a request may set it.
+        checkpoint: whether a checkpoint may.
+        rule: what is allowed: ``choices``, ``low`` and ``high`` of an integer, ``share`` for a
+            number above 0 and at most 1, ``budget`` for such a number or None; by the default's
+            type otherwise.
+    """
+    who = {"request": request, "checkpoint": checkpoint}
+    return field(default=default, metadata={"doc": doc, **who, **rule})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every method has.  A method's own settings are a frozen dataclass derived from it.
+
+    Raises:
+        SettingsError: a value has the wrong type or is out of range.
+    """
+
+    # What a word is short for; other settings named beside it are laid over that, save for "off".
+    words: ClassVar[dict[str, dict[str, Any]]] = {OFF: {"enabled": False, "order": "raster"}}
+
+    enabled: bool = setting(True, "false: this request (or the whole server) runs dense")
+    cube: tuple[int, int, int] = setting(
+        (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
+    )
+    order: str = setting("cube", "order of a video's tokens in the prompt", choices=ORDERS)
+    trace: bool = setting(False, "record what was chosen, for the viewer", checkpoint=False)
+    encoder_patches: int = setting(
+        32768,
+        "patches the vision tower encodes at a time",
+        request=False,
+        checkpoint=False,
+        low=1,
+        high=1 << 24,
+    )
+    trace_mb: int = setting(
+        64,
+        "megabytes a worker keeps of traces (0: none)",
+        request=False,
+        checkpoint=False,
+        low=0,
+        high=65536,
+    )
+    report_file: str | None = setting(
+        None,
+        "append one JSON line per finished request to this file",
+        request=False,
+        checkpoint=False,
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            object.__setattr__(self, spec.name, _checked(spec, value))
+
+    @property
+    def cube_volume(self) -> int:
+        """Merged tokens in a cube, which is also the KV block size."""
+        t, h, w = self.cube
+        return t * h * w
+
+    def override(
+        self,
+        settings: Mapping[str, Any] | str | None,
+        *,
+        source: str = "adaspark",
+        request: bool = False,
+        checkpoint: bool = False,
+    ) -> Self:
+        """This config with ``settings`` laid over it.
+
+        Args:
+            settings: keys of this class, one of its ``words``, or ``None``, which changes nothing.
+            source: where the settings came from, for the error message.
+            request: whether they came from a request, which may not set server-wide keys.
+            checkpoint: whether they came from a checkpoint, which may not set the operator's.
+
+        Raises:
+            SettingsError: unknown key, wrong type, value out of range, or a key that this
+                source may not set.
+        """
+        if settings is None:
+            return self
+        if isinstance(settings, str) and settings in self.words:
+            settings = {settings: True}
+        if not isinstance(settings, Mapping):
+            words = " or ".join(repr(word) for word in self.words)
+            raise SettingsError(
+                f"{source} must be an object of settings or {words}, got {settings!r} "
+                f"({type(settings).__name__})"
+            )
+        known = {spec.name: spec.metadata for spec in fields(self)}
+        settable = [
+            name
+            for name, rule in known.items()
+            if (rule["request"] or not request) and (rule["checkpoint"] or not checkpoint)
+        ]
+        settable += self.words
+        for key in settings:
+            if key not in known and key not in self.words:
+                close = difflib.get_close_matches(str(key), settable, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise SettingsError(
+                    f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(settable)}"
+                )
+            if key not in settable and request:
+                raise SettingsError(
+                    f"{source}: {key!r} is a server setting and cannot be set per request; "
+                    f"allowed: {', '.join(settable)}"
+                )
+            if key not in settable:
+                raise SettingsError(
+                    f"{source}: {key!r} is a server setting and cannot be set by a checkpoint; "
+                    "remove it there, and if this server shall have it, name it in "
+                    f"--additional-config {SERVER_KEY}; allowed: {', '.join(settable)}"
+                )
+        try:
+            changed = dataclasses.replace(self, **self.spelt_out(settings))
+        except SettingsError as error:
+            raise SettingsError(f"{source}: {error}") from None
+        if request and changed.cube_volume != self.cube_volume:
+            raise SettingsError(
+                f"{source}: cube={list(changed.cube)} holds {changed.cube_volume} tokens, but this "
+                f"server's KV blocks hold {self.cube_volume}; a request may change a cube's shape, "
+                "not its volume"
+            )
+        return changed
+
+    @classmethod
+    def settled(
+        cls,
+        checkpoint: Mapping[str, Any] | str | None,
+        operator: Mapping[str, Any] | str | None,
+        *,
+        source: str = f"--additional-config {SERVER_KEY}",
+    ) -> Self:
+        """A server's settings: the defaults, over them the checkpoint's, over both the operator's.
+
+        An operator who says "off" gets the stock model whatever the checkpoint says: its settings
+        are not even read, so the KV block size does not come from them either.
+
+        Args:
+            checkpoint: ``adaspark_config`` of the checkpoint's config.json, None if it has none.
+            operator: what the operator named; None for nothing.
+            source: where the operator's came from, for the error message.
+
+        Raises:
+            SettingsError: one of them cannot be used; the message names which.
+        """
+        own = cls().override(operator, source=source)
+        if operator == OFF or (isinstance(operator, Mapping) and operator.get(OFF)):
+            return own
+        trained = cls().override(
+            checkpoint, source=f"config.json {CHECKPOINT_KEY}", checkpoint=True
+        )
+        return trained.override(operator, source=source)
+
+    @classmethod
+    def spelt_out(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings`` with short words spelt out."""
+        plain = {key: value for key, value in settings.items() if key not in cls.words}
+        for word, meaning in cls.words.items():
+            said = settings.get(word, False)
+            if not isinstance(said, bool):
+                raise SettingsError(f"{word}={said!r}: expected true or false")
+            if said:
+                plain = plain | meaning if word == OFF else meaning | plain
+        return plain
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy; ``override`` takes it back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+
+def _checked(spec: dataclasses.Field, value: Any) -> Any:
+    """``value`` in its canonical type, or an SettingsError that says what is allowed."""
+    rule = spec.metadata
+    problem = f"{spec.name}={value!r}"
+    if spec.name == "cube":
+        parts = list(value) if isinstance(value, (list, tuple)) else []
+        if len(parts) != 3 or not all(_is_int(n) and 1 <= n <= 64 for n in parts):
+            raise SettingsError(
+                f"{problem}: expected three integers [t, h, w], each 1 to 64, e.g. [4, 4, 4]"
+            )
+        return tuple(parts)
+    if "budget" in rule and value is None:
+        return None
+    if "share" in rule or "budget" in rule:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+            or_null = ", or null" if "budget" in rule else ""
+            raise SettingsError(f"{problem}: expected a number above 0 and at most 1{or_null}")
+        # Never round down to nothing, and never quietly up to dense.
+        highest = SHARE_STEPS - 1 if value < 1 else SHARE_STEPS
+        steps = min(max(round(value * SHARE_STEPS), 1), highest)
+        return steps / SHARE_STEPS
+    if "choices" in rule:
+        if not isinstance(value, str) or value not in rule["choices"]:
+            allowed = ", ".join(repr(c) for c in rule["choices"])
+            raise SettingsError(f"{problem}: expected one of {allowed}")
+        return value
+    if "low" in rule:
+        if not _is_int(value) or not rule["low"] <= value <= rule["high"]:
+            raise SettingsError(
+                f"{problem}: expected an integer from {rule['low']} to {rule['high']}"
+            )
+        return value
+    if isinstance(spec.default, bool):
+        if not isinstance(value, bool):
+            raise SettingsError(f"{problem}: expected true or false")
+        return value
+    if value is not None and (not isinstance(value, str) or not value):
+        raise SettingsError(f"{problem}: expected a path or null")
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
