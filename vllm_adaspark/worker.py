@@ -32,7 +32,7 @@ from .attention.state import KeySums, StepRows
 from .budget import prompt_cost
 from .ledger import Ledger, keep_counts
 from .observing import observing
-from .reports import request_report, told_settings
+from .reports import part_of_model, request_report, told_settings
 from .requests import Request, RequestTable, mask_of, settings_of, videos_of
 from .runtime import Runtime
 from .tracing.worker import TracingWorker
@@ -124,22 +124,6 @@ class RequestAccounts:
                 file.write(json.dumps(report) + "\n")
         except OSError as error:  # a full disk must not end the engine
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
-
-
-def part_of_model(layers: range, num_layers: int, ranks: int) -> str | None:
-    """What one rank's account leaves out, in words; None if it is the whole.
-
-    Args:
-        layers: this rank's.
-        num_layers: of the model.
-        ranks: of tensor parallelism.
-    """
-    parts = []
-    if len(layers) < num_layers:
-        parts.append(f"layers {layers[0]} to {layers[-1]} of {num_layers}")
-    if ranks > 1:
-        parts.append(f"the choices of tensor-parallel rank 0 of {ranks}")
-    return " and ".join(parts) or None
 
 
 def room_beside_key_sums(available: int, layers: Mapping[str, AttentionSpec]) -> int:
