@@ -27,8 +27,11 @@ def start(checkpoint, settings=None, overrides: dict | None = None, **options):
     arguments = EngineArgs(
         model=str(checkpoint),
         hf_overrides={"architectures": [ARCHITECTURE]} | (overrides or {}),
-        additional_config={} if settings is None else {"adaspark": settings},
-        **{"max_model_len": 8192} | options,
+        **{
+            "max_model_len": 8192,
+            "additional_config": {} if settings is None else {"adaspark": settings},
+        }
+        | options,
     )
     return arguments.create_engine_config()
 
@@ -70,6 +73,12 @@ def test_cube_of_an_untested_volume(checkpoint, cube) -> None:
     volume = cube[0] * cube[1] * cube[2]
     for word in [f"cube={cube}", f"{volume} tokens", "allowed volumes: 32, 64, 128", "[4, 4, 4]"]:
         assert word in message
+
+
+@pytest.mark.parametrize("wrong", [{"p_attn": 0.5}, {"AdaSpark": {}}, {"adaspak": {"p_attn": 0.5}}])
+def test_settings_in_the_wrong_place(checkpoint, wrong) -> None:
+    message = refusal(checkpoint, None, additional_config=wrong)
+    assert f"{next(iter(wrong))!r} means nothing there" in message and '{"adaspark": ' in message
 
 
 def test_cube_that_is_not_the_block_size(checkpoint) -> None:
