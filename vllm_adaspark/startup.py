@@ -14,7 +14,15 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .methods.base import load
-from .settings import CHECKPOINT_KEY, CUBE_VOLUMES, METHOD_KEY, SERVER_KEY, Settings, SettingsError
+from .settings import (
+    CHECKPOINT_KEY,
+    METHOD_KEY,
+    SERVER_KEY,
+    Settings,
+    SettingsError,
+    check_cube_volume,
+    operator_settings,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +56,7 @@ class StartupCheck(VerifyAndUpdateConfig):
 
 def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:
     """The checkpoint's settings, and over them the operator's."""
-    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
+    operator = operator_settings(vllm_config.additional_config, settings)
     checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
     config = settings.settled(checkpoint, operator)
     if checkpoint is not None:
@@ -68,21 +76,18 @@ def _settle_block_size(vllm_config: VllmConfig, config: Settings) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
-    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
+    operator = operator_settings(vllm_config.additional_config, type(config))
     trained = config.cube != type(config).settled(None, operator).cube
-    cube = f"cube={list(config.cube)}" + (f" of config.json {CHECKPOINT_KEY}" if trained else "")
-    if volume not in CUBE_VOLUMES:
-        raise SettingsError(
-            f"{cube} holds {volume} tokens; allowed volumes: "
-            f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
-        )
+    origin = f" of config.json {CHECKPOINT_KEY}" if trained else ""
+    check_cube_volume(config, origin)
     if not cache.user_specified_block_size:
         cache.block_size = volume
         cache.user_specified_block_size = True
     elif cache.block_size != volume:
         raise SettingsError(
-            f"--block-size {cache.block_size} does not match {cube}, which holds "
-            f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
+            f"--block-size {cache.block_size} does not match cube={list(config.cube)}{origin}, "
+            f"which holds {volume} tokens; leave --block-size out, set it to {volume}, or choose "
+            "another cube"
         )
 
 

@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
-from .accounts.reports import request_report
+from .accounts.reports import part_of_model, request_report
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import KeySums, StepRows
@@ -125,22 +125,6 @@ class RequestAccounts:
                 file.write(json.dumps(report) + "\n")
         except OSError as error:  # a full disk must not end the engine
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
-
-
-def part_of_model(layers: range, num_layers: int, ranks: int) -> str | None:
-    """What one rank's account leaves out, in words; None if it is the whole.
-
-    Args:
-        layers: this rank's.
-        num_layers: of the model.
-        ranks: of tensor parallelism.
-    """
-    parts = []
-    if len(layers) < num_layers:
-        parts.append(f"layers {layers[0]} to {layers[-1]} of {num_layers}")
-    if ranks > 1:
-        parts.append(f"the choices of tensor-parallel rank 0 of {ranks}")
-    return " and ".join(parts) or None
 
 
 def room_beside_key_sums(available: int, layers: Mapping[str, AttentionSpec]) -> int:

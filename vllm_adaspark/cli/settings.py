@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..methods.adaspark.settings import AdaSparkConfig
-from ..settings import SettingsError
+from ..settings import SettingsError, check_cube_volume
 from . import UsageError
 
 
@@ -81,13 +81,20 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def refuse_misspelt(arguments: list[str]) -> None:
+    """Refuse what is nearly an option of ours, before vLLM is started to do so in its own words."""
+    if wrong := misspelt(arguments):
+        raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
+
+
 def misspelt(arguments: list[str]) -> tuple[str, str] | None:
     """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
     ours = [_flag(spec.name) for spec in fields(AdaSparkConfig) if spec.name != "enabled"]
+    ours += ["--paper", "--request-settings"]
     for argument in arguments:
         name = argument.partition("=")[0]
         close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if argument.startswith("--") and close:
+        if argument.startswith("--") and close and close[0] != name:
             return name, close[0]
     return None
 
@@ -107,7 +114,9 @@ def checked(
         UsageError: AdaSparkConfig refuses them.
     """
     try:
-        return AdaSparkConfig.settled(checkpoint, settings, source=source)
+        config = AdaSparkConfig.settled(checkpoint, settings, source=source)
+        check_cube_volume(config)
+        return config
     except SettingsError as error:
         raise UsageError(str(error)) from None
 

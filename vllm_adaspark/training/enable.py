@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
 from ..methods.adaspark.settings import AdaSparkConfig
-from ..settings import CHECKPOINT_KEY, CUBE_VOLUMES, SettingsError
+from ..settings import CHECKPOINT_KEY, SettingsError, check_cube_volume
 from .attention import NAME, adaspark_attention
 from .ffn import sparse_mlp
 from .packing import pack
@@ -117,11 +117,7 @@ def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) ->
             "enabled=False: there is nothing sparse to train; leave it out, or call "
             "disable_sparse_training"
         )
-    if config.cube_volume not in CUBE_VOLUMES:
-        raise SettingsError(
-            f"cube={list(config.cube)} holds {config.cube_volume} tokens, which no server takes; "
-            f"allowed volumes: {', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 4]"
-        )
+    check_cube_volume(config)
     if any(kind != "full_attention" for kind in model.config.text_config.layer_types):
         raise SettingsError(
             "use_sliding_window in the model's config is not supported; set it to false"
