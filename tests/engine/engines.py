@@ -93,8 +93,8 @@ def five_prompts() -> dict[str, dict]:
 
 
 @contextmanager
-def engine(checkpoint, config: dict | None, **options):
-    """A running engine; ``config`` None is the stock model, else AdaSpark's server settings.
+def engine(checkpoint, config: dict | None, method: str = "adaspark", **options):
+    """A running engine; ``config`` None is the stock model, else the method's server settings.
 
     It runs in this process, which starts in two seconds, unless it has several ranks.
     """
@@ -117,7 +117,7 @@ def engine(checkpoint, config: dict | None, **options):
     else:
         options |= {
             "hf_overrides": {"architectures": [ARCHITECTURE]},
-            "additional_config": {"adaspark": config},
+            "additional_config": {"method": method, "adaspark": config},
         }
     llm = LLM(str(checkpoint), **options)
     try:
