@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .config import CUBE_VOLUMES, AdaSparkConfig, AdaSparkConfigError
+from .config import (
+    CHECKPOINT_KEY,
+    CUBE_VOLUMES,
+    SERVER_KEY,
+    AdaSparkConfig,
+    AdaSparkConfigError,
+    settled,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
-SERVER_KEY = "adaspark"  # in --additional-config
-CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
 # What adapters can read head by head: no scales per token, no packing.
 CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -44,22 +49,33 @@ class StartupCheck(VerifyAndUpdateConfig):
 
 
 def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
-    """Server settings, then the checkpoint's over them."""
-    additional = vllm_config.additional_config or {}
+    """The checkpoint's settings, and over them the operator's."""
+    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
     checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
-    config = AdaSparkConfig().override(
-        additional.get(SERVER_KEY), source=f"--additional-config {SERVER_KEY}"
-    )
-    return config.override(checkpoint, source=f"config.json {CHECKPOINT_KEY}")
+    config = settled(checkpoint, operator)
+    if checkpoint is not None:
+        logger.info(
+            "AdaSpark: config.json %s says %s; --additional-config %s says %s",
+            *(CHECKPOINT_KEY, checkpoint, SERVER_KEY, operator),
+        )
+    if not config.enabled and settled(None, operator).enabled:
+        logger.warning(
+            "AdaSpark: dense, since config.json %s says so; --additional-config '%s' turns it on",
+            *(CHECKPOINT_KEY, f'{{"{SERVER_KEY}": {{"enabled": true}}}}'),
+        )
+    return config
 
 
 def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
+    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
+    trained = config.cube != settled(None, operator).cube
+    cube = f"cube={list(config.cube)}" + (f" of config.json {CHECKPOINT_KEY}" if trained else "")
     if volume not in CUBE_VOLUMES:
         raise AdaSparkConfigError(
-            f"cube={list(config.cube)} holds {volume} tokens; allowed volumes: "
+            f"{cube} holds {volume} tokens; allowed volumes: "
             f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
         )
     if not cache.user_specified_block_size:
@@ -67,7 +83,7 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
         cache.user_specified_block_size = True
     elif cache.block_size != volume:
         raise AdaSparkConfigError(
-            f"--block-size {cache.block_size} does not match cube={list(config.cube)}, which holds "
+            f"--block-size {cache.block_size} does not match {cube}, which holds "
             f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
         )
 
@@ -199,14 +215,16 @@ def _use_video_loader(vllm_config: VllmConfig) -> None:
     """Read videos with our loader, unless the user chose one in --media-io-kwargs.
 
     Raises:
-        ValueError: decord was chosen and is not installed.
+        ValueError: options with which every video would be refused, or decord is not installed.
     """
-    from .video import DECORD_LOADER, LOADER, require_decord
+    from .video.connector import use_connector
+    from .video.load import LOADER, check_server_options
 
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         media = multimodal.media_io_kwargs
-        video = {"video_backend": LOADER} | media.get("video", {})
+        video = dict(media.get("video") or {})
+        video["video_backend"] = video.get("video_backend") or LOADER
+        check_server_options(video)
         multimodal.media_io_kwargs = media | {"video": video}
-        if video["video_backend"] == DECORD_LOADER:
-            require_decord()
+        use_connector()

@@ -197,11 +197,36 @@ def own_settings(checkpoint, tmp_path):
     return make
 
 
-def test_checkpoint_overrides_the_server(own_settings) -> None:
-    config = start(own_settings({"p_attn": 0.7, "cube": [2, 4, 4]}), {"p_attn": 0.5, "p_ffn": 0.4})
+def test_the_operator_overrides_the_checkpoint(own_settings) -> None:
+    checkpoint = own_settings({"p_attn": 0.7, "p_ffn": 0.3, "cube": [2, 4, 4]})
+    config = start(checkpoint, {"p_attn": 0.5})
     resolved = config.model_config.hf_config.adaspark_resolved
-    assert (resolved["p_attn"], resolved["p_ffn"]) == (0.7, 0.4)
-    assert config.cache_config.block_size == 32
+    assert (resolved["p_attn"], resolved["p_ffn"]) == (0.5, 0.3)
+    assert config.cache_config.block_size == 32  # of the checkpoint's cube
+    assert start(checkpoint, {"cube": [8, 4, 4]}).cache_config.block_size == 128
+    message = refusal(checkpoint, block_size=64)
+    assert "--block-size 64 does not match cube=[2, 4, 4] of config.json adaspark_config" in message
+
+
+@pytest.mark.parametrize("off", ["off", {"off": True}])
+def test_off_is_the_stock_model_whatever_the_checkpoint_says(own_settings, off) -> None:
+    said = {"order": "cube", "enabled": True, "cube": [2, 4, 4], "p_atn": 0.5, "report_file": "x"}
+    config = start(own_settings(said), off)
+    resolved = config.model_config.hf_config.adaspark_resolved
+    assert AdaSparkConfig().override(resolved) == AdaSparkConfig(enabled=False, order="raster")
+    assert config.cache_config.block_size == 64
+
+
+def test_a_checkpoint_that_says_off_is_told(own_settings, monkeypatch) -> None:
+    from vllm_adaspark import startup
+
+    told = []
+    monkeypatch.setattr(startup.logger, "warning", lambda text, *args: told.append(text % args))
+    checkpoint = own_settings("off")
+    assert not start(checkpoint).model_config.hf_config.adaspark_resolved["enabled"]
+    assert any("dense, since config.json adaspark_config says so" in text for text in told)
+    on = start(checkpoint, {"enabled": True})
+    assert on.model_config.hf_config.adaspark_resolved["enabled"]
 
 
 @pytest.mark.parametrize(
@@ -210,8 +235,9 @@ def test_checkpoint_overrides_the_server(own_settings) -> None:
         ({"p_attn": 7}, ["p_attn=7", "above 0 and at most 1"]),
         ({"p_atn": 0.5}, ["unknown key 'p_atn'", "did you mean 'p_attn'?"]),
         ("sparse", ["must be an object of settings", "got 'sparse' (str)"]),
+        ({"report_file": "/tmp/x"}, ["'report_file'", "cannot be set by a checkpoint"]),
     ],
-    ids=["value", "key", "no object"],
+    ids=["value", "key", "no object", "operator's"],
 )
 def test_bad_checkpoint_setting(own_settings, settings, words) -> None:
     message = refusal(own_settings(settings))

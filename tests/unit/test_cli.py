@@ -274,6 +274,86 @@ def test_serve_refuses(call, arguments, message):
     assert message in err
 
 
+SECRET = "S3cr3t-of-the-test"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        f"--api-key {SECRET} {SECRET}2 --port 9",
+        f"--api_key={SECRET}",
+        f"--hf-token {SECRET}",
+        f'--hf-overrides {{"a":[{{"api_key":"{SECRET}"}}]}}',
+        f"--additional-config.other.auth_token {SECRET}",
+        f'--model-loader-extra-config {{"env":{{"AWS_SECRET_ACCESS_KEY":"{SECRET}"}}}}',
+    ],
+)
+def test_serve_shows_no_keys_but_passes_them_on(call, monkeypatch, arguments):
+    became = []
+    monkeypatch.setattr(serve.os, "execvpe", lambda program, words, env: became.extend(words))
+    _, out, err = call("serve", "m", *arguments.split())
+    assert SECRET not in out + err
+    assert "***" in out and ("--port 9" in out) == ("--port 9" in arguments)
+    assert SECRET in " ".join(became)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "m", "--additional-config", f'{{"token": "{SECRET}"'],
+        ["serve", "m", "--kv-transfer-config", f'{{"a": {{"api_key": "{SECRET}"}}}}'],
+        ["inspect", "--api-key", SECRET],
+        ["inspect", f"https://me:{SECRET}@localhost:1/a.mp4?token={SECRET}"],
+        ["serve", "--api-key", SECRET],
+    ],
+)
+def test_messages_show_no_keys(call, arguments):
+    code, out, err = call(*arguments)
+    assert code in (1, 2) and SECRET not in out + err
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A checkpoint's folder whose config.json has settings."""
+
+    def make(settings):
+        model = {
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "intermediate_size": 688,
+            "num_hidden_layers": 4,
+            "vision_config": {},
+            "adaspark_config": settings,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        return tmp_path
+
+    return make
+
+
+def test_serve_knows_the_checkpoints_settings(call, served, tuned):
+    model = tuned({"cube": [2, 4, 4], "p_attn": 0.3})
+    arguments, _ = served(str(model), "--block-size", "32", "--p-ffn", "0.4")
+    # What the operator named and no more: the plugin reads the rest from the checkpoint.
+    assert value(arguments, "--additional-config") == {"adaspark": {"p_ffn": 0.4}}
+    code, _, err = call("serve", model, "--block-size", "64", "--print")
+    assert code == 2 and "does not match cube=[2, 4, 4]" in err
+    served(str(model), "--block-size", "64", "--off")
+    tuned({"trace": True})
+    code, _, err = call("serve", model, "--print")
+    assert code == 2 and "'trace' is a server setting and cannot be set by a checkpoint" in err
+    served(str(model), "--off")
+
+
+def test_inspect_counts_with_the_checkpoints_settings(call, tuned):
+    model = tuned({"cube": [2, 4, 4], "p_attn": 0.3})
+    where = ("--duration", "1m", "--size", "224x224", "--json", "--model", model)
+    assert json.loads(call("inspect", *where)[1])["settings"]["p_attn"] == 0.3
+    told = json.loads(call("inspect", *where, "--p", "0.6")[1])["settings"]
+    assert (told["p_attn"], told["cube"]) == (0.6, [2, 4, 4])
+
+
 @pytest.mark.parametrize(
     "arguments",
     ["--block-size 64", "--block-size 32 --cube 4,4,2", "--video-pruning-rate 0",

@@ -100,6 +100,14 @@ def test_uniform_by_hand(share, kept):
     assert one_row(uniform, [0.1] * 10, share) == kept
 
 
+@pytest.mark.parametrize("number", [1, 2, 7, 10, 64, 101])
+def test_uniform_keeps_the_numbers_that_the_docs_say(number):
+    for kept in range(1, number + 1):
+        told = [-(-(j + 1) * number // kept) - 1 for j in range(kept)]
+        assert one_row(uniform, [1 / number] * number, 0.001, min_keep=kept) == told
+        assert told[-1] == number - 1
+
+
 def test_share_times_count_is_not_rounded_up_by_floating_point():
     # 0.1 * 30 and 0.7 * 10 are a little above 3 and 7 in floating point or not at all.
     assert len(one_row(top_k, [1 / 30] * 30, 0.1)) == 3

@@ -13,8 +13,10 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
+from .redact import redact_text
 
 PROGRAM = "vllm-adaspark"
 COMMANDS = {
@@ -34,11 +36,18 @@ class CommandError(Exception):
     """Something failed: its message goes to stderr, the exit code is 1."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose messages show no keys."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact_text(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {name: text for name, text in COMMANDS.items() if _exists(name)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Qwen2.5-VL on vLLM with AdaSpark: long video at a fraction of the FLOPs.",
         epilog=f"'{PROGRAM} COMMAND --help' tells more of each.",
@@ -67,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return module.run(args)
     except UsageError as error:
-        print(f"{PROGRAM} {chosen}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM} {chosen}: error: {redact_text(str(error))}", file=sys.stderr)
         return 2
     except CommandError as error:
-        print(f"{PROGRAM} {chosen}: {error}", file=sys.stderr)
+        print(f"{PROGRAM} {chosen}: {redact_text(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.question.strip():
         raise UsageError("--question is empty")
     settings = given_rules(args)
-    config = checked(settings)
+    checked(settings)
     try:
         plots.require_matplotlib()
     except plots.MatplotlibMissing as error:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {args.out}: {error.strerror}") from None
-    numbers, pictures = _analyze(args, shares, settings, config)
+    numbers, pictures = _analyze(args, shares, settings)
 
     from ..analysis import report
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _analyze(
-    args: argparse.Namespace, shares: list[float], settings: dict[str, Any], config: Any
+    args: argparse.Namespace, shares: list[float], settings: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Path]]:
     """The numbers, and the picture that needs the engine."""
     from ..analysis.probe import ProbeError
@@ -89,6 +89,7 @@ def _analyze(
 
     data = media.read_video(args.video)
     model = media.find_model(args.model, args.revision)
+    config = checked(settings, checkpoint=model.settings)
     sampling = media.sampling(args)
     text_tokens = 64 + len(args.question.encode())  # at the most
     video = media.probe(data, args.video)

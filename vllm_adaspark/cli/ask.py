@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,16 @@ def run(args: argparse.Namespace) -> int:
     from .progress import Progress
 
     settings = given_settings(args)
-    config = checked(settings)
+    checked(settings)
     sampling = media.sampling(args)
+    model = media.find_model(args.model, args.revision)
+    config = checked(settings, checkpoint=model.settings)
     _check(args, config)
     # All that can be refused is refused before the engine starts.
     data = _read(args.video, quiet=args.json)
     video = media.probe(data, args.video)
-    model = media.find_model(args.model, args.revision)
+    for remark in video.remarks:
+        print(f"VIDEO: {remark}", file=sys.stderr)
     cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
 
     from . import offline

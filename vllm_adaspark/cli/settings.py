@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from ..config import AdaSparkConfig, AdaSparkConfigError
+from ..config import AdaSparkConfig, AdaSparkConfigError, settled
 from . import UsageError
 
 
@@ -97,14 +97,16 @@ def request_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in server}
 
 
-def checked(settings: dict[str, Any], source: str = "settings") -> AdaSparkConfig:
-    """The config that these settings make.
+def checked(
+    settings: dict[str, Any], source: str = "settings", checkpoint: Any = None
+) -> AdaSparkConfig:
+    """The config that these settings make, laid over those of a checkpoint's config.json.
 
     Raises:
         UsageError: AdaSparkConfig refuses them.
     """
     try:
-        return AdaSparkConfig().override(settings, source=source)
+        return settled(checkpoint, settings, source=source)
     except AdaSparkConfigError as error:
         raise UsageError(str(error)) from None
 

@@ -105,6 +105,10 @@ class Frames:
         return self._numbers[video] if video < len(self._numbers) else 0
 
     @property
+    def number_of_all(self) -> int:
+        return sum(self._numbers)
+
+    @property
     def nbytes(self) -> int:
         """Of those that were made."""
         return sum(map(len, list(self._made.values())))

@@ -104,19 +104,22 @@ class TraceStore:
             expected: bytes its chunks will count by the end of the prompt.
 
         Returns:
-            False if not even its tokens and frames find room; then it is not taken in.
+            False if not even its tokens find room; then it is not taken in.
         """
-        if not self._has_room(trace, trace.counted):
-            return False
-        self.running[trace.request_id] = trace
-        if self._has_room(trace, trace.counted + expected):
-            trace.reserved = trace.counted + expected
+        whole = trace.counted + expected
+        if self._has_room(trace, whole):
+            trace.reserved = whole
         else:
+            trace.frames.forget()
+            trace.counted = trace.prompt_ids.nbytes
             trace.truncated = (
-                f"nothing was recorded: it takes about {(trace.counted + expected) / 2**20:.1f} "
-                f"MiB, and {self.limit - self._of_others(trace) >> 20} MiB of trace_mb="
-                f"{self.limit >> 20} were free of running requests' traces"
+                f"nothing was recorded: it takes about {whole / 2**20:.1f} MiB, and running "
+                f"requests' traces left {(self.limit - self._of_others(trace)) / 2**20:.1f} MiB "
+                f"of trace_mb={self.limit >> 20}"
             )
+            if not self._has_room(trace, trace.counted):
+                return False
+        self.running[trace.request_id] = trace
         return True
 
     def grow(self, trace: Trace, more: int) -> bool:

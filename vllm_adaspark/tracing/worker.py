@@ -148,7 +148,7 @@ class Tracer:
             trace.frames.forget()  # but they count, as they do on the rank that has them
         if not self.store.start(trace, self._sizes.prompt(trace, request.num_computed_tokens)):
             logger.warning_once("AdaSpark: no room for another trace, see trace_mb")
-        elif self._keeps_frames:
+        elif trace.frames.number_of_all:
             self._frame_maker.submit(trace.frames)
 
     def _is_traced_search(self, request_id: str) -> bool:
