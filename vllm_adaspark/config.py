@@ -269,6 +269,40 @@ class AdaSparkConfig:
         return {key: value for key, value in plain.items() if key not in unused}
 
 
+def operator_settings(additional: Mapping[str, Any] | None) -> Any:
+    """The operator's settings in ``--additional-config``, unchecked; None if there are none.
+
+    Raises:
+        AdaSparkConfigError: some stand beside our key or under a misspelt one, where they would do
+            nothing.
+    """
+    additional = additional or {}
+    ours = {
+        spec.name for spec in fields(AdaSparkConfig) if "_" in spec.name or spec.name == "flops"
+    }
+    for key in additional:
+        near = difflib.get_close_matches(str(key).lower(), [SERVER_KEY], cutoff=0.8)
+        if key in ours or (near and key != SERVER_KEY):
+            raise AdaSparkConfigError(
+                f"--additional-config: {key!r} means nothing there; AdaSpark's settings go under "
+                f'its own key: \'{{"{SERVER_KEY}": {{"p_attn": 0.5}}}}\''
+            )
+    return additional.get(SERVER_KEY)
+
+
+def check_cube_volume(config: AdaSparkConfig, origin: str = "") -> None:
+    """Refuse a cube of a size that no server takes; ``origin`` says where it came from.
+
+    Raises:
+        AdaSparkConfigError: names the cube and the volumes there are.
+    """
+    if config.cube_volume not in CUBE_VOLUMES:
+        raise AdaSparkConfigError(
+            f"cube={list(config.cube)}{origin} holds {config.cube_volume} tokens; allowed volumes: "
+            f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
+        )
+
+
 def settled(
     checkpoint: Mapping[str, Any] | str | None,
     operator: Mapping[str, Any] | str | None,

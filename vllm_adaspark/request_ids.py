@@ -1,7 +1,7 @@
 """Which of the engine's requests belong to a request that a client knows.
 
 vLLM makes the engine's ids from the client's: a random suffix after it; for n > 1 a number before
-it; and a beam search sends one request per step and beam, ``<client's id>-<32 hex>-beam-<nth>``.
+it; and a beam search sends one request per step and beam, ``<client's id>-<16 hex>-beam-<nth>``.
 (vllm/v1/engine/input_processor.py, parallel_sampling.py, entrypoints/generate/beam_search.)
 
 A client may choose its id, so it can be anything and of any length.  Standard library only.
@@ -13,7 +13,7 @@ import re
 
 _NUMBER = re.compile(r"[0-9]+_")
 _SUFFIX = re.compile(r"(?:-[0-9a-f]{8})?")
-_BEAM = re.compile(r"-[0-9a-f]{32}-beam-[0-9]+(?:-[0-9a-f]{8})?\Z")
+_BEAM = re.compile(r"-[0-9a-f]{16}-beam-[0-9]+(?:-[0-9a-f]{8})?\Z")
 _SEARCH = "-beam"
 
 

@@ -15,10 +15,11 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from .config import (
     CHECKPOINT_KEY,
-    CUBE_VOLUMES,
     SERVER_KEY,
     AdaSparkConfig,
     AdaSparkConfigError,
+    check_cube_volume,
+    operator_settings,
     settled,
 )
 
@@ -50,7 +51,7 @@ class StartupCheck(VerifyAndUpdateConfig):
 
 def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
     """The checkpoint's settings, and over them the operator's."""
-    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
+    operator = operator_settings(vllm_config.additional_config)
     checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
     config = settled(checkpoint, operator)
     if checkpoint is not None:
@@ -70,21 +71,18 @@ def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
-    operator = (vllm_config.additional_config or {}).get(SERVER_KEY)
+    operator = operator_settings(vllm_config.additional_config)
     trained = config.cube != settled(None, operator).cube
-    cube = f"cube={list(config.cube)}" + (f" of config.json {CHECKPOINT_KEY}" if trained else "")
-    if volume not in CUBE_VOLUMES:
-        raise AdaSparkConfigError(
-            f"{cube} holds {volume} tokens; allowed volumes: "
-            f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
-        )
+    origin = f" of config.json {CHECKPOINT_KEY}" if trained else ""
+    check_cube_volume(config, origin)
     if not cache.user_specified_block_size:
         cache.block_size = volume
         cache.user_specified_block_size = True
     elif cache.block_size != volume:
         raise AdaSparkConfigError(
-            f"--block-size {cache.block_size} does not match {cube}, which holds "
-            f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
+            f"--block-size {cache.block_size} does not match cube={list(config.cube)}{origin}, "
+            f"which holds {volume} tokens; leave --block-size out, set it to {volume}, or choose "
+            "another cube"
         )
 
 

@@ -268,6 +268,8 @@ def test_errors_are_stock(served: Served, media: Path) -> None:
 # -- requests that are odd, but not ours to refuse ------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "see", "parameters": {"type": "object"}}}
+NOTHING_RAN = "beams of no tokens"
+STOCK_FAILS = ("echo", "many answers")  # with HTTP 500, where the echoed message has a video
 ODD = {
     "no messages": {"messages": []},
     "an empty message": {"messages": [{"role": "user", "content": ""}]},
@@ -290,10 +292,10 @@ ODD = {
     "one token": {"max_tokens": 1},
     "json": {"response_format": {"type": "json_object"}},
     "token ids": {"return_token_ids": True},
-    "beams of no tokens": {"use_beam_search": True, "n": 2, "max_tokens": 0},
+    NOTHING_RAN: {"use_beam_search": True, "n": 2, "max_tokens": 0},
     "more beams than logprobs": {"use_beam_search": True, "n": 40},
     "an id": {"request_id": "0_1_a-beam"},
-    "an id of its own kind": {"request_id": f"x-{'0' * 32}-beam-0"},
+    "an id of its own kind": {"request_id": f"x-{'0' * 16}-beam-0"},
     "a long id": {"request_id": "x" * 50_000},
     "an id of signs": {"request_id": "../%s {} [a-z]+(\\ \n\0 ü"},
     "priority": {"priority": 7},
@@ -312,16 +314,18 @@ def test_odd_requests(served: Served, clip, video: bool, stream: bool) -> None:
     if stream:
         shared |= {"stream": True, "stream_options": {"include_usage": True}}
     for name, options in ODD.items():
-        messages = {"messages": [{"role": "user", "content": content}]}
-        status, text = post(served, shared | messages | options)
-        assert status in (200, 400, 404) or options.get("n") == 100_000, (name, status, text)
+        body = shared | {"messages": [{"role": "user", "content": content}]} | options
+        if "request_id" in body:  # each is used once
+            body["request_id"] = f"{video:d}{stream:d}{body['request_id']}"
+        status, text = post(served, body)
+        assert status in (200, 400, 404) or name in STOCK_FAILS, (name, status, text)
         if status != 200:
             assert "error" in json.loads(text)
         elif not stream:
             usage = json.loads(text)["usage"]
-            assert usage["adaspark"]["tokens"] > 0, name
+            assert (usage["adaspark"] or {}).get("tokens", 0) > 0 or name == NOTHING_RAN, name
         elif '"usage":' in text:  # else it was refused in its stream
-            assert '"adaspark":{"mode":' in text, (name, text[-600:])
+            assert '"adaspark":{"mode":' in text or name == NOTHING_RAN, (name, text[-600:])
         assert served.health() == 200, name
     unanswered(served)
     assert create(served, clip, max_tokens=4).choices[0].message.content == before

@@ -266,12 +266,26 @@ def test_serve_names_plugins_and_keeps_others(served, monkeypatch):
         ("m --additional-config", "--additional-config: expected a value"),
         ("m --additional-config.adaspark.p 1", "unknown key 'p'"),
         ("m --additional-config.adaspark 3", "adaspark=3: expected an object"),
+        ("m --additional-config.p_attn 0.5", "'p_attn' means nothing there; AdaSpark's settings"),
+        ("m --additional-config.adaspak.p_attn 0.5", "'adaspak' means nothing there"),
+        ("m --cube 3,3,3", "cube=[3, 3, 3] holds 27 tokens; allowed volumes: 32, 64, 128"),
+        ("m --request-setings", "--request-setings (did you mean --request-settings?)"),
     ],
 )  # fmt: skip
 def test_serve_refuses(call, arguments, message):
     code, out, err = call("serve", *arguments.split(), "--print")
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "model, told", [("./none", "no such folder"), ("FOLDER", "no config.json")]
+)
+def test_serve_refuses_a_path_that_is_no_checkpoint(call, served, tmp_path, model, told):
+    model = str(tmp_path) if model == "FOLDER" else model
+    code, out, err = call("serve", model)
+    assert (code, out) == (2, "") and f"MODEL {model!r}: {told}" in err
+    assert served(model)[0][0] == model  # --print may be meant for another machine
 
 
 SECRET = "S3cr3t-of-the-test"
@@ -459,6 +473,10 @@ def test_inspect_reads_durations(call, text, seconds):
         ("CLIP --model 9b", "--model '9b': no such folder"),
         ("CLIP --model FOLDER", "no config.json"),
         ("CLIP --unknown", "unrecognized arguments: --unknown"),
+        (
+            "CLIP --modl 7b",
+            "inspect: error: unrecognized arguments: --modl 7b (did you mean --model?)",
+        ),
         ("CLIP --size 3x3", "give a video, or both"),
         ("", "give a VIDEO, or --duration and --size"),
         ("--duration 1h", "give a VIDEO, or --duration and --size"),
@@ -536,6 +554,7 @@ def test_a_hub_out_of_reach_is_named_with_a_way_out(call, clip):
         (["CLIP", "q", "--model", "7b", "--picture", "a.txt"], "ends in .png"),
         (["CLIP", "q", "--model", "7b", "--picture", "no/where/a.png"], "no such folder"),
         (["CLIP", "q", "--model", "nowhere"], "--model 'nowhere': no such folder"),
+        (["CLIP", "q", "--model", "7b", "--p-atn", "1"], "--p-atn (did you mean --p-attn?)"),
     ],
 )
 def test_ask_refuses_before_it_starts(call, clip, arguments, message):

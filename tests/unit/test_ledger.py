@@ -137,7 +137,7 @@ def test_a_client_may_call_its_request_anything(ledger, client) -> None:
 
 
 def beam(client: str, step: int, nth: int) -> str:
-    return f"{client}-{step:032x}-beam-{nth}-0123abcd"
+    return f"{client}-{step:016x}-beam-{nth}-0123abcd"
 
 
 def test_a_beam_search_is_one_request_to_its_client(ledger) -> None:

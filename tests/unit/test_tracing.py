@@ -567,7 +567,7 @@ def test_a_trace_that_goes_while_it_is_read() -> None:
 
 @pytest.mark.parametrize(
     "name", ["chatcmpl-1", "chatcmpl-1-0123abcd", "2_chatcmpl-1-0123abcd",
-             f"chatcmpl-1-{'ab' * 16}-beam-0-0123abcd"],
+             f"chatcmpl-1-{'ab' * 8}-beam-0-0123abcd"],
 )  # fmt: skip
 def test_the_trace_of_a_clients_request(name: str) -> None:
     summaries = [new_trace(n).summary() for n in ("chatcmpl-12-0123abcd", name)]
@@ -727,3 +727,68 @@ def test_every_file_of_the_page_is_served_and_packaged() -> None:
     patterns = project["tool"]["setuptools"]["package-data"]["vllm_adaspark.server"]
     for name in FILES:
         assert any(fnmatch(f"viewer/{name}", pattern) for pattern in patterns), name
+
+
+# -- routes, over workers that do not answer as they should -------------------------------------
+
+
+def answers(ask, path: str, accounts: bool = True, tokenizer: object = None):
+    from types import SimpleNamespace
+
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+
+    from vllm_adaspark.server import traces
+
+    def get_tokenizer():
+        if tokenizer is None:
+            raise ValueError("Tokenizer not available when `skip_tokenizer_init=True`")
+        return tokenizer
+
+    app = FastAPI()
+    traces.attach(app)
+    app.state.adaspark_accounts = accounts
+    core = SimpleNamespace(call_utility_all_async=ask, engine_ranks_managed=[0])
+    app.state.engine_client = SimpleNamespace(engine_core=core, get_tokenizer=get_tokenizer)
+    return TestClient(app, raise_server_exceptions=False).get(f"/v1/adaspark/traces{path}")
+
+
+PATHS = ["", "/0123456789abcdef", "/0123456789abcdef/heat", "/0123456789abcdef/ffn"]
+PATHS += ["/0123456789abcdef/frames/0/0.jpg"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_workers_that_fail_are_no_internal_error(path: str) -> None:
+    async def fails(*args):
+        raise RuntimeError("the engine is dead")
+
+    async def lost(*args):
+        said = recorded().trace.summary() if "traces" in args[1] else {"frame": 1}
+        return [[[said], []] if args[1] == "adaspark_traces" else [said, None]]
+
+    assert answers(fails, path).status_code == 503
+    assert answers(fails, path, accounts=False).status_code == 503
+    if not path:
+        assert answers(lost, path).json() == {"traces": []}
+    elif "frames" not in path:
+        assert answers(lost, path).status_code == 404, "one of two ranks has lost its part"
+
+
+def test_tokens_are_decoded_off_the_event_loop() -> None:
+    import threading
+
+    threads = set()
+
+    class Tokenizer:
+        def decode(self, ids) -> str:
+            threads.add(threading.current_thread().name)
+            return "x"
+
+    async def ask(*args):
+        return [[recorded().trace.meta() | {"usage": None}]]
+
+    reply = answers(ask, "/0123456789abcdef", tokenizer=Tokenizer())
+    assert reply.status_code == 200 and reply.json()["spans"][0]["texts"] == ["x"] * BEFORE
+    assert threads and all("asyncio" in name for name in threads), threads
+    without = answers(ask, "/0123456789abcdef").json()
+    assert "texts" not in without["spans"][0] and without["spans"][0]["ids"]

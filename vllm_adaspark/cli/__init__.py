@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     module = importlib.import_module(f"{__name__}.{chosen}")
     module.add_parser(subparsers)
-    if getattr(module, "PASSES_ON", False):  # what it does not know is for vLLM
-        args, args.rest = parser.parse_known_args(argv)
-    else:
-        args = parser.parse_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and not getattr(module, "PASSES_ON", False):  # to vLLM
+        own = subparsers.choices[chosen]
+        own.error(_unrecognized(args.rest, own))
     try:
         return module.run(args)
     except UsageError as error:
@@ -87,6 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exists(name: str) -> bool:
     return importlib.util.find_spec(f"{__name__}.{name}") is not None
+
+
+def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    close = [m for name in options for m in difflib.get_close_matches(name, known, n=1)]
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"unrecognized arguments: {' '.join(words)}{hint}"
 
 
 def _unknown(word: str, commands: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import CommandError, UsageError
-from .settings import add_rules, add_sampling, checked, given_rules
+from .settings import add_rules, add_sampling, checked, given_rules, refuse_misspelt
 
 PASSES_ON = True  # unknown options are vLLM's
 
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--queries {args.queries}: expected 1 or more")
     if not args.question.strip():
         raise UsageError("--question is empty")
+    refuse_misspelt(args.rest)
     settings = given_rules(args)
     checked(settings)
     try:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from . import CommandError, UsageError
-from .settings import add_sampling, add_settings, checked, given_settings, request_settings
+from .settings import (
+    add_sampling,
+    add_settings,
+    checked,
+    given_settings,
+    refuse_misspelt,
+    request_settings,
+)
 
 PASSES_ON = True  # unknown options are vLLM's
 
@@ -51,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from .inspect import fitting_cost
     from .progress import Progress
 
+    refuse_misspelt(args.rest)
     settings = given_settings(args)
     checked(settings)
     sampling = media.sampling(args)

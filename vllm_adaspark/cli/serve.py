@@ -19,10 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import ARCHITECTURE
-from ..config import CHECKPOINT_KEY, SHORT_FOR, AdaSparkConfig
+from ..config import (
+    CHECKPOINT_KEY,
+    SHORT_FOR,
+    AdaSparkConfig,
+    AdaSparkConfigError,
+    operator_settings,
+)
 from . import PROGRAM, CommandError, UsageError
 from .redact import redact_arguments
-from .settings import add_settings, checked, given_settings, misspelt
+from .settings import add_settings, checked, given_settings, refuse_misspelt
 from .vllm_options import from_config_file, json_object, merge, take_json, value_of
 
 PASSES_ON = True  # unknown options are vLLM's
@@ -105,13 +111,14 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     Raises:
         UsageError: something that cannot be used, or that does not go together.
     """
-    if wrong := misspelt(args.rest):
-        raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
+    refuse_misspelt(args.rest)
     file = from_config_file(args.rest)
     given = args.rest[0] if args.rest and not args.rest[0].startswith("-") else None
     model = given or value_of(args.rest, "--model") or file.get("--model")
     if not model:
         raise UsageError(f"no MODEL given; e.g. {PROGRAM} serve Qwen/Qwen2.5-VL-7B-Instruct")
+    if not args.print:  # which may be meant for another machine
+        _refuse_missing(str(model))
 
     overrides, rest = _json_option(args.rest, "--hf-overrides", file)
     additional, rest = _json_option(rest, "--additional-config", file)
@@ -121,7 +128,10 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
             f"--hf-overrides architectures={named!r}: it must be [{ARCHITECTURE!r}], which is "
             "filled in if it is left out"
         )
-    settings = additional.get(PLUGIN) or {}
+    try:
+        settings = operator_settings(additional) or {}
+    except AdaSparkConfigError as error:
+        raise UsageError(str(error)) from None
     if isinstance(settings, str) and settings in SHORT_FOR:
         settings = {settings: True}
     if not isinstance(settings, dict):
@@ -141,6 +151,15 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if args.request_settings and value_of(rest, trusting) is None:
         arguments.append(trusting)
     return arguments, _plugins(args.http)
+
+
+def _refuse_missing(model: str) -> None:
+    """Refuse a path that is no checkpoint; vLLM would take it for a name on the hub."""
+    folder = Path(model)
+    if not folder.exists() and model.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"MODEL {model!r}: no such folder")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UsageError(f"MODEL {model!r}: no config.json in it; give a Qwen2.5-VL checkpoint")
 
 
 def _checkpoint_settings(model: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from ..config import AdaSparkConfig, AdaSparkConfigError, settled
+from ..config import AdaSparkConfig, AdaSparkConfigError, check_cube_volume, settled
 from . import UsageError
 
 
@@ -80,13 +80,20 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def refuse_misspelt(arguments: list[str]) -> None:
+    """Refuse what is nearly an option of ours, before vLLM is started to do so in its own words."""
+    if wrong := misspelt(arguments):
+        raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
+
+
 def misspelt(arguments: list[str]) -> tuple[str, str] | None:
     """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
     ours = [_flag(spec.name) for spec in fields(AdaSparkConfig) if spec.name != "enabled"]
+    ours += ["--paper", "--request-settings"]
     for argument in arguments:
         name = argument.partition("=")[0]
         close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if argument.startswith("--") and close:
+        if argument.startswith("--") and close and close[0] != name:
             return name, close[0]
     return None
 
@@ -106,7 +113,9 @@ def checked(
         UsageError: AdaSparkConfig refuses them.
     """
     try:
-        return settled(checkpoint, settings, source=source)
+        config = settled(checkpoint, settings, source=source)
+        check_cube_volume(config)
+        return config
     except AdaSparkConfigError as error:
         raise UsageError(str(error)) from None
 

@@ -23,9 +23,9 @@ from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
 from ..config import (
     CHECKPOINT_KEY,
-    CUBE_VOLUMES,
     AdaSparkConfig,
     AdaSparkConfigError,
+    check_cube_volume,
     settled,
 )
 from .attention import NAME, adaspark_attention
@@ -122,11 +122,7 @@ def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) ->
             "enabled=False: there is nothing sparse to train; leave it out, or call "
             "disable_sparse_training"
         )
-    if config.cube_volume not in CUBE_VOLUMES:
-        raise AdaSparkConfigError(
-            f"cube={list(config.cube)} holds {config.cube_volume} tokens, which no server takes; "
-            f"allowed volumes: {', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 4]"
-        )
+    check_cube_volume(config)
     if any(kind != "full_attention" for kind in model.config.text_config.layer_types):
         raise AdaSparkConfigError(
             "use_sliding_window in the model's config is not supported; set it to false"
