@@ -730,7 +730,7 @@ def test_every_file_of_the_page_is_served_and_packaged() -> None:
         assert any(fnmatch(f"viewer/{name}", pattern) for pattern in patterns), name
 
 
-# -- routes, over workers that do not answer as they should -----------------------------------------
+# -- routes, over workers that do not answer as they should ---------------------------------------
 
 
 def answers(ask, path: str, accounts: bool = True, tokenizer: object = None):
