@@ -141,7 +141,7 @@ class Ledger:
         name = search_name(request_id)
         search = self._finished.pop(name, None) if name else None
         if name and search is None:
-            search = Account(self._shape, self._layers, account.video)
+            search = Account(self._shape, self._layers, account.settings)
         if search is not None:
             search.merge(account)
         self._finished[name or request_id] = search or account
