@@ -78,7 +78,7 @@ def scan(data: bytes) -> Contents:
             order.append(ticks)
             shown.append(not packet.is_discard)
             keys.append(packet.is_keyframe)
-        claimed = _claimed_seconds(container, stream)
+        claimed = _claimed_seconds(container, stream, faults)
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         rates = [rate for rate in rates if rate]
         base = stream.time_base
@@ -206,10 +206,11 @@ def _constant_rate(ticks: np.ndarray, rates: list[Fraction], base: Fraction) -> 
     return None
 
 
-def _claimed_seconds(container: Any, stream: Any) -> float | None:
+def _claimed_seconds(container: Any, stream: Any, faults: list[str]) -> float | None:
+    """What is stated of the video, or of the file where something is amiss: sound may be longer."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration else None
+    return container.duration / av.time_base if container.duration and faults else None
 
 
 def _is_cover(stream: Any) -> bool:
