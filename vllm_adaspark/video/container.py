@@ -62,7 +62,7 @@ class Contents:
             return None
         return (
             f"the container claims {claimed:.1f} s of video, and the file holds "
-            f"{self.seconds:.1f} s ({self.frames} frames): it was cut off"
+            f"{self.seconds:.1f} s ({self.frames} frames): it was cut off, or only its sound goes on"
         )
 
 
@@ -78,7 +78,7 @@ def scan(data: bytes) -> Contents:
             order.append(ticks)
             shown.append(not packet.is_discard)
             keys.append(packet.is_keyframe)
-        claimed = _claimed_seconds(container, stream, faults)
+        claimed = _claimed_seconds(container, stream)
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         rates = [rate for rate in rates if rate]
         base = stream.time_base
@@ -206,11 +206,10 @@ def _constant_rate(ticks: np.ndarray, rates: list[Fraction], base: Fraction) -> 
     return None
 
 
-def _claimed_seconds(container: Any, stream: Any, faults: list[str]) -> float | None:
-    """What is stated of the video, or of the file where something is amiss: sound may be longer."""
+def _claimed_seconds(container: Any, stream: Any) -> float | None:
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration and faults else None
+    return container.duration / av.time_base if container.duration else None
 
 
 def _is_cover(stream: Any) -> bool:
