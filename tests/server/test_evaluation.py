@@ -132,8 +132,8 @@ def test_scores_are_those_of_direct_calls(
 
 def test_the_plugin_in_lmms_evals_own_command(task: Path, needle_url: str, tmp_path: Path) -> None:
     """Settings and frames go through `--model_args`; the video goes in the request."""
-    options = 'frames=32,inline=true,records_file=cost.jsonl,adaspark={"off":true}'
-    arguments = f"base_url={needle_url},{options}"
+    arguments = f"base_url={needle_url},frames=32,inline=true,records_file=cost.jsonl"
+    arguments += ',adaspark={"off":true}'
     done = run(
         *(LMMS / "lmms-eval", "--model", "adaspark", "--model_args", arguments),
         *("--include_path", task, "--tasks", "needle", "--batch_size", 1, "--limit", 3),

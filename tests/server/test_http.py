@@ -232,7 +232,7 @@ def test_path_outside_the_allowed_folder(served: Served, media: Path) -> None:
 
 @pytest.mark.usefixtures("still_serves")
 def test_missing_file(served: Served, media: Path) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"file://.*: No such file"):
+    with pytest.raises(openai.BadRequestError, match="No such file"):
         served.ask((media / "missing.mp4").as_uri())
 
 
