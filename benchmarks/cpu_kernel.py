@@ -6,7 +6,7 @@ A query tile is a sequence of 64 queries (a cube) over the keys it kept.  The st
 goes over a tile of keys with some 700 queries before it fetches the next.  Here the kernel gets
 sequences of more and fewer queries over random blocks: how many TFLOP/s it does says how much of
 the saved work can become saved time, selection, tables and copies left aside.  "Heads in a row" are
-sequences with the same block table one after the other (attention/heads_apart.py).
+sequences with the same block table one after the other (paged/heads_apart.py).
 """
 
 from __future__ import annotations

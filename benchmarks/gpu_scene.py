@@ -133,7 +133,7 @@ class Selection:
         self.is_cube = torch.ones(shape.width, dtype=torch.bool, device=device)
         self.blocks = scene.blocks.long()
         self.tile = torch.arange(shape.tiles, device=device)
-        # As attention/planner.py has them: some tokens of each tile are asked.
+        # As methods/adaspark/planner.py has them: some tokens of each tile are asked.
         asking = torch.from_numpy(spread_tokens(shape.block, AdaSparkConfig().cube_queries))
         tile_start = torch.arange(shape.tiles, device=device)[:, None] * shape.block
         self.tokens = (tile_start + asking.to(device)).flatten()

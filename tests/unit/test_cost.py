@@ -146,7 +146,7 @@ def test_memory_of_a_known_case():
 
 
 def test_dense_flops_of_a_known_case():
-    """Counted without the help of accounting.py."""
+    """Counted without the help of accounts/account.py."""
     video = Video(frames=120, fps=2.0, width=280, height=280)
     told = cost(PRESETS["7b"], video, CONFIG, Sampling(), text_tokens=100)
     tokens, hidden, kv = 6100, 3584, 512

@@ -9,7 +9,7 @@ the K and V projections that tensor-parallel ranks repeat where they share a KV 
 no vLLM.
 
 An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
-carry it between processes; reports.py makes one account of all ranks'.
+carry it between processes; accounts/reports.py makes one account of all ranks'.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Qwen2VLVideoProcessor, restated here so that no model, no vLLM and no GPU is nee
 dense FLOPs are counted; what AdaSpark spends of them depends on the video, so it is an estimate
 that takes a density of p: attention keeps ``p_attn`` of the preceding cubes, the FFN ``p_ffn`` of
 the tokens.  Where attention is concentrated, fewer cubes hold that mass.  A FLOPs budget is met as
-budget.py meets it.
+methods/adaspark/budget.py meets it.
 
 Not counted: the vision tower's FLOPs and activations, CUDA graphs, the answer's tokens.
 """

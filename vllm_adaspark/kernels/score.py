@@ -11,7 +11,7 @@ them, so each score is computed twice, and charged twice (``kernels.score_produc
 
 Products are in the queries' dtype with fp32 sums, all else in fp32, and in powers of two, which is
 what the hardware has.  TEXT tiles, of a handful of queries, take both passes in one program, in
-fp32.  The twins are ``attention/score.py``'s ``_score_together`` and ``_score_each``.
+fp32.  The twins are ``methods/adaspark/score.py``'s ``_score_together`` and ``_score_each``.
 """
 
 from __future__ import annotations

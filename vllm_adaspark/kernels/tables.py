@@ -1,7 +1,7 @@
 """Kept blocks to block tables in one launch: union, running count, scatter and lengths.
 
 One program per (tile, KV head) walks along the request's blocks, keeps count, and writes each kept
-block at its rank.  The twin is ``attention/tables.py``'s ``build_tables``, which does the same with
+block at its rank.  The twin is ``paged/tables.py``'s ``build_tables``, which does the same with
 a cumulative sum and a scatter over all of ``[kv_heads, tiles, blocks]``.
 """
 
