@@ -1,7 +1,7 @@
 """How far the tile rule strays from the paper: density and output error, as tables and a picture.
 
-``make fidelity`` (``python benchmarks/fidelity.py``) runs both rules of vllm_adaspark/methods/adaspark/reference.py
-on the inputs of benchmarks/inputs.py, prints the tables and writes them to docs/fidelity.md and
+``make fidelity`` (``python benchmarks/fidelity.py``) runs both rules of
+vllm_adaspark/methods/adaspark/reference.py on the inputs of benchmarks/inputs.py, prints the tables and writes them to docs/fidelity.md and
 docs/fidelity.png.  Seeds are fixed; about a minute on two cores.
 
 Density is the share of preceding cubes attended, over all (query, head) pairs.  Error is the
@@ -185,7 +185,7 @@ Written by `make fidelity` (benchmarks/fidelity.py); do not edit.
 
 The paper lets every query token and query head choose its own cubes.  In the fast path the heads of
 a GQA group choose together, and so do the tokens of a cube; a text token chooses for itself (the
-*tile rule*, vllm_adaspark/methods/adaspark/reference.py).  This page measures what that costs on synthetic inputs
+*tile rule*, methods/adaspark/reference.py).  This page measures what that costs on synthetic inputs
 (benchmarks/inputs.py).  No model is behind them: they show how the two rules differ, not how
 accurate a model stays.
 

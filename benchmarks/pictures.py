@@ -1,7 +1,7 @@
 """The two pictures of the README, drawn by the code they explain.
 
 ``python benchmarks/pictures.py`` writes docs/cube_order.png (how a small video's tokens fall into
-KV blocks) and docs/selection.png (which cubes each tile keeps, by the tile rule of methods/adaspark/reference.py).
+KV blocks) and docs/selection.png (which cubes each tile keeps, by the tile rule).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """vLLM's workers: they tell the model which requests a step runs, and keep an account of each.
 
 The scheduler tells the worker of its requests, the model plans by them; here the two meet.  Every
-rank keeps accounts of its own KV heads and layers (accounts/ledger.py) and sends them when asked; whoever
-asks merges them (accounts/reports.py).  When a request ends, the first rank of an engine logs what it cost
-and, with ``report_file`` set, adds one JSON line to that file: of its own part, as the line says.
+rank keeps accounts of its own KV heads and layers (accounts/ledger.py) and sends them when asked;
+whoever asks merges them (accounts/reports.py).  When a request ends, the first rank of an engine
+logs what it cost and, with ``report_file`` set, adds one JSON line to that file: of its own part,
+as the line says.
 """
 
 from __future__ import annotations

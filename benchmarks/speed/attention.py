@@ -1,8 +1,8 @@
 """One attention layer: stock kernel dense, FlexAttention, and ours, selection and tables included.
 
 The head shape is Qwen2.5-VL-7B's.  Density is set by ``top_k``, so that it is what was asked for;
-the work that was really done is counted by accounts/account.py.  FlexAttention gets the blocks that ours
-chose, as a block mask, and does nothing for choosing them.
+the work that was really done is counted by accounts/account.py.  FlexAttention gets the blocks
+that ours chose, as a block mask, and does nothing for choosing them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A whole naive Qwen2.5-VL with AdaSpark: Hugging Face's modules, methods/adaspark/reference.py's rules.
+"""A whole naive Qwen2.5-VL with AdaSpark: Hugging Face's modules, the reference's rules.
 
 No vLLM, no pages, no batching: the model the engine must agree with.  Positions are vLLM's, which
 differ from Hugging Face's after a video: its text goes on at the video's largest position + 1.

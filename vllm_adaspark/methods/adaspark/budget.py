@@ -89,7 +89,7 @@ class PromptCost:
 def prompt_cost(
     shape: ModelShape, layers: int, is_video: np.ndarray, config: AdaSparkConfig
 ) -> PromptCost:
-    """Count a prompt as the plan will cut it (methods/adaspark/planner.py).
+    """Count a prompt as the plan will cut it (planner.py).
 
     Args:
         shape: sizes of a layer.

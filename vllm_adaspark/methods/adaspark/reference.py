@@ -11,9 +11,9 @@ Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and
 How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
 
 Written for reading, not for speed: loops, one request at a time, and a choice by Python's
-``sorted`` (methods/adaspark/reference_choice.py).  Half-precision inputs are widened to float32; float64 stays.  Not
+``sorted`` (reference_choice.py).  Half-precision inputs are widened to float32; float64 stays.  Not
 covered: RoPE (queries and keys come rotated), batching, the KV cache.  ``config.flops`` is taken as
-the share of cubes and tokens to keep, which methods/adaspark/budget.py works out for a whole request.
+the share of cubes and tokens to keep, which budget.py works out for a whole request.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def tile_attention(
         probs = None
         if not dense and candidates:
             means = scale * torch.stack([mean_keys[b] for b in candidates])
-            if kind == "video":  # products in the inputs' dtype, see methods/adaspark/score.py
+            if kind == "video":  # products in the inputs' dtype, see score.py
                 asking = q[rows][spread_tokens(block_size, config.cube_queries)]
                 logits = _logits(asking, means.to(dtype).to(q.dtype)).to(dtype).to(q.dtype)
             else:

@@ -1,6 +1,6 @@
 """The twin's choices, by Python's ``sorted``: Top-p, Top-k, uniform, and p under a budget.
 
-They share no line with methods/adaspark/choose.py, which must agree with them.  Every choice comes with its
+They share no line with choose.py, which must agree with them.  Every choice comes with its
 *margin*: how much a probability or a cumulated mass would have to change before something else is
 chosen; about 1e-6 or less is a tie that float32 rounding may break either way.
 """

@@ -20,7 +20,7 @@ class AdaSparkRequest(Request):
 
     Attributes:
         config: its settings.
-        share: with a budget, the share of cubes and FFN tokens to keep (see methods/adaspark/budget.py).
+        share: with a budget, the share of cubes and FFN tokens to keep (see budget.py).
         least_budget: with a budget, the smallest one that this prompt can keep.
     """
 
