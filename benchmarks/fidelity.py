@@ -1,11 +1,9 @@
 """How far the tile rule strays from the paper: density and output error, as tables and a picture.
 
 ``make fidelity`` (``python benchmarks/fidelity.py``) runs both rules of
-vllm_adaspark/methods/adaspark/reference.py on the inputs of benchmarks/inputs.py, prints the tables and writes them to docs/fidelity.md and
-docs/fidelity.png.  Seeds are fixed; about a minute on two cores.
-
-Density is the share of preceding cubes attended, over all (query, head) pairs.  Error is the
-relative RMS of the attention output, over all tokens and heads.
+vllm_adaspark/methods/adaspark/reference.py on the inputs of benchmarks/inputs.py, prints the tables
+and writes them to docs/fidelity.md and docs/fidelity.png.  Seeds are fixed; about a minute on two
+cores.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ Every buffer has the same rows: one per *item*, those that run first.  Items are
 step and then, where any are wanted, the cubes' centroids; a centroid runs where a token skips.  The
 elementwise kernels skip the rows beyond the count as the product does; those hold garbage which
 nothing reads.  Other GPUs, other dtypes and quantized weights keep the twin, ``sparse_ffn`` of
-methods/adaspark/ffn.py, and its wait.  The price under tensor parallelism: the all-reduce has at least as
-many rows as the dense one.
+methods/adaspark/ffn.py, and its wait.  The price under tensor parallelism: the all-reduce has at
+least as many rows as the dense one.
 """
 
 from __future__ import annotations
