@@ -1,10 +1,11 @@
-"""What accounts and traces cost when nobody asks for them: interleaved, in one engine.
+"""What accounts, traces and plans cost those who have no use for them: interleaved, in one engine.
 
     python benchmarks/off_cost.py
 
-The same request (prefill of a video, then decoding) with the worker's books switched off, and as
-served: accounts kept, nothing traced.  Printed are the fastest run, the median, and the median of
-the ratios of runs that followed each other.
+Two requests, prefill and decoding: one about a video, with the worker's books switched off and as
+served (accounts kept, nothing traced); and one of text alone, after the engine has seen videos, with
+the books and the planning switched off and as served.  Printed are the fastest run, the median, and
+the median of the ratios of runs that followed each other.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "demo")]
 
-CONTENDERS = ("no books", "as served")
+CONTENDERS = ("stock path", "as served")
 
 
-def switch(worker, on: bool) -> None:
-    """Take the worker's books away, or give them back."""
-    kept = getattr(worker, "kept_books", (worker._accounts, worker._tracer))
-    worker.kept_books = kept
-    worker._accounts, worker._tracer = kept if on else (None, None)
+def switch(worker, on: bool, plans: bool) -> None:
+    """Take the worker's books away, and its plans unless ``plans``; or give them back."""
+    for owner, name in (
+        (worker, "_before_step"),
+        (worker, "_after_step"),
+        (worker._runtime, "begin_step"),
+    ):
+        if on or (plans and name == "begin_step"):
+            vars(owner).pop(name, None)
+        else:
+            setattr(owner, name, lambda *_: None)
 
 
 def settle(worker) -> None:
     """Steps are booked one step late: do it now, outside the timing."""
-    if worker._accounts is not None:
-        worker._accounts.settle()
-        worker._tracer.settle()
+    worker._accounts.settle()
+    worker._tracer.settle()
 
 
 def run(llm, prompt: dict, answer_tokens: int) -> tuple[float, float]:
@@ -57,33 +63,39 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=100)
     options = parser.parse_args()
     import checkpoint  # examples/demo
-    from engine.engines import clip, engine, video_prompt  # tests
+    from engine.engines import chat, clip, engine, video_prompt  # tests
 
     settings = {"p_attn": 0.7, "p_ffn": 0.5}
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoint.build(Path(folder) / "checkpoint", layers=8)
         with engine(model, settings, enable_prefix_caching=False, dtype="bfloat16") as llm:
-            prompt = video_prompt(clip(120, 252, 252))
-            times = {name: [] for name in CONTENDERS}
+            prompts = {
+                "a video": video_prompt(clip(120, 252, 252)),
+                "text after videos": {"prompt": chat("Which number is on the card? " * 12)},
+            }
+            times = {(kind, name): [] for kind in prompts for name in CONTENDERS}
             for repeat in range(options.repeats + 1):
-                for name in CONTENDERS[:: 1 if repeat % 2 else -1]:
-                    llm.collective_rpc(switch, args=(name != "no books",))
-                    measured = run(llm, prompt, options.answer_tokens)
-                    if repeat:  # the first warms up
-                        times[name].append(measured)
-    print(f"| | 1 token, s | ratio | {options.answer_tokens} tokens, s | ratio |")
-    print("|---|---|---|---|---|")
-    for name in CONTENDERS:
+                for kind, prompt in prompts.items():
+                    for name in CONTENDERS[:: 1 if repeat % 2 else -1]:
+                        on = name == "as served"
+                        llm.collective_rpc(switch, args=(on, kind == "a video"))
+                        measured = run(llm, prompt, options.answer_tokens)
+                        if repeat:  # the first warms up
+                            times[kind, name].append(measured)
+    print(f"| request | | 1 token, s | ratio | {options.answer_tokens} tokens, s | ratio |")
+    print("|---|---|---|---|---|---|")
+    for kind, name in times:
         cells = []
         for part in (0, 1):
-            mine = [t[part] for t in times[name]]
-            ratios = [a / b[part] for a, b in zip(mine, times["no books"], strict=True)]
+            mine = [t[part] for t in times[kind, name]]
+            stock = [t[part] for t in times[kind, CONTENDERS[0]]]
+            ratios = [a / b for a, b in zip(mine, stock, strict=True)]
             cells += [
                 f"{min(mine):.3f}, {statistics.median(mine):.3f}",
                 f"{statistics.median(ratios):.3f}",
             ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {kind} | {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

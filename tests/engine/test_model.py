@@ -29,7 +29,8 @@ def encode_whole_and_in_pieces(model) -> tuple[torch.Tensor, torch.Tensor, list[
     pixels = torch.randn(patches, 3 * 2 * 14 * 14)
     with torch.inference_mode():
         whole = model.visual(pixels, grid_thw=grids)
-        model.runtime.config = model.runtime.config.override({"encoder_patches": 300})
+        method = model.runtime.method
+        method.settings = method.settings.override({"encoder_patches": 300})
         sizes: list[int] = []
         forward = model.visual.forward
 
@@ -48,6 +49,61 @@ def test_vision_in_pieces_equals_whole(checkpoint) -> None:
     assert whole.shape == pieces.shape
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
     assert len(sizes) > 2 and max(sizes) <= 300, "memory is bounded by the piece, not the video"
+
+
+def stock_and_ours(model) -> list[tuple[torch.Tensor, torch.Tensor, list]]:
+    """Positions of requests of every kind, stock vLLM's and ours, and where the videos lie."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    from vllm_adaspark.requests import FIELD, pack_settings
+
+    def feature(modality: str, offset: int, grid: list[int], order: str):
+        settings = model.runtime.method.settings.override({"order": order})
+        data = {
+            f"{modality}_grid_thw": SimpleNamespace(data=torch.tensor(grid)),
+            FIELD: SimpleNamespace(data=pack_settings(settings)),
+        }
+        if modality == "video":
+            data["second_per_grid_ts"] = SimpleNamespace(data=torch.tensor(1.5))
+        place = SimpleNamespace(offset=offset, length=grid[0] * grid[1] * grid[2] // 4)
+        return SimpleNamespace(modality=modality, data=data, mm_position=place)
+
+    found = []
+    for order in ("raster", "cube"):
+        video = feature("video", 5, [9, 10, 12], order)  # 270 tokens
+        second = feature("video", 300, [4, 8, 6], order)  # 48
+        image = feature("image", 280, [1, 8, 8], order)  # 16
+        for features in ([], [image], [video], [video, image, second]):
+            ids = list(range(400))
+            stock, delta = Qwen2_5_VLForConditionalGeneration.get_mrope_input_positions(
+                model, ids, features
+            )
+            ours, our_delta = model.get_mrope_input_positions(ids, features)
+            assert delta == our_delta and stock.dtype == ours.dtype
+            spans = [
+                (f.mm_position.offset, f.mm_position.offset + f.mm_position.length)
+                for f in features
+                if f.modality == "video" and order == "cube"
+            ]
+            found.append((stock, ours, spans))
+    return found
+
+
+def test_positions_are_the_stock_models(checkpoint) -> None:
+    """Bit for bit; in cube order a video's are the same ones, in the order of its tokens."""
+    with engine(checkpoint, SPARSE) as llm:
+        (found,) = llm.apply_model(stock_and_ours)
+    assert len(found) == 8
+    for stock, ours, spans in found:
+        apart = torch.ones(stock.shape[1], dtype=torch.bool)
+        for start, end in spans:
+            apart[start:end] = False
+            assert not torch.equal(stock[:, start:end], ours[:, start:end])
+            as_sets = [set(map(tuple, p[:, start:end].T.tolist())) for p in (stock, ours)]
+            assert as_sets[0] == as_sets[1] and len(as_sets[0]) == end - start
+        assert torch.equal(stock[:, apart], ours[:, apart])
 
 
 @pytest.mark.parametrize("size", SIZES)
