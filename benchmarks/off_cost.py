@@ -3,9 +3,9 @@
     python benchmarks/off_cost.py
 
 Two requests, prefill and decoding: one about a video, with the worker's books switched off and as
-served (accounts kept, nothing traced); and one of text alone, after the engine has seen videos, with
-the books and the planning switched off and as served.  Printed are the fastest run, the median, and
-the median of the ratios of runs that followed each other.
+served (accounts kept, nothing traced); and one of text alone, after the engine has seen videos,
+with the books and the planning switched off and as served.  Printed are the fastest run, the
+median, and the median of the ratios of runs that followed each other.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def switch(worker, on: bool, plans: bool) -> None:
             vars(owner).pop(name, None)
         else:
             setattr(owner, name, lambda *_: None)
+    worker._runtime.plan = None  # of the last step, which nobody replaces without planning
 
 
 def settle(worker) -> None:
