@@ -43,7 +43,7 @@ test-unit: venv ## run the tests that start no engine and no server
 fidelity: venv ## compare the tile rule with the paper's per-token rule: table and picture
 	$(RUN) benchmarks/fidelity.py $(ARGS)
 
-pictures: venv ## draw the README's pictures of the cube order and of a selection
+pictures: venv ## draw the cube order and a selection, for docs/concepts.md
 	$(RUN) benchmarks/pictures.py $(ARGS)
 
 needle: venv ## what sparsity costs: accuracy against FLOPs, through real servers (under an hour)

@@ -1,4 +1,4 @@
-"""The two pictures of the README, drawn by the code they explain.
+"""The two pictures of docs/concepts.md, drawn by the code they explain.
 
 ``python benchmarks/pictures.py`` writes docs/cube_order.png (how a small video's tokens fall into
 KV blocks) and docs/selection.png (which cubes each tile keeps, by the tile rule).

@@ -92,7 +92,7 @@ def _settle_block_size(vllm_config: VllmConfig, config: Settings) -> None:
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Raise on every option that AdaSpark does not support yet; see the README's table."""
+    """Raise on every option that AdaSpark does not support yet; listed in docs/features.md."""
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -54,23 +54,18 @@ def headline(result: dict[str, Any]) -> str:
     }
     for row in sorted(result["rows"], key=lambda row: rank[row["name"]]):
         name, tokens, ours = row["name"], row["tokens"], row["contender"]
-        if ours == OURS and (name, tokens) == (USUAL, 16384) and row["asked"] in (0.1, 0.2):
+        if ours == OURS and (name, tokens, row["asked"]) == (USUAL, 16384, 0.1):
             what = "attention"
-        elif ours == OURS and (name, tokens, row["asked"]) == (LARGE, 16384, 0.2):
-            what = "attention, cubes of 8×4×4"
-        elif ours == OURS and (name, tokens, row["asked"]) == (NO_AMX, 16384, 0.2):
-            what = "attention, kernel without AMX"
-        elif ours == OURS and name.startswith("ffn") and row["asked"] == 0.5:
-            what = f"FFN, {name.removeprefix('ffn ')}"
+        elif ours == OURS and (name, row["asked"]) == ("ffn 7B", 0.5):
+            what = "FFN, 7B"
         elif name == "ttft, language model" and ours == SPARSE:
             what = "prefill of the language model"
         elif name == "ttft" and ours == SPARSE and tokens == 32768:
             what = "time to first token"
-        elif name.endswith("at once") and ours == SPARSE:
-            number = name.removesuffix(" at once")
-            what = "one request, answered" if number == "1" else f"{number} at once, all answered"
-        elif name == "tpot" and ours in ("p=0.9", SPARSE.split(",")[0]):
-            what = f"time per output token, {ours}"
+        elif name == "8 at once" and ours == SPARSE:
+            what = "8 requests at once, all answered"
+        elif (name, ours) == ("tpot", "p=0.9"):
+            what = "time per output token, p=0.9"
         else:
             continue
         dense = row["median_s"] / row["ratio_to_dense"]

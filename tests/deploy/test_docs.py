@@ -1,7 +1,8 @@
-"""docs/deployment.md: what it names exists, and what it shows works."""
+"""Documents: links lead somewhere, settings are those there are, what deployment.md shows works."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ from deploy_tools import DEPLOY, ENTRYPOINT, ROOT, serve_arguments
 
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
 
 
@@ -19,6 +21,53 @@ def commands(program: str) -> list[list[str]]:
     blocks = re.findall(r"(?m)(?:^    .*\n)+", TEXT.replace("\\\n", ""))
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
+
+
+def anchors(page) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", page.read_text())
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_paths_in_documents_exist():
+    """A module that was moved must not live on in the documents."""
+    for page in PAGES:
+        named = re.findall(r"`((?:vllm_adaspark/)?[a-z_/]*\w\.py)\b", page.read_text())
+        for name in named:
+            folders = (ROOT, ROOT / "vllm_adaspark", page.parent, ROOT / "benchmarks")
+            assert any((folder / name).exists() for folder in folders), f"{page.name}: {name}"
+
+
+def test_the_table_of_settings_is_that_of_the_code():
+    text = (ROOT / "docs" / "settings.md").read_text()
+    rows = dict(re.findall(r"(?m)^\| `(\w+)`([^|]*\| [^|]*)", text))
+    known = {spec.name: spec for spec in dataclasses.fields(AdaSparkConfig)}
+    assert rows.keys() == known.keys() | AdaSparkConfig.words.keys()
+    for name, spec in known.items():
+        who, _, default = rows[name].partition("|")
+        default = default.strip().strip("`")
+        assert default == ("none" if spec.default is None else plain(spec.default)), name
+        request, checkpoint = spec.metadata["request"], spec.metadata["checkpoint"]
+        told = {
+            (True, True): "",
+            (True, False): "(not in a checkpoint)",
+            (False, True): "(not per request)",
+            (False, False): "(operator only)",
+        }
+        assert who.strip() == told[request, checkpoint], name
+
+
+def plain(value) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 def test_every_file_named_exists():

@@ -11,7 +11,7 @@ from engine.engines import SPARSE, ask, clip, engine, five_prompts, last_reports
 
 pytestmark = pytest.mark.engine
 CLOSE = 1e-3  # of log-probabilities in float32
-# Cubes that a chunk edge cuts run dense, so a ragged chunk size computes more; see the README.
+# Cubes that a chunk edge cuts run dense, so a ragged chunk size computes more.
 RAGGED = 0.5
 
 

@@ -32,7 +32,7 @@ def add_rules(parser: argparse.ArgumentParser, without: Collection[str]) -> Any:
 
     For a command that chooses the others, ``--p`` and ``--off`` included, by itself.
     """
-    group = parser.add_argument_group("AdaSpark", "unset: the defaults in the README's table")
+    group = parser.add_argument_group("AdaSpark", "unset: the defaults of docs/settings.md")
     group.add_argument("--paper", action="store_true", default=None, help="the paper's own rules")
     for spec in fields(AdaSparkConfig):
         rule, flag = spec.metadata, _flag(spec.name)
