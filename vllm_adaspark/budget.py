@@ -111,6 +111,7 @@ def prompt_cost(
     text = text[text_blocks]
     queries = np.concatenate([np.full(len(video_blocks), size), text])
     asked = np.concatenate([np.full(len(video_blocks), min(config.cube_queries, size)), text])
+    asked *= config.selection != "uniform"  # which looks at no score
 
     pairs = tokens * (tokens + 1) / 2
     dense = (

@@ -1,7 +1,7 @@
 """What a video would cost: frames, tokens, cubes, FLOPs, memory, and the flags it needs.
 
-Frames are sampled and resized by the rules of the server (video.VideoLoader, Hugging Face's
-Qwen2VLVideoProcessor), restated here so that no model, no vLLM and no GPU is needed to ask.  The
+Frames are sampled by the server's code (video.sampling) and resized by the rules of Hugging Face's
+Qwen2VLVideoProcessor, restated here so that no model, no vLLM and no GPU is needed to ask.  The
 dense FLOPs are counted; what AdaSpark spends of them depends on the video, so it is an estimate
 that takes a density of p: attention keeps ``p_attn`` of the preceding cubes, the FFN ``p_ffn`` of
 the tokens.  Where attention is concentrated, fewer cubes hold that mass.  A FLOPs budget is met as
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,17 @@ import torch
 from .accounting import ModelShape
 from .budget import prompt_cost
 from .config import CHECKPOINT_KEY, AdaSparkConfig
+from .kernels import score_products
+from .video.sampling import (
+    FPS,
+    MIN_FRAMES,
+    PAIR,
+    QWEN_FRAMES,
+    Options,
+    at_constant_rate,
+    number_of_frames,
+)
 
-PAIR = 2  # frames merged into one in time
-MAX_FPS = 30  # more is sampled as this
-MAX_FRAMES = 32768  # video.VideoLoader's limit for max_frames
 TEXT_BEFORE = 15  # tokens of Qwen's chat template before the video
 KEY_SUM_BYTES = 4  # float32
 ROUND = 1024  # lengths are proposed in multiples of this
@@ -168,6 +175,9 @@ class Video:
     fps: float
     width: int
     height: int
+    # Where its rate varies, frames it would have if all came as fast as its fastest part.
+    most_frames: int | None = None
+    remarks: tuple[str, ...] = ()  # what its owner should be told of the file
 
     @property
     def seconds(self) -> float:
@@ -178,9 +188,9 @@ class Video:
 class Sampling:
     """Which frames are taken and how large they may be."""
 
-    fps: float = 2.0
-    max_frames: int = 768
-    min_frames: int = 4
+    fps: float = FPS
+    max_frames: int = QWEN_FRAMES
+    min_frames: int = MIN_FRAMES
     max_pixels: int | None = None  # of a frame, after resizing
 
 
@@ -190,16 +200,14 @@ def sampled_frames(video: Video, sampling: Sampling) -> int:
     Raises:
         CostError: no pair of frames can be taken.
     """
-    most = min(sampling.max_frames, video.frames) // PAIR * PAIR
-    wanted = video.frames / video.fps * min(sampling.fps, MAX_FPS)
-    number = math.floor(min(max(wanted, sampling.min_frames), most) / PAIR) * PAIR
+    options = Options(sampling.fps, sampling.max_frames, sampling.min_frames)
+    number = number_of_frames(video.frames, video.fps, video.most_frames, options)
     if number < PAIR:
         raise CostError(
             f"the video has {video.frames} frame(s), and Qwen2.5-VL takes them in pairs; "
             "send a single frame as an image"
         )
-    # The same call as vLLM's: its float32 steps may give one frame more.
-    return len(torch.arange(0, video.frames, video.frames / number))
+    return number if video.most_frames else len(at_constant_rate(video.frames, number))
 
 
 def resized(video: Video, frames: int, rules: FrameRules, sampling: Sampling) -> tuple[int, int]:
@@ -318,12 +326,13 @@ def cost(
 def _flops(
     model: Model, config: AdaSparkConfig, prompt: int, video: int
 ) -> tuple[float, float, float]:
-    """(dense, spent, least budget as a share) of the prompt."""
-
+    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
     is_video = np.zeros(prompt, bool)
     start = min(TEXT_BEFORE, prompt - video)
     is_video[start : start + video] = True
-    cost = prompt_cost(model.shape, model.layers, is_video, config)
+    cost = prompt_cost(shape, model.layers, is_video, config)
     if not config.enabled:
         return cost.dense, cost.dense, cost.least
     if config.flops is not None:

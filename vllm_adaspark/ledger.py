@@ -5,23 +5,49 @@ Everything here only grows, so what is read from it never goes backwards.  No vL
 
 from __future__ import annotations
 
-import re
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from .accounting import Account, ModelShape, count_step
-from .attention.plan import StepPlan
+from .attention.plan import StepPlan, Tiles
 from .attention.state import StepRows
 from .reports import DENSE_REASONS, mode_of
+from .request_ids import search_name, unnumbered
 
 RECENT = 256  # finished requests that are remembered one by one
 LAYER_GROUPS = 4
 # Upper edges of the histograms' buckets; a density is never above 1.
 EDGES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def keep_counts(plan: StepPlan | None) -> StepPlan | None:
+    """A plan with only what ``count_step`` reads: host arrays, and what the layers counted.
+
+    A step's counts can be read once its device has run it, and by then the host has planned the
+    next one.  A plan kept until then would hold tables and scratch memory of two steps at a time,
+    of which room is reserved for one.
+    """
+    if plan is None:
+        return None
+    attention, ffn = _host_part(plan.attention), _host_part(plan.ffn)
+    return replace(plan, attention=attention, ffn=ffn, key_writes=None, trace=None)
+
+
+def _host_part(part: Any) -> Any:
+    """A copy in which every field that may hold device memory is None."""
+    if part is None:
+        return None
+    values = {each.name: getattr(part, each.name) for each in fields(part)}
+    return type(part)(**{n: v if _is_on_host(v) else None for n, v in values.items()})
+
+
+def _is_on_host(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_on_host, value))
+    return isinstance(value, int | float | np.ndarray | Tiles)
 
 
 @dataclass
@@ -63,7 +89,7 @@ class Ledger:
         self._shape, self._layers = shape, layers
         self._settings: dict[str, dict[str, Any]] = {}  # of requests that have not run yet
         self._running: dict[str, Account] = {}
-        self._finished: deque[tuple[str, Account]] = deque(maxlen=RECENT)
+        self._finished: dict[str, Account] = {}  # oldest first; a beam search has one account
         self._total = Account(shape, layers)
         self._requests = {("sparse", None): 0, **{("dense", why): 0 for why in DENSE_REASONS}}
         self._groups = {  # the groups that this rank has layers of
@@ -98,7 +124,7 @@ class Ledger:
         account = self._running.pop(request_id, None)
         if account is None:
             return None
-        self._finished.append((request_id, account))
+        self._remember(request_id, account)
         self._requests[mode_of(account)] += 1
         for label, layers in self._groups.items():
             mine = slice(layers.start - self._layers.start, layers.stop - self._layers.start)
@@ -110,12 +136,23 @@ class Ledger:
                 self._ffn_share[label].observe(float(1 - skipped))
         return account
 
+    def _remember(self, request_id: str, account: Account) -> None:
+        name = search_name(request_id)
+        search = self._finished.pop(name, None) if name else None
+        if name and search is None:
+            search = Account(self._shape, self._layers, account.settings)
+        if search is not None:
+            search.merge(account)
+        self._finished[name or request_id] = search or account
+        while len(self._finished) > RECENT:
+            del self._finished[next(iter(self._finished))]
+
     # -- what is sent; msgpack-ready --------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
         """All requests together, and each of the last ones; see reports.merge_reports."""
         known = [
-            *((n, a, True) for n, a in self._finished),
+            *((n, a, True) for n, a in self._finished.items()),
             *((n, a, False) for n, a in self._running.items()),
         ]
         return {
@@ -127,16 +164,17 @@ class Ledger:
         }
 
     def usage(self, client_id: str) -> dict[str, Any] | None:
-        """Counts of the request that a client knows by this id, its n answers together.
+        """Counts of the request that a client knows by this id: all of its n answers or beams.
 
-        vLLM appends a random suffix to the client's id, and puts a number before it for n > 1.  If
-        clients use an id more than once, it stands for the newest request.
+        If clients use an id more than once, it stands for the newest request (but beam searches of
+        the same id are not told apart).
         """
-        pattern = re.compile(rf"(?:\d+_)?({re.escape(client_id)}(?:-[0-9a-f]{{8}})?)")
+        client_id = search_name(client_id) or client_id
         requests: dict[str, list[Account]] = {}
-        for name, account in (*self._finished, *self._running.items()):
-            if match := pattern.fullmatch(name):
-                requests.setdefault(match[1], []).append(account)
+        for name, account in (*self._finished.items(), *self._running.items()):
+            name = search_name(name) or name
+            if (whose := unnumbered(name, client_id)) is not None:
+                requests.setdefault(whose, []).append(account)
         if not requests:
             return None
         accounts = requests[next(reversed(requests))]

@@ -95,6 +95,22 @@ def request_report(request_id: str, account: Account, finished: bool) -> dict[st
     return {"request_id": request_id, "finished": finished, **usage(account, layers=True)}
 
 
+def part_of_model(layers: range, num_layers: int, ranks: int) -> str | None:
+    """What one rank's account leaves out, in words; None if it is the whole.
+
+    Args:
+        layers: this rank's.
+        num_layers: of the model.
+        ranks: of tensor parallelism.
+    """
+    parts = []
+    if len(layers) < num_layers:
+        parts.append(f"layers {layers[0]} to {layers[-1]} of {num_layers}")
+    if ranks > 1:
+        parts.append(f"the choices of tensor-parallel rank 0 of {ranks}")
+    return " and ".join(parts) or None
+
+
 def usage(account: Account, *, layers: bool = False) -> dict[str, Any]:
     """What a request cost: ``Account.report`` with its mode, settings and budget, JSON-ready."""
     mode, reason = mode_of(account)

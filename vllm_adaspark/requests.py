@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .config import COMPENSATIONS, IMPORTANCES, SELECTIONS, AdaSparkConfig
+from .config import COMPENSATIONS, IMPORTANCES, OFF, SELECTIONS, AdaSparkConfig
 from .selection import BUDGET
 
 FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
@@ -38,8 +38,12 @@ def unpack_settings(packed: torch.Tensor) -> AdaSparkConfig:
 
 
 def settings_of(feature: Any) -> AdaSparkConfig:
-    """The settings that the processor attached to a video (a ``MultiModalFeatureSpec``)."""
-    return unpack_settings(feature.data[FIELD].data)
+    """The settings that the processor attached to a video (a ``MultiModalFeatureSpec``).
+
+    A video that came past the processor, preprocessed by somebody else, has none: it runs dense.
+    """
+    packed = feature.data.get(FIELD)
+    return unpack_settings(packed.data) if packed is not None else AdaSparkConfig().override(OFF)
 
 
 def videos_of(features: Iterable[Any] | None) -> list[Any]:

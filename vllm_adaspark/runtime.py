@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from .attention.heads import HeadRanks
 from .attention.plan import StepPlan
 from .attention.planner import build_plan
 from .attention.state import StepRows
@@ -28,6 +29,8 @@ class Runtime:
         requests: what the worker knows of its requests; None until it says.
         request_ids: the requests of the step that is about to run, in row order; None in dummy
             runs.  A worker sets it before every step.
+        head_ranks: the tensor-parallel ranks that hold the model's heads; None for a single rank.
+            Set by the model.
         new_trace: makes the step's trace; set by the worker for steps with a traced request.
     """
 
@@ -35,6 +38,7 @@ class Runtime:
         self.config = config
         self.plan: StepPlan | None = None
         self.rows: StepRows | None = None
+        self.head_ranks: HeadRanks | None = None
         self.requests: RequestTable | None = None
         self.request_ids: Callable[[], Sequence[str]] | None = None
         self.new_trace: Callable[[], StepTrace] | None = None

@@ -213,14 +213,16 @@ def _use_video_loader(vllm_config: VllmConfig) -> None:
     """Read videos with our loader, unless the user chose one in --media-io-kwargs.
 
     Raises:
-        ValueError: decord was chosen and is not installed.
+        ValueError: options with which every video would be refused, or decord is not installed.
     """
-    from .video import DECORD_LOADER, LOADER, require_decord
+    from .video.connector import use_connector
+    from .video.load import LOADER, check_server_options
 
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         media = multimodal.media_io_kwargs
-        video = {"video_backend": LOADER} | media.get("video", {})
+        video = dict(media.get("video") or {})
+        video["video_backend"] = video.get("video_backend") or LOADER
+        check_server_options(video)
         multimodal.media_io_kwargs = media | {"video": video}
-        if video["video_backend"] == DECORD_LOADER:
-            require_decord()
+        use_connector()

@@ -3,7 +3,7 @@
 The scheduler tells the worker of its requests, the model plans by them; here the two meet.  Every
 rank keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever
 asks merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost
-and, with ``report_file`` set, adds one JSON line to that file.
+and, with ``report_file`` set, adds one JSON line to that file: of its own part, as the line says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -26,8 +30,9 @@ from .accounting import Account, ModelShape
 from .attention.plan import MAX_TEXT_TILES, StepPlan
 from .attention.state import KeySums, StepRows
 from .budget import prompt_cost
-from .ledger import Ledger
-from .reports import request_report, told_settings
+from .ledger import Ledger, keep_counts
+from .observing import observing
+from .reports import part_of_model, request_report, told_settings
 from .requests import Request, RequestTable, mask_of, settings_of, videos_of
 from .runtime import Runtime
 from .tracing.worker import TracingWorker
@@ -41,7 +46,7 @@ class Step:
 
     request_ids: list[str]  # in row order
     rows: StepRows
-    plan: StepPlan | None
+    plan: StepPlan | None  # only its counts
     end: torch.cuda.Event | None  # None: it is over
 
     @property
@@ -52,9 +57,11 @@ class Step:
 class RequestAccounts:
     """Brings what happened to the ledger, in order, once it can be read without waiting."""
 
-    def __init__(self, runtime: Runtime, ledger: Ledger, writes: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, ledger: Ledger, writes: bool, part: str | None = None
+    ) -> None:
         self.ledger = ledger
-        self._runtime, self._writes = runtime, writes
+        self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
     def admit(self, request_id: str, request: Request | None) -> None:
@@ -70,7 +77,7 @@ class RequestAccounts:
         if torch.cuda.is_available():
             end = torch.cuda.Event()
             end.record()
-        self._behind.append(Step(list(request_ids), rows, self._runtime.plan, end))
+        self._behind.append(Step(list(request_ids), rows, keep_counts(self._runtime.plan), end))
 
     def remember_finished(self, request_ids: set[str]) -> None:
         if request_ids:
@@ -83,20 +90,22 @@ class RequestAccounts:
                 if not (wait or self._behind[0].over):
                     return
                 step = self._behind.popleft()
-                self.ledger.add_step(step.request_ids, step.rows, step.plan)
+                with observing("the account of a step"):
+                    self.ledger.add_step(step.request_ids, step.rows, step.plan)
             else:
                 for request_id in sorted(self._behind.popleft()):
-                    account = self.ledger.finish(request_id)
-                    if account is not None and self._writes:
-                        self._write(request_id, account)
+                    with observing("the account of a request"):
+                        account = self.ledger.finish(request_id)
+                        if account is not None and self._writes:
+                            self._write(request_id, account)
 
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
-        report = request_report(request_id, account, finished=True)
+        report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
                 "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                "%.4g of %.4g TFLOPs (%.1f%% of dense)",
+                "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,
                 account.video_tokens,
@@ -105,6 +114,7 @@ class RequestAccounts:
                 report["flops"]["executed"]["total"] / 1e12,
                 report["flops"]["dense"]["total"] / 1e12,
                 100 * report["flops_ratio"],
+                f", counting {self._part}" if self._part else "",
             )
         path = self._runtime.config.report_file
         if path is None:
@@ -137,7 +147,8 @@ def step_bytes(config: VllmConfig) -> int:
     """What a sparse step's layers share beside vLLM's own activations, at the most.
 
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
-    probabilities and choice it is made from.  Layers run one after the other, so it counts once.
+    probabilities and choice it is made from, also those of other tensor-parallel ranks
+    (attention/heads.py).  Layers run one after the other, so it counts once.
     """
     model, parallel = config.model_config, config.parallel_config
     scheduler = config.scheduler_config
@@ -147,6 +158,8 @@ def step_bytes(config: VllmConfig) -> int:
     turned = 2 * tokens * heads * model.get_head_size() * model.dtype.itemsize
     tiles = tokens // block + min(tokens, MAX_TEXT_TILES + scheduler.max_num_seqs)
     entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
+    ranks = parallel.tensor_parallel_size
+    entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
     return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry
 
 
@@ -168,9 +181,13 @@ class AccountingWorker:
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
         layers = range(stage.start_layer, stage.end_layer)
-        ledger = Ledger(ModelShape.of(text), layers, text.num_hidden_layers)
+        ledger = Ledger(
+            ModelShape.of(text, current_platform.device_type), layers, text.num_hidden_layers
+        )
         writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
-        self._accounts = RequestAccounts(runtime, ledger, writes)
+        ranks = get_tensor_model_parallel_world_size()
+        part = part_of_model(layers, text.num_hidden_layers, ranks)
+        self._accounts = RequestAccounts(runtime, ledger, writes, part)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, once key sums and what a step takes have got their part."""
@@ -197,18 +214,20 @@ class AccountingWorker:
         if config.flops is None or not config.enabled:
             return Request(config, is_video)
         text = self.vllm_config.model_config.hf_text_config
-        cost = prompt_cost(ModelShape.of(text), text.num_hidden_layers, is_video, config)
+        cost = prompt_cost(
+            ModelShape.of(text, current_platform.device_type),
+            text.num_hidden_layers,
+            is_video,
+            config,
+        )
         return Request(config, is_video, cost.share(config.flops), cost.least)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        runtime, accounts = self._runtime, self._accounts
+        runtime = self._runtime
         if runtime is None:
             return super().execute_model(scheduler_output)
-        accounts.remember_finished(scheduler_output.finished_req_ids)
-        accounts.settle()
         runtime.requests.update(scheduler_output)
-        for new in scheduler_output.scheduled_new_reqs:
-            accounts.admit(new.req_id, runtime.requests[new.req_id])
+        self._before_step(scheduler_output)
         if not self.use_v2_model_runner:  # for V2, see models/model_state.py
             runtime.request_ids = lambda: self.model_runner.input_batch.req_ids
         try:
@@ -216,8 +235,23 @@ class AccountingWorker:
         finally:
             runtime.request_ids = None  # dummy runs between steps are nobody's
         if scheduler_output.total_num_scheduled_tokens > 0:
-            accounts.remember_step(self._request_ids())
+            self._after_step()
         return output
+
+    def _before_step(self, scheduler_output: Any) -> None:
+        """What a worker does beside the model's work, before a step."""
+        accounts, requests = self._accounts, self._runtime.requests
+        accounts.remember_finished(scheduler_output.finished_req_ids)
+        with observing("accounts"):
+            accounts.settle()
+        with observing("the settings in accounts"):
+            for new in scheduler_output.scheduled_new_reqs:
+                accounts.admit(new.req_id, requests[new.req_id])
+
+    def _after_step(self) -> None:
+        """The same, once a step is launched."""
+        with observing("the account of a step"):
+            self._accounts.remember_step(self._request_ids())
 
     def _request_ids(self) -> list[str]:
         """The requests of the step that just ran, in row order, in either model runner."""
@@ -237,17 +271,18 @@ class AccountingWorker:
     def adaspark_metrics(self) -> dict[str, Any] | None:
         """This rank's totals since start, and the traces it holds, for server/metrics.py."""
         metrics = self._ask(Ledger.metrics)
-        tracer = getattr(self, "_tracer", None)  # of TracingWorker
-        if metrics is not None and tracer is not None:
-            sizes = [trace.nbytes for trace in tracer.store]
-            metrics["traces"] = {"held": len(sizes), "bytes": sum(sizes)}
+        if metrics is not None:
+            metrics["traces"] = self.traces_held()
         return metrics
 
     def _ask(self, what: Callable[..., Any], *args: Any) -> Any:
         if self._accounts is None:
             return None
-        self._accounts.settle(wait=True)
-        return what(self._accounts.ledger, *args)
+        # An exception here would leave the other ranks' answers in vLLM's queue, for the next call.
+        with observing("reading accounts"):
+            self._accounts.settle(wait=True)
+            return what(self._accounts.ledger, *args)
+        return None
 
 
 class AdaSparkGPUWorker(TracingWorker, AccountingWorker, Worker):

@@ -179,6 +179,33 @@ def test_video_loader_is_ours_unless_the_user_has_one(checkpoint) -> None:
     assert video(media_io_kwargs=chosen) == chosen["video"]
 
 
+@pytest.mark.parametrize(
+    "video, words",
+    [
+        ({"num_frames": 16}, ["video.num_frames=16", "use fps or max_frames"]),
+        ({"num_frames": 32}, ["video.num_frames=32", "use fps or max_frames"]),
+        ({"fps": 100}, ["video.fps=100", "at most 30"]),
+        ({"max_frames": 1}, ["video.max_frames=1", "from 2 to"]),
+        ({"min_frames": 9, "max_frames": 8}, ["video.min_frames=9", "max_frames=8"]),
+        ({"max_frame": 8}, ["video.max_frame=8", "unknown", "max_frames"]),
+        ({"frames_indices": [0, 1]}, ["video.frames_indices=", "unknown"]),
+        ({"video_backend": "adaspark_opencv", "fps": 0}, ["video.fps=0", "above 0"]),
+        ({"video_backend": "adaspark_decrod"}, ["video_backend='adaspark_decrod'", "known: "]),
+    ],
+)
+def test_what_would_refuse_every_video_is_refused_at_start(checkpoint, video, words) -> None:
+    with pytest.raises(ValueError) as caught:
+        start(checkpoint, media_io_kwargs={"video": video})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_of_a_loader_that_is_not_ours_are_its_own(checkpoint) -> None:
+    video = {"video_backend": "opencv", "num_frames": 16, "fps": 100}
+    config = start(checkpoint, media_io_kwargs={"video": video})
+    assert config.model_config.multimodal_config.media_io_kwargs["video"] == video
+
+
 def test_decord_is_asked_for_but_not_installed(checkpoint, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(ValueError, match=r"needs decord, which is not installed.*\[video\]"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine.engines import SPARSE, ask, clip, engine, last_reports, video_prompt
+from vllm_adaspark import observing
 from vllm_adaspark.picture import save_heatmap
 from vllm_adaspark.tracing import reader
 from vllm_adaspark.tracing.trace import unpack_bits
@@ -76,6 +78,8 @@ def test_traces(checkpoint, tmp_path) -> None:
         cached_tokens_are_missing(llm)
         dense_request_attends_to_all(llm)
         two_videos(llm, tmp_path)
+        a_trace_without_room_takes_nobodys_place(llm)
+        what_fails_beside_the_model_ends_nothing(llm)
 
 
 def changes_no_answer_and_agrees(llm) -> None:
@@ -174,6 +178,87 @@ def two_videos(llm, tmp_path) -> None:
         reader.read_offline(llm, "0" * 16)
 
 
+def set_limit(limit: int, layers: int = 4):
+    """Sets the limit of a rank's traces, and of how many layers they count; runs in the worker."""
+
+    def run(worker) -> None:
+        tracer = worker._tracer
+        tracer.store.limit, tracer._sizes = limit, replace(tracer._sizes, layers=layers)
+
+    return run
+
+
+def a_trace_without_room_takes_nobodys_place(llm) -> None:
+    for trace in traces(llm):
+        assert ask_trace(llm, trace["id"], "delete") == [True]
+    (plain,) = ask(llm, [traced_prompt(13, "no room")])
+    for seed in range(3):
+        ask(llm, [video_prompt(clip(16, seed=seed), trace=True)])
+    ((small, counted, _),) = llm.collective_rpc(held)
+    llm.collective_rpc(set_limit(counted + 4096, layers=4000))  # as of a larger model
+    (traced,) = ask(llm, [traced_prompt(13, "no room, traced", trace=True)])
+    assert traced.difference(plain) < CLOSE
+    latest = traces(llm)[0]
+    assert {trace["id"] for trace in traces(llm)} == {*small, latest["id"]}
+    assert "nothing was recorded" in latest["truncated"] and "trace_mb=" in latest["truncated"]
+    meta = reader.merge_meta(ask_trace(llm, latest["id"], "meta"))
+    assert meta["density"]["question"] == [None] * 4 and meta["usage"]["flops_ratio"] < 1
+    assert meta["videos"][0]["frames"] == 0
+    assert heat_of(llm, latest["id"], "question")["tokens"] == 0
+    llm.collective_rpc(set_limit(64 << 20))
+    ask(llm, [traced_prompt(13, "room again", trace=True)])
+    assert traces(llm)[0]["truncated"] is None
+
+
+BREAK = {
+    "starting a trace": "vllm_adaspark.tracing.worker.settings_of",
+    "recording what a layer chose": "vllm_adaspark.tracing.step._pack",
+    "filing a step's traces": "vllm_adaspark.tracing.worker.chunk_of",
+    "keeping a traced answer": "vllm_adaspark.tracing.trace.Trace.add_answer",
+    "traces before a step": "vllm_adaspark.tracing.worker.Tracer.before_step",
+    "traces after a step": "vllm_adaspark.tracing.worker.Tracer.after_step",
+    "listing traces": "vllm_adaspark.tracing.trace.Trace.summary",
+    "reading a trace": "vllm_adaspark.tracing.trace.Trace.meta",
+    "making a trace's frames": "vllm_adaspark.tracing.frames.unpatchify",
+    "the account of a step": "vllm_adaspark.ledger.count_step",
+    "the account of a request": "vllm_adaspark.worker.request_report",
+    "accounts": "vllm_adaspark.worker.RequestAccounts.settle",
+    "the settings in accounts": "vllm_adaspark.ledger.Ledger.admit",
+    "reading accounts": "vllm_adaspark.ledger.Ledger.report",
+}
+
+
+def what_fails_beside_the_model_ends_nothing(llm) -> None:
+    """Each observer in turn: the answer is the same, it is told, and the next trace is whole."""
+    (plain,) = ask(llm, [traced_prompt(14, "plain")])
+    for what, function in BREAK.items():
+        told = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(observing, "_told", set())
+            patch.setattr(observing.logger, "exception", lambda *said, told=told: told.append(said))
+            patch.setattr(function, fails)
+            (traced,) = ask(llm, [traced_prompt(14, what, trace=True)])
+            assert traced.difference(plain) < CLOSE, what
+            for method in ("adaspark_traces", "adaspark_report", "adaspark_metrics"):
+                llm.collective_rpc(method)
+            shown = traces(llm)
+            for trace in shown[:1]:
+                for args in (("meta",), ("heat", "answer"), ("ffn",), ("frame", 0, 0)):
+                    ask_trace(llm, trace["id"], *args)
+            ask(llm, [traced_prompt(14, what, trace=True)])
+        assert any(what in said for said in told), (what, told)
+        (after,) = ask(llm, [traced_prompt(14, f"after {what}", trace=True)])
+        assert after.difference(plain) < CLOSE
+        agrees_with_account(llm, traces(llm)[0]["id"], last_reports(llm)[0])
+    assert llm.collective_rpc("adaspark_trace", args=(traces(llm)[0]["id"], "nonsense")) == [
+        {"error": "what='nonsense': expected 'meta', 'heat', 'ffn', 'frame' or 'delete'"}
+    ]
+
+
+def fails(*arguments, **options):
+    raise RuntimeError("as if something were wrong")
+
+
 def test_chunked_prefill(checkpoint) -> None:
     """A trace recorded in pieces is whole, and agrees with what was computed."""
     options = {"max_num_batched_tokens": 256, "enable_prefix_caching": False}
@@ -231,6 +316,8 @@ def test_tensor_parallel_ranks_are_merged(checkpoint, monkeypatch) -> None:
         assert len(answers) == 2 and answers[0][0]["id"] == answers[1][0]["id"]
         parts = llm.collective_rpc("adaspark_trace", args=(answers[0][0]["id"], "heat", "question"))
         merged = reader.read_offline(llm)
+        ranks_keep_the_same_traces(llm)
+        a_trace_that_one_rank_lost_is_gone(llm)
     assert two.difference(one) < CLOSE
     assert parts[0]["heat"] != parts[1]["heat"]
     for source in ("question", "answer"):
@@ -239,3 +326,42 @@ def test_tensor_parallel_ranks_are_merged(checkpoint, monkeypatch) -> None:
         assert np.abs(difference).mean() < 0.01
     assert merged["jpegs"] == whole["jpegs"] and merged["density"].keys() == whole["density"].keys()
     assert merged["spans"] == whole["spans"]
+
+
+def held(worker) -> tuple[list[str], int, int]:
+    """(a rank's traces, what they count, what they take); runs in the worker."""
+    worker._tracer.settle()
+    store = worker._tracer.store
+    each = sorted(store, key=lambda trace: trace.id)
+    return [t.id for t in each], sum(t.counted for t in each), sum(t.nbytes for t in each)
+
+
+def ranks_keep_the_same_traces(llm) -> None:
+    """Though the first one alone holds the frames."""
+    ((_, one, _), _) = llm.collective_rpc(held)
+    llm.collective_rpc(set_limit(round(2.6 * one)))
+    seen = {traces(llm)[0]["id"]}
+    for seed in range(5):
+        pair = [traced_prompt(20 + 2 * seed + i, trace=True) for i in range(2)]
+        ask(llm, pair, max_tokens=2 + seed)
+        first, second = llm.collective_rpc(held)
+        assert first[:2] == second[:2], "the same traces, counted alike"
+        assert first[2] > second[2], "though one holds more"
+        assert len(traces(llm)) == len(first[0])
+        seen |= set(first[0])
+    assert len(seen) > len(first[0])
+
+
+def lose_the_latest(worker) -> None:
+    if worker.rank == 1:
+        store = worker._tracer.store
+        store.delete(next(iter(store)).id)
+
+
+def a_trace_that_one_rank_lost_is_gone(llm) -> None:
+    trace_id = traces(llm)[0]["id"]
+    llm.collective_rpc(lose_the_latest)
+    assert trace_id not in {trace["id"] for trace in traces(llm)}
+    assert [part is None for part in ask_trace(llm, trace_id, "meta")] == [False, True]
+    with pytest.raises(LookupError, match="no trace"):
+        reader.read_offline(llm, trace_id)

@@ -10,6 +10,7 @@ import checkpoint as demo_checkpoint  # examples/demo
 import cv2
 import openai
 import pytest
+import variable_rate
 import video as demo_video  # examples/demo
 from server import VllmServer  # examples/demo
 from serving import SETTINGS, Served
@@ -111,3 +112,27 @@ def still_serves(served: Served, media: Path, good: str):
     assert served.server.process.poll() is None
     assert served.health() == 200
     assert served.ask((media / "clip.mp4").as_uri()).text == good
+
+
+@pytest.fixture(scope="session")
+def needle_url(tmp_path_factory):
+    """The needle model's server. In fp32, so that a batch's other members change no answer."""
+    arguments = [
+        *("--served-model-name", "needle"),
+        *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
+        "--trust-request-mm-kwargs",
+        *("--allowed-local-media-path", str(tmp_path_factory.getbasetemp())),
+        *("--dtype", "float32"),
+        *("--max-model-len", "2048"),
+        *("--max-num-batched-tokens", "2048"),
+        "--enforce-eager",
+    ]
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_PLUGINS": "adaspark,adaspark_http",
+    }
+    log = tmp_path_factory.mktemp("needle") / "server.log"
+    with VllmServer(variable_rate.CHECKPOINT, *arguments, log=log, env=env) as server:
+        server.wait_until_ready(START_SECONDS)
+        yield f"{server.url}/v1"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from itertools import pairwise
@@ -20,6 +22,7 @@ from serving import Served, about, mm
 
 from vllm_adaspark.accounting import Account, ModelShape
 from vllm_adaspark.ledger import EDGES
+from vllm_adaspark.server import metrics
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -68,6 +71,12 @@ def scrape(served: Served) -> Scrape:
         return Scrape(response.read().decode())
 
 
+def fresh_scrape(served: Served) -> Scrape:
+    """A scrape that knows of all that ended before: an answer is good for a second."""
+    time.sleep(metrics.FRESH_SECONDS)
+    return scrape(served)
+
+
 def settled(served: Served, ended: float) -> Scrape:
     """A scrape once so many requests have ended: the engine hears of it a moment later."""
     deadline = time.monotonic() + SETTLE_SECONDS
@@ -100,6 +109,31 @@ def clip(media: Path) -> str:
 # -- through the real server --------------------------------------------------------------------
 
 
+def test_looped_scrapes_do_not_stall_answers(served: Served, clip) -> None:
+    """The real server, scraped from four threads while it answers."""
+    stop = threading.Event()
+    failed: list[Exception] = []
+
+    def loop() -> None:
+        while not stop.is_set():
+            try:
+                assert scrape(served).get_total("up") == 1
+            except Exception as error:
+                failed.append(error)
+                return
+
+    threads = [threading.Thread(target=loop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        usage = ask(served, clip, cache_salt="scraped")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert usage["mode"] == "sparse" and failed == []
+
+
 def test_vllms_series_and_ours(served: Served) -> None:
     now = scrape(served)
     assert now.get_total("up") == 1
@@ -116,7 +150,7 @@ def test_vllms_series_and_ours(served: Served) -> None:
 
 
 def test_metrics_add_up_to_the_accounts(served: Served, clip) -> None:
-    before = scrape(served)
+    before = fresh_scrape(served)
     accounts = [
         ask(served, clip, cache_salt="metrics"),
         ask(served, clip, cache_salt="metrics"),
@@ -217,7 +251,7 @@ def grown(served: Served, tokens: float) -> Scrape:
 
 
 def test_counters_grow_while_a_request_runs(served: Served, media: Path) -> None:
-    scrapes = [scrape(served)]
+    scrapes = [fresh_scrape(served)]
     stream = served.client.chat.completions.create(
         model="tiny",
         messages=about(media / "clip.mp4"),
@@ -347,8 +381,6 @@ def stock_app(ask) -> object:
     from fastapi import FastAPI
     from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 
-    from vllm_adaspark.server import metrics
-
     app = FastAPI()
     metrics.attach(app)  # first come, first served
     attach_router(app)
@@ -369,10 +401,6 @@ def get(app: object, path: str = "/metrics") -> Scrape:
 
 
 def test_workers_that_fail_or_never_answer(monkeypatch) -> None:
-    import asyncio
-
-    from vllm_adaspark.server import metrics
-
     async def fails(*args):
         raise RuntimeError("the engine is dead")
 
@@ -389,6 +417,101 @@ def test_workers_that_fail_or_never_answer(monkeypatch) -> None:
         ours = {name for name, *_ in now if name.startswith("vllm_adaspark:")}
         assert "vllm_adaspark:up" in ours and not any("flops" in name for name in ours)
         assert any(name.startswith("python_info") for name, *_ in now), "vLLM's own are served"
+
+
+class Engine:
+    """Workers that answer when they are let, and count how often they were asked."""
+
+    def __init__(self, answer: object = None) -> None:
+        self.asked, self.answers, self.answer = 0, asyncio.Event(), answer
+
+    async def __call__(self, *args) -> list:
+        self.asked += 1
+        await self.answers.wait()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return [[rank(range(2), 200.0, {"0": (1, 0.2)})]]
+
+
+async def get_many(app: object, number: int) -> list[Scrape]:
+    """So many scrapes at once, through the application."""
+    import httpx
+
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        replies = await asyncio.gather(*(client.get("/metrics") for _ in range(number)))
+    assert {reply.status_code for reply in replies} == {200}
+    return [Scrape(reply.text) for reply in replies]
+
+
+def test_scrapes_share_one_question_and_its_answer(monkeypatch) -> None:
+    """However many ask: the route needs no key, and workers answer between two steps."""
+
+    async def scrape_often() -> None:
+        engine = Engine()
+        app = stock_app(engine)
+        many = asyncio.create_task(get_many(app, 30))
+        while not engine.asked:
+            await asyncio.sleep(0)
+        engine.answers.set()
+        first = await many
+        later = await get_many(app, 30)
+        assert engine.asked == 1
+        assert {now.get_total("up") for now in first + later} == {1}
+        assert {now.get_total("tokens_total") for now in first + later} == {100}
+        assert {now.get_total("requests_total") for now in first + later} == {3}
+        monkeypatch.setattr(app.state.adaspark_metrics, "_fresh", 0)
+        await get_many(app, 1)
+        assert engine.asked == 2, "it is asked again once the answer is old"
+
+    asyncio.run(scrape_often())
+
+
+def test_an_engine_that_does_not_answer_is_asked_once(monkeypatch) -> None:
+    """A question cannot be taken back: each would wait in the engine's queue."""
+    monkeypatch.setattr(metrics, "SECONDS", 0.05)
+
+    async def scrape_a_silent_engine() -> None:
+        engine = Engine()
+        app = stock_app(engine)
+        for _ in range(3):
+            assert {now.get_total("up") for now in await get_many(app, 5)} == {0}
+        assert engine.asked == 1
+        engine.answers.set()
+        await asyncio.sleep(0)
+        assert {now.get_total("up") for now in await get_many(app, 5)} == {1}
+        assert engine.asked == 1, "the late answer is good, too"
+
+    asyncio.run(scrape_a_silent_engine())
+
+
+def test_an_engine_that_fails_is_asked_again_but_not_by_everybody() -> None:
+    async def scrape_a_failing_engine() -> None:
+        engine = Engine(RuntimeError("dead"))
+        engine.answers.set()
+        app = stock_app(engine)
+        assert {now.get_total("up") for now in await get_many(app, 5)} == {0}
+        assert engine.asked == 1
+        app.state.engine_client.errored = True
+        app.state.adaspark_metrics._fresh = 0
+        assert {now.get_total("up") for now in await get_many(app, 5)} == {0}
+        assert engine.asked == 1, "one that is known to be dead is not asked at all"
+
+    asyncio.run(scrape_a_failing_engine())
+
+
+def test_a_scraper_that_goes_away_takes_nobody_with_it() -> None:
+    async def leave() -> None:
+        engine = Engine()
+        app = stock_app(engine)
+        one, other = (asyncio.create_task(get_many(app, 1)) for _ in range(2))
+        while not engine.asked:
+            await asyncio.sleep(0)
+        one.cancel()
+        engine.answers.set()
+        assert (await other)[0].get_total("up") == 1 and engine.asked == 1
+
+    asyncio.run(leave())
 
 
 def test_another_worker_class_has_vllms_series_only() -> None:

@@ -10,12 +10,14 @@ import contextlib
 import io
 import time
 from base64 import b64encode
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import httpx
 import numpy as np
 import openai
+import PIL.Image
 import pytest
 import torch
 from serving import Served, about, data_url, mm
@@ -33,7 +35,7 @@ def write_slow(path: Path, hours: int, seed: int = 0) -> Path:
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=1)
         stream.width = stream.height = 112
-        stream.time_base = stream.codec_context.time_base = "1/1"
+        stream.time_base = stream.codec_context.time_base = Fraction(1)
         for hour in range(hours):
             image = rng.integers(0, 255, (112, 112, 3), np.uint8)
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
@@ -95,7 +97,8 @@ BAD_OPTIONS = {
     "far too many": ({"min_pixels": 10**12}, ["min_pixels=1000000000000"]),
     "crossed": ({"min_pixels": 9000, "max_pixels": 4000}, ["min_pixels=9000", "max_pixels=4000"]),
     "size": ({"size": {"height": 5}}, ["size=", "shortest_edge", "longest_edge"]),
-    "edge": ({"size": {"shortest_edge": -1}}, ["size.shortest_edge=-1"]),
+    "one edge": ({"size": {"longest_edge": 5000}}, ["size=", "shortest_edge and longest_edge"]),
+    "edge": ({"size": {"shortest_edge": -1, "longest_edge": 9}}, ["size.shortest_edge=-1"]),
     "rate": ({"fps": "fast"}, ["fps='fast'", "above 0"]),
     "device": ({"device": "cuda"}, ["device='cuda'"]),
 }
@@ -113,7 +116,7 @@ def test_processor_options_that_make_sense(served: Served, media: Path) -> None:
     url = (media / "clip.mp4").as_uri()
     small = served.ask(url, mm_processor_kwargs={"max_pixels": 84 * 84})
     for same in (
-        {"size": {"longest_edge": 84 * 84}},
+        {"size": {"shortest_edge": 4 * 28 * 28, "longest_edge": 84 * 84}},
         {"videos_kwargs": {"max_pixels": 84 * 84}},
         {"max_pixels": 84 * 84, "fps": 2, "do_sample_frames": False},
     ):
@@ -208,3 +211,14 @@ def test_a_client_that_leaves_leaves_nothing_behind(served: Served, media: Path)
             httpx.post(f"{served.server.url}/v1/chat/completions", json=body, timeout=wait)
         time.sleep(0.5)
         assert served.ask(data_url(path)).tokens == 16
+
+
+def test_what_hugging_face_refuses_is_told_without_the_pixels(served: Served, media: Path) -> None:
+    """A picture 300 times as wide as high: its processor takes 200 at most."""
+    path = media / "ribbon.png"
+    PIL.Image.new("RGB", (3000, 10)).save(path)
+    with pytest.raises(
+        openai.BadRequestError, match=r"cannot be processed.*aspect ratio"
+    ) as refused:
+        served.ask(path.as_uri(), kind="image_url")
+    assert len(refused.value.message) < 600

@@ -158,6 +158,57 @@ def test_cached_tokens_are_told_and_not_counted(served: Served, clip) -> None:
     assert cold["tokens"] == warm["tokens"] + warm["cached_tokens"]
 
 
+def test_text_needs_no_workers_and_its_cost_is_the_same(served: Served, clip) -> None:
+    """What is worked out from the answer's tokens is what the workers counted."""
+    question = "Which number is shown on the card? " * 30
+
+    def ask(stream: bool):
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        reply = served.client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": question}], max_tokens=9,
+            temperature=0, extra_body={"ignore_eos": True, **mm({"trace": True})}, **options,
+        )  # fmt: skip
+        reply = list(reply)[-1] if stream else reply
+        served.answered.append(reply.id)
+        return reply
+
+    for reply in (ask(False), ask(True), ask(False)):
+        usage, line = cost(reply), served.reports(len(served.answered))[reply.id]
+        assert usage.keys() == FIELDS
+        for key in FIELDS - {"planning_seconds", "flops"}:
+            assert usage[key] == pytest.approx(line[key]), key
+        for kind, parts in usage["flops"].items():
+            assert parts == pytest.approx(line["flops"][kind])
+        assert usage["tokens"] + usage["cached_tokens"] == reply.usage.prompt_tokens + 8
+        assert reply.usage.prompt_tokens_details.cached_tokens == usage["cached_tokens"]
+    assert usage["cached_tokens"] > 64
+
+
+def test_a_beam_search_is_counted_as_one(served: Served, clip) -> None:
+    options = {"use_beam_search": True, "cache_salt": "beams"}
+    reply = create(served, clip, n=3, extra_body=options, max_tokens=5)
+    served.answered = served.answered[:-3]
+    usage = cost(reply)
+    assert len(reply.choices) == 3 and usage["mode"] == "sparse"
+    # One request at first, then three a step.  Each starts anew, from the cached blocks.
+    requests = 1 + 3 * 4
+    prompt = reply.usage.prompt_tokens
+    computed = usage["tokens"] + usage["cached_tokens"]
+    assert requests * prompt <= computed <= requests * (prompt + 5)
+    assert usage["cached_tokens"] >= 3 * 3 * 256
+    assert usage["settings"]["p_attn"] == 0.6 and 0 < usage["flops_ratio"] < 1
+    lines = served.reports(len(served.answered) + requests)
+    mine = [line for name, line in lines.items() if name.startswith(f"{reply.id}-")]
+    served.answered += [name for name in lines if name.startswith(f"{reply.id}-")]
+    assert len(mine) == requests
+    assert sum(line["tokens"] for line in mine) == usage["tokens"]
+    text = create(served, None, n=2, extra_body={"use_beam_search": True}, max_tokens=3)
+    served.answered = served.answered[:-2]
+    assert cost(text)["reason"] == "no_video"
+    lines = served.reports(len(served.answered) + 1 + 2 * 2)
+    served.answered += [name for name in lines if name.startswith(f"{text.id}-")]
+
+
 def test_concurrent_requests_get_their_own(served: Served, clip) -> None:
     settings = [{"p_attn": 0.3, "p_ffn": 0.3}, {"p_attn": 0.8}, "off"]
 
@@ -214,6 +265,97 @@ def test_errors_are_stock(served: Served, media: Path) -> None:
         urllib.request.urlopen(request, timeout=10)
 
 
+# -- requests that are odd, but not ours to refuse ------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "see", "parameters": {"type": "object"}}}
+NOTHING_RAN = "beams of no tokens"
+STOCK_FAILS = ("echo", "many answers")  # with HTTP 500, where the echoed message has a video
+ODD = {
+    "no messages": {"messages": []},
+    "an empty message": {"messages": [{"role": "user", "content": ""}]},
+    "no content": {"messages": [{"role": "user", "content": []}]},
+    "a null": {"messages": [{"role": "user", "content": None}]},
+    "n": {"n": 4, "max_tokens": 2, "temperature": 1},
+    "no answers": {"n": 0},
+    "many answers": {"n": 100_000},
+    "top_logprobs": {"logprobs": True, "top_logprobs": 20},
+    "huge top_logprobs": {"logprobs": True, "top_logprobs": 1_000_000},
+    "all logprobs": {"logprobs": True, "top_logprobs": -1},
+    "prompt_logprobs": {"prompt_logprobs": 3},
+    "echo": {"echo": True, "add_generation_prompt": False},
+    "stop": {"stop": ["a", "e", " "], "ignore_eos": False},
+    "a stop of nothing": {"stop": [""]},
+    "tools": {"tools": [TOOL]},
+    "one tool": {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "see"}}},
+    "no tokens": {"max_tokens": 0},
+    "minus one token": {"max_tokens": -1},
+    "one token": {"max_tokens": 1},
+    "json": {"response_format": {"type": "json_object"}},
+    "token ids": {"return_token_ids": True},
+    NOTHING_RAN: {"use_beam_search": True, "n": 2, "max_tokens": 0},
+    "more beams than logprobs": {"use_beam_search": True, "n": 40},
+    "an id": {"request_id": "0_1_a-beam"},
+    "an id of its own kind": {"request_id": f"x-{'0' * 16}-beam-0"},
+    "a long id": {"request_id": "x" * 50_000},
+    "an id of signs": {"request_id": "../%s {} [a-z]+(\\ \n\0 ü"},
+    "priority": {"priority": 7},
+    "a long text": {"messages": [{"role": "user", "content": "x " * 20_000}]},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("video", [False, True], ids=["text", "video"])
+def test_odd_requests(served: Served, clip, video: bool, stream: bool) -> None:
+    """All with a trace: the answer is a good one or a clear refusal, and the next is as ever."""
+    before = create(served, clip, max_tokens=4).choices[0].message.content
+    media = [{"type": "video_url", "video_url": {"url": clip}}] if video else []
+    content = [*media, {"type": "text", "text": "What happens?"}]
+    shared = {"model": "tiny", "max_tokens": 4, "temperature": 0, **mm({"trace": True})}
+    if stream:
+        shared |= {"stream": True, "stream_options": {"include_usage": True}}
+    for name, options in ODD.items():
+        body = shared | {"messages": [{"role": "user", "content": content}]} | options
+        if "request_id" in body:  # each is used once
+            body["request_id"] = f"{video:d}{stream:d}{body['request_id']}"
+        status, text = post(served, body)
+        assert status in (200, 400, 404) or name in STOCK_FAILS, (name, status, text)
+        if status != 200:
+            assert "error" in json.loads(text)
+        elif not stream:
+            usage = json.loads(text)["usage"]
+            assert (usage["adaspark"] or {}).get("tokens", 0) > 0 or name == NOTHING_RAN, name
+        elif '"usage":' in text:  # else it was refused in its stream
+            assert '"adaspark":{"mode":' in text or name == NOTHING_RAN, (name, text[-600:])
+        assert served.health() == 200, name
+    unanswered(served)
+    assert create(served, clip, max_tokens=4).choices[0].message.content == before
+
+
+def post(served: Served, body: dict) -> tuple[int, str]:
+    """(status, text) of a request that the client would not send."""
+    request = urllib.request.Request(
+        f"{served.server.url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def unanswered(served: Served) -> None:
+    """Note requests that were not asked by way of the client, once all have ended."""
+    wait_for_load(served, 0)
+    create(served, None)
+    mine = served.answered[-1]
+    deadline = time.monotonic() + 10
+    while mine not in (lines := served.reports(0)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    served.answered += [name for name in lines if name not in served.answered]
+
+
 # -- what must not break an answer: no server needed --------------------------------------------
 
 
@@ -233,7 +375,7 @@ def account_of(state) -> dict | None:
     return asyncio.run(usage.account_of("chatcmpl-1", state))
 
 
-@pytest.mark.parametrize("answer", [[[None, None]], [[None], [None]], [[]]])
+@pytest.mark.parametrize("answer", [[[None, None]], [[None], [None]], [[]], [[counts(), None]]])
 def test_a_request_that_no_worker_knows(answer) -> None:
     async def ask(*args):
         assert args == ("collective_rpc", "adaspark_usage", None, ("chatcmpl-1",), {})
@@ -267,7 +409,7 @@ def test_other_workers_are_not_asked() -> None:
     assert account_of(state_with(None, worker=False)) is None
 
 
-def through(chunks: list[str], state) -> tuple[list[str], list[str]]:
+def through(chunks: list[str], state, one: bool = False) -> tuple[list[str], list[str]]:
     """(chunks after the route's wrapper, what happened to the stream)."""
     from vllm_adaspark.server.usage import _with_account
 
@@ -281,9 +423,74 @@ def through(chunks: list[str], state) -> tuple[list[str], list[str]]:
             happened.append("closed")
 
     async def collect():
-        return [chunk async for chunk in _with_account(stream(), state)]
+        return [chunk async for chunk in _with_account(stream(), state, one)]
 
     return asyncio.run(collect()), happened
+
+
+def text_state(shows_details: bool) -> SimpleNamespace:
+    """A server whose workers must not be asked."""
+
+    async def ask(*args):
+        raise AssertionError("nobody needs to be asked")
+
+    state = state_with(ask)
+    config = {
+        "hidden_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+    }
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(**config))
+    state.vllm_config = SimpleNamespace(model_config=model)
+    state.adaspark_shows_details = shows_details
+    return state
+
+
+def usage_chunk(details: dict) -> str:
+    usage = {"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": details}
+    return f"data: {json.dumps({'id': 'c', 'choices': [], 'usage': usage}, separators=(',', ':'))}"
+
+
+@pytest.mark.parametrize("shows_details", [False, True])
+def test_nobody_is_asked_about_text(shows_details) -> None:
+    state = text_state(shows_details)
+    got, _ = through([usage_chunk({"cached_tokens": 64})], state, one=True)
+    told = json.loads(got[0].removeprefix("data: "))["usage"]
+    assert ("prompt_tokens_details" in told) == shows_details
+    account = told["adaspark"]
+    assert account.keys() == FIELDS
+    assert (account["mode"], account["reason"], account["settings"]) == ("dense", "no_video", None)
+    assert (account["tokens"], account["cached_tokens"], account["video_tokens"]) == (40, 64, 0)
+    pairs = sum(range(65, 105))  # tokens 64 to 103, each sees itself and all before
+    assert account["flops"]["dense"]["attention"] == 3 * pairs * 4 * 4 * 2
+    assert account["flops_ratio"] == account["attention_density"] == account["ffn_density"] == 1
+
+
+@pytest.mark.parametrize(
+    "details, one",
+    [({"cached_tokens": 0, "multimodal_tokens": {"video": 3}}, True), ({"cached_tokens": 0}, False),
+     ({}, True), (None, True)],
+    ids=["video", "several requests", "unknown", "null"],
+)  # fmt: skip
+def test_the_workers_are_asked_about_all_else(details, one) -> None:
+    asked = []
+
+    async def ask(*args):
+        asked.append(args)
+        return [[counts()]]
+
+    got, _ = through([usage_chunk(details)], state_with(ask), one=one)
+    assert len(asked) == 1 and '"adaspark":{"mode":"dense"' in got[0]
+
+
+def test_an_answer_gets_through_whatever_fails() -> None:
+    """Here the server's model has no text config."""
+    state = text_state(True)
+    state.vllm_config = None
+    chunk = usage_chunk({"cached_tokens": 64})
+    assert through([chunk, 'data: {"error": 3}\n\n'], state, one=True)[0][0] == chunk
 
 
 def test_only_the_usage_chunk_is_touched() -> None:

@@ -202,6 +202,75 @@ def test_frames_are_jpegs(viewed, trace) -> None:
     assert Image.open(io.BytesIO(body)).size == (168, 140)
 
 
+def all_traces(viewed) -> list[dict]:
+    return json.loads(fetch(viewed, "/v1/adaspark/traces")[2])["traces"]
+
+
+def forget_all_but(viewed, trace: dict) -> None:
+    for other in all_traces(viewed):
+        if other["id"] != trace["id"]:
+            fetch(viewed, f"/v1/adaspark/traces/{other['id']}", method="DELETE")
+
+
+def readable(viewed, trace_id: str) -> dict:
+    """What a trace says of itself, after every route to it has answered."""
+    base = f"/v1/adaspark/traces/{trace_id}"
+    for path in (f"{base}/heat?source=question", f"{base}/heat?source=answer", f"{base}/ffn"):
+        assert fetch(viewed, path)[0] == 200, path
+    status, _, body = fetch(viewed, base)
+    assert status == 200
+    return json.loads(body)
+
+
+def test_trace_of_a_request_that_was_left(viewed, media, trace) -> None:
+    """Its client closes the stream; the trace is of what ran until then."""
+    video = {"type": "video_url", "video_url": {"url": (media / "clip.mp4").as_uri()}}
+    stream = viewed.client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": [video]}],
+        max_tokens=3000,
+        stream=True,
+        extra_body={"ignore_eos": True, "cache_salt": "left", **mm({"trace": True})},
+    )
+    first = next(iter(stream))
+    running = readable(viewed, all_traces(viewed)[0]["id"])
+    stream.close()
+    for _ in range(100):
+        viewed.ask(None, max_tokens=1)  # a step, in which the worker learns of it
+        left = all_traces(viewed)[0]
+        if left["finished"] is not None:
+            break
+    assert left["id"] == running["id"] and left["request_id"].startswith(first.id)
+    whole = readable(viewed, left["id"])
+    assert whole["finished"] and whole["answer_tokens"] < 3000
+    assert whole["usage"]["mode"] == "sparse" and whole["truncated"] is None
+    forget_all_but(viewed, trace)
+
+
+def test_traces_of_several_answers_and_of_beams(viewed, media, trace) -> None:
+    """n answers have a trace each, a beam search has one, of its first request."""
+    video = {"type": "video_url", "video_url": {"url": (media / "clip.mp4").as_uri()}}
+    for n, beams, expected in ((2, False, 2), (2, True, 1)):
+        reply = viewed.client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": [video]}],
+            max_tokens=4,
+            n=n,
+            temperature=1,
+            extra_body={
+                "ignore_eos": True, "use_beam_search": beams, "cache_salt": f"{n} {beams}",
+                **mm({"trace": True}),
+            },
+        )  # fmt: skip
+        mine = [each for each in all_traces(viewed) if reply.id in each["request_id"]]
+        assert len(mine) == expected
+        found = reader.read_http(viewed.server.url, reply.id, api_key=KEY)
+        assert found["id"] in [each["id"] for each in mine]
+        assert reply.usage.adaspark["mode"] == "sparse"
+        readable(viewed, found["id"])
+    forget_all_but(viewed, trace)
+
+
 UNKNOWN = "0123456789abcdef"
 BAD = {
     "unknown": (f"/traces/{UNKNOWN}", 404),

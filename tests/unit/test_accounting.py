@@ -15,6 +15,7 @@ Causal pairs of n tokens at the end of c tokens: n * (c - n) + n * (n + 1) / 2.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from vllm_adaspark.attention import planner
 from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan
 from vllm_adaspark.attention.planner import build_plan
 from vllm_adaspark.attention.state import StepRows
+from vllm_adaspark.budget import prompt_cost
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.requests import Request
+from vllm_adaspark.token_ffn import sparse_ffn
 
 BLOCK = 32
 LAYERS = range(2)
@@ -217,6 +220,76 @@ def test_decode_step() -> None:
     assert counts.cubes_seen.tolist() == [3] and counts.scored[:, 0].tolist() == [0, 3]
     assert counts.cubes_attended[:, 0].tolist() == [3, 1.5]
     assert counts.video_tokens.tolist() == [0] and not counts.ffn_skipped.any()
+
+
+# -- what is charged is what runs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensations", [["centroid"], ["mean"], ["centroid", "bypass", "mean"]])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_ffn_evaluation_is_charged(compensations, seed) -> None:
+    """Cubes of which no token, one, some or all but one skip, of requests with other settings."""
+    rng = np.random.default_rng(seed)
+    rows, _ = step(*((0, 136, 5 + 8 * i) for i in range(len(compensations))))
+    plan = plan_of(
+        rows, *(Request(replace(CONFIG, compensation=c), IS_VIDEO) for c in compensations)
+    )
+    number = rng.choice([1, 7, BLOCK - 1, BLOCK], len(plan.ffn.tokens))
+    number[0] = BLOCK  # always one whose tokens all run
+    active = torch.from_numpy(np.arange(BLOCK) < number[:, None])
+    plan.ffn_active = {0: active.sum(1)}
+    ran = []
+
+    def ffn(x: torch.Tensor) -> torch.Tensor:
+        ran.append(len(x))
+        return 2 * x
+
+    x = torch.from_numpy(rng.normal(size=(len(rows.token_row), 4)).astype(np.float32))
+    out = sparse_ffn(x, ffn, active, plan.ffn)
+    assert ran == [rows.query_lens.sum() - count_step(rows, plan, range(1)).ffn_skipped.sum()]
+    assert torch.equal(out[plan.ffn.tokens][active], 2 * x[plan.ffn.tokens][active])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("compensation", ["centroid", "mean"])
+def test_means_of_large_numbers_are_finite(dtype, compensation) -> None:
+    """The sum over a cube would not fit in float16."""
+    rows, _ = step((0, 136, 5))
+    plan = plan_of(rows, Request(replace(CONFIG, compensation=compensation), IS_VIDEO))
+    active = (torch.arange(BLOCK) % 2 == 0).expand(len(plan.ffn.tokens), -1)
+    out = sparse_ffn(torch.full((136, 4), 30_000, dtype=dtype), lambda x: x, active, plan.ffn)
+    assert torch.allclose(out.float(), torch.tensor(30_000.0), rtol=2**-7)
+
+
+def test_nothing_is_charged_for_the_centroid_of_nobody(whole) -> None:
+    rows, plan = whole
+    plan.ffn_active = {0: torch.tensor([32, 31, 1]), 1: torch.tensor([32, 32, 32])}
+    # All but one: the centroid is the one that skips, and costs as much.
+    assert count_step(rows, plan, LAYERS).ffn_skipped[:, 0].tolist() == [0 + 0 + 30, 0]
+
+
+def test_scores_that_are_computed_twice_are_charged_twice(whole) -> None:
+    once, twice = TINY, replace(TINY, score_products=2)
+    assert twice.score_flops_per_pair == 2 * once.score_flops_per_pair
+    account = Account(twice, LAYERS)
+    account.add(count_step(*whole, LAYERS), 0)
+    executed = Account.from_counts(account.to_counts()).report()["flops"]["executed"]
+    assert (
+        executed["selection"] == 2 * account_of(*whole).report()["flops"]["executed"]["selection"]
+    )
+
+
+def test_uniform_scores_nothing() -> None:
+    config = replace(CONFIG, selection="uniform", keep=0.5)
+    rows, _ = step((0, 136, 5))
+    plan = plan_of(rows, Request(config, IS_VIDEO))
+    with plan.selection.running(torch.device("cpu")):
+        sum(range(10_000))
+    keep_everything(plan)
+    counts = count_step(rows, plan, LAYERS)
+    assert not plan.attention.jobs and not counts.scored.any()
+    assert counts.selection_seconds.sum() > 0, "choosing takes time all the same"
+    assert prompt_cost(TINY, 2, IS_VIDEO, config).scores == 0
 
 
 # -- what was not chosen, and how long choosing took --------------------------------------------

@@ -21,6 +21,8 @@ PURE = (
     "ledger",
     "cost",
     "picture",
+    "video.decode",
+    "video.sampling",
     "tracing.trace",
     "tracing.reader",
     "analysis.measure",

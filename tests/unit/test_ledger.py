@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from vllm_adaspark import ledger as ledger_module
-from vllm_adaspark.accounting import ModelShape
+from vllm_adaspark import observing as observing_module
+from vllm_adaspark.accounting import ModelShape, count_step
+from vllm_adaspark.attention.plan import DENSE, StepPlan
+from vllm_adaspark.attention.planner import build_plan
 from vllm_adaspark.attention.state import StepRows
 from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.ledger import EDGES, Histogram, Ledger, layer_groups
+from vllm_adaspark.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
+from vllm_adaspark.observing import observing
 from vllm_adaspark.reports import told_settings
+from vllm_adaspark.request_ids import search_name, unnumbered
 from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
@@ -110,6 +118,120 @@ def test_an_id_used_again_means_the_newest(ledger) -> None:
     assert ledger.usage("c")["tokens"] == 20
     run(ledger, ("c-22222222", 30, 0))
     assert ledger.usage("c")["tokens"] == 30
+
+
+ODD_IDS = ["", "-", "0_", "0_1_x", "a-beam", "x" * 100_000, "ü\n\0", "[a-z]+(", "\ud800", "%s {}"]
+
+
+@pytest.mark.parametrize("client", ODD_IDS, ids=range(len(ODD_IDS)))
+def test_a_client_may_call_its_request_anything(ledger, client) -> None:
+    for request in (f"{client}-0123abcd", f"1_{client}-0123abcd", f"another{client}-0123abcd"):
+        run(ledger, (request, 2, 0))
+    assert ledger.usage(client)["tokens"] == 4
+    ledger.finish(f"1_{client}-0123abcd")
+    assert ledger.usage(client)["tokens"] == 4
+    assert ledger.usage(f"{client}?") is None
+
+
+# -- beam search, which vLLM makes of many requests -----------------------------------------------
+
+
+def beam(client: str, step: int, nth: int) -> str:
+    return f"{client}-{step:016x}-beam-{nth}-0123abcd"
+
+
+def test_a_beam_search_is_one_request_to_its_client(ledger) -> None:
+    run(ledger, (beam("c", 0, 0), 100, 0))
+    ledger.finish(beam("c", 0, 0))
+    for step in range(1, ledger_module.RECENT):
+        run(ledger, (beam("c", step, 0), 3, 64), (beam("c", step, 1), 3, 64))
+        if step == 5:  # finished and running ones together
+            assert ledger.usage("c")["tokens"] == 100 + 6 * 5
+        for nth in range(2):
+            ledger.finish(beam("c", step, nth))
+    run(ledger, ("other-0123abcd", 5, 0))
+    ledger.finish("other-0123abcd")
+    usage = ledger.usage("c")
+    assert usage["tokens"] == 100 + 6 * (ledger_module.RECENT - 1)
+    assert usage["cached_tokens"] == 128 * (ledger_module.RECENT - 1)
+    assert ledger.usage("other")["tokens"] == 5, "it does not push others out"
+    names = [request["request_id"] for request in ledger.report()["requests"]]
+    assert names == ["c-beam", "other-0123abcd"]
+    assert ledger.usage(beam("c", 3, 1)) == usage, "asked by one of its requests"
+    assert requests(ledger)[("dense", "no_video")] == 2 * ledger_module.RECENT
+
+
+def test_names_of_requests() -> None:
+    assert search_name(beam("chatcmpl-1", 7, 12)) == "chatcmpl-1-beam"
+    for other in (
+        "chatcmpl-1-0123abcd",
+        "1-beam-0",
+        f"x-{'0' * 31}-beam-0",
+        f"x-{'g' * 32}-beam-0",
+    ):
+        assert search_name(other) is None
+    assert unnumbered("c-beam", "c") == "c-beam"
+    assert unnumbered("12_c-0123abcd", "c") == "c-0123abcd"
+    for other in ("c-beams", "cc", "xc-0123abcd", "c-0123abcg", "x_c", "c-beam-0123abcd"):
+        assert unnumbered(other, "c") is None
+
+
+# -- a step that its device has not finished ------------------------------------------------------
+
+
+def sparse_plan() -> tuple[StepRows, StepPlan]:
+    """A step over 12 cubes and a question, after its layers have run."""
+    video, text = 12 * 64, 20
+    rows = StepRows(np.array([0, video + text]), np.array([video + text]), np.arange(16)[None])
+    request = Request(AdaSparkConfig(), np.repeat([True, False], [video, text]))
+    plan = build_plan(
+        rows, [request], 64, dense_below=2, cube_queries=8, device=torch.device("cpu")
+    )
+    tiles = len(plan.attention.tiles)
+    plan.attention.scratch.take("room", (1000,), torch.float32, torch.device("cpu"))
+    plan.attention.shared = torch.zeros(100)
+    for layer in range(4):
+        plan.kept_blocks[layer] = torch.randint(1, 5, (2, tiles))
+        plan.ffn_active[layer] = torch.randint(1, 60, (12,))
+    return rows, plan
+
+
+def test_a_plans_counts_outlive_its_memory() -> None:
+    rows, plan = sparse_plan()
+    kept = keep_counts(plan)
+    before, after = (count_step(rows, each, range(4)) for each in (plan, kept))
+    for name, value in vars(before).items():
+        np.testing.assert_equal(getattr(after, name), value, err_msg=name)
+    assert (plan.attention.tiles.kind != DENSE).any() and before.choices.sum() > 12
+
+    attention, ffn = plan.attention, plan.ffn
+    large = [attention.scratch, attention.candidates, attention.always, attention.blocks,
+             attention.shared, attention.row_blocks, attention.jobs[0], ffn.tokens,
+             plan.key_writes, attention, ffn]  # fmt: skip
+    gone = [weakref.ref(each) for each in large]
+    del plan, attention, ffn, large, before
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+    assert count_step(rows, kept, range(4)).choices.sum() > 12
+
+
+def test_a_dense_step_has_nothing_to_keep() -> None:
+    assert keep_counts(None) is None
+
+
+def test_what_only_observes_fails_without_harm_and_says_so_once(monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(observing_module, "_told", set())
+    monkeypatch.setattr(observing_module.logger, "exception", lambda *said: told.append(said[1]))
+    for what in ("a count", "a count", "a trace", "a count"):
+        with observing(what):
+            raise KeyError("request")
+    with observing("what does not fail"):
+        pass
+    assert told == ["a count", "a trace"]
+    for stops in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stops), observing("a count"):
+            raise stops
 
 
 # -- metrics ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from vllm_adaspark.reports import (
     merge_ranks,
     merge_reports,
     mode_of,
+    part_of_model,
     told_settings,
     usage,
 )
@@ -104,6 +105,14 @@ def test_engines_are_added() -> None:
     assert total.tokens == 272 and total.fallback_tokens["cut_cube"] == 10
     np.testing.assert_allclose(total.pairs, one[0].pairs + two[0].pairs)
     assert one[0].tokens == 136, "merging changes no source"
+
+
+def test_what_the_account_of_one_rank_counts() -> None:
+    assert part_of_model(range(28), 28, ranks=1) is None
+    assert part_of_model(range(14, 28), 28, ranks=1) == "layers 14 to 27 of 28"
+    assert part_of_model(range(1), 2, ranks=4) == (
+        "layers 0 to 0 of 2 and the choices of tensor-parallel rank 0 of 4"
+    )
 
 
 def rank_report(account: Account, *names: str) -> dict:

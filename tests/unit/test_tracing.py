@@ -19,9 +19,16 @@ from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.cubes import cube_order
 from vllm_adaspark.requests import Request
 from vllm_adaspark.tracing import reader
-from vllm_adaspark.tracing.frames import PatchShape, thumbnails, unpatchify
-from vllm_adaspark.tracing.step import StepTrace, chunk_of
-from vllm_adaspark.tracing.store import TraceStore, trace_id
+from vllm_adaspark.tracing.frames import (
+    MAX_WAITING,
+    FrameMaker,
+    Frames,
+    PatchShape,
+    frame_room,
+    unpatchify,
+)
+from vllm_adaspark.tracing.step import StepTrace, chunk_of, counted_bytes
+from vllm_adaspark.tracing.store import Sizes, TraceStore, trace_id
 from vllm_adaspark.tracing.trace import Trace, Video, pack_bits, parse_source, unpack_bits
 
 SIZE = 64
@@ -31,6 +38,7 @@ BEFORE, GRID, AFTER = 10, (8, 8, 9), 7  # text, video, question
 VIDEO = Video(BEFORE, GRID, (4, 4, 4), "cube", 1.0)
 PROMPT = BEFORE + VIDEO.length + AFTER
 CONFIG = AdaSparkConfig(p_attn=0.5, p_ffn=0.5)
+SIZES = Sizes(layers=len(LAYERS), kv_heads=KV_HEADS, block_size=SIZE, step_tokens=PROMPT)
 
 
 def new_trace(request_id: str = "r", layers: range = LAYERS, videos=(VIDEO,)) -> Trace:
@@ -61,6 +69,13 @@ class Recorder:
 
     def step(self, start: int, end: int, row: int = 1, trace: bool = True) -> None:
         """Tokens ``start`` to ``end``, beside another request's decode in row 0."""
+        chunk, *what = self.chunk(start, end, row)
+        if trace:
+            self.trace.add(chunk)
+            self._remember(start, end, *what)
+
+    def chunk(self, start: int, end: int, row: int = 1):
+        """(the step's chunk, its plan, what its layers chose, what ran)."""
         others = 3
         rows = StepRows(
             query_start=np.array([0, 1, 1 + end - start]),
@@ -74,10 +89,9 @@ class Recorder:
         )  # fmt: skip
         step = StepTrace()
         chosen, active = self._choose(plan, step)
-        bits = step.to_host(self.layers)
-        if trace:
-            self.trace.add(chunk_of(row, rows, plan, bits, SIZE))
-            self._remember(plan, start, end, chosen, active)
+        chunk = chunk_of(row, rows, plan, step.to_host(self.layers), SIZE)
+        chunk.counted = counted_bytes(row, rows, plan, SIZES)
+        return chunk, plan, chosen, active
 
     def _choose(self, plan, step: StepTrace):
         chosen, active = {}, {}
@@ -96,7 +110,7 @@ class Recorder:
                 step.tokens(layer, active[layer])
         return chosen, active
 
-    def _remember(self, plan, start: int, end: int, chosen: dict, active: dict) -> None:
+    def _remember(self, start: int, end: int, plan, chosen: dict, active: dict) -> None:
         self.recorded[start:end] = True
         self.ran[:, max(start - BEFORE, 0) : max(end - BEFORE, 0)] = True
         for nth, layer in enumerate(self.layers):
@@ -295,40 +309,154 @@ def test_spans_cover_every_token_once() -> None:
 # -- memory ---------------------------------------------------------------------------------------
 
 
-def filled(store: TraceStore, name: str, chunks: int = 1) -> Trace:
-    trace = new_trace(name)
-    store.running[name] = trace
+def recorded() -> Recorder:
     recorder = Recorder()
     recorder.step(0, PROMPT)
-    for _ in range(chunks):
-        chunk = recorder.trace.chunks[0]
-        if store.make_room(trace, chunk.nbytes):
-            trace.chunks.append(chunk)
-            trace.nbytes += chunk.nbytes
+    return recorder
+
+
+CHUNK = recorded().trace.chunks[0]
+EXPECTED = SIZES.prompt(new_trace(), computed=0)
+
+
+def start(store: TraceStore, name: str, expected: int = EXPECTED) -> Trace:
+    trace = new_trace(name)
+    trace.started = float(len(list(store)))
+    store.start(trace, expected)
     return trace
 
 
+def record(store: TraceStore, trace: Trace, chunks: int = 1) -> Trace:
+    for _ in range(chunks):
+        if not trace.truncated and store.grow(trace, CHUNK.counted):
+            trace.chunks.append(CHUNK)
+            trace.counted += CHUNK.counted
+    return trace
+
+
+def names(store: TraceStore) -> set[str]:
+    return {trace.request_id for trace in store}
+
+
+def within(store: TraceStore) -> bool:
+    return sum(trace.counted for trace in store) <= store.limit
+
+
+def test_a_prompt_takes_no_more_than_expected() -> None:
+    assert CHUNK.nbytes < CHUNK.counted <= EXPECTED < 2 * CHUNK.counted
+    half = SIZES.prompt(new_trace(), computed=5 * SIZE)
+    assert SIZES.prompt(new_trace(), computed=VIDEO.end) < half < EXPECTED
+    assert SIZES.prompt(new_trace(videos=(Video(BEFORE, (1, 1, 2), (4, 4, 4), "cube"),)), 0) < 2000
+
+
 def test_oldest_finished_trace_makes_room() -> None:
-    one = filled(TraceStore(1 << 30), "x").nbytes
+    one = start(TraceStore(1 << 30), "x").prompt_ids.nbytes + EXPECTED
     store = TraceStore(round(2.5 * one))
-    traces = []
+    traces = [start(store, name) for name in "ab"]
+    for trace in traces:
+        record(store, trace)
+        store.finish(trace.request_id)
+    assert names(store) == {"a", "b"}
+    traces += [record(store, start(store, "c"))]
+    assert names(store) == {"b", "c"}
+    traces += [record(store, start(store, "d"))]
+    assert names(store) == {"c", "d"}
+    assert store[traces[0].id] is None and store[traces[3].id] is traces[3]
+    assert all(trace.truncated is None for trace in traces) and within(store)
+
+
+def test_a_trace_that_is_too_large_throws_nothing_out() -> None:
+    """Neither as a whole, when its prompt is known, nor step by step, while its answer grows."""
+    store = TraceStore(6 * (CHUNK.counted + 4 * PROMPT))
     for name in "abc":
-        traces.append(filled(store, name))
+        record(store, start(store, name))
         store.finish(name)
-        traces[-1].started = float(ord(name))
-    assert [trace.request_id for trace in store] == ["c", "b"]
-    assert store[traces[0].id] is None and store[traces[2].id] is traces[2]
-    assert all(trace.truncated is None for trace in traces)
-    assert sum(trace.nbytes for trace in store) <= store.limit
+    large = record(store, start(store, "large", expected=store.limit))
+    assert names(store) == {"a", "b", "c", "large"}
+    assert large.chunks == [] and "nothing was recorded" in large.truncated
+    assert "trace_mb=" in large.summary()["truncated"] and within(store)
+
+    whole = start(TraceStore(1 << 30), "x").prompt_ids.nbytes + EXPECTED
+    store = TraceStore(whole + 3000)
+    first = record(store, start(store, "first"))
+    second = record(store, start(store, "second"))
+    assert first.chunks and not second.chunks, "the first one's request still runs"
+    assert "running requests" in second.truncated and within(store)
 
 
 def test_running_trace_that_finds_no_room_is_cut_and_says_so() -> None:
-    probe = filled(TraceStore(1 << 30), "x")
-    store = TraceStore(probe.prompt_ids.nbytes + round(3.5 * probe.chunks[0].nbytes))
-    trace = filled(store, "long", chunks=10)
+    store = TraceStore(4 * PROMPT + round(3.5 * CHUNK.counted))
+    trace = record(store, start(store, "long"), chunks=10)
     assert len(trace.chunks) == 3
-    assert "trace_mb=" in trace.truncated and trace.summary()["truncated"] == trace.truncated
-    assert sum(trace.nbytes for trace in store) <= store.limit
+    assert trace.truncated == f"the traces reached trace_mb={store.limit >> 20}"
+    assert trace.summary()["truncated"] == trace.truncated and within(store)
+
+
+def test_a_trace_without_room_for_its_tokens_is_not_taken_in() -> None:
+    store = TraceStore(PROMPT)
+    assert not store.start(new_trace(), EXPECTED) and names(store) == set()
+
+
+class Rank:
+    """One rank's store beside its own layers, frames or none; counts as all ranks do."""
+
+    def __init__(self, layers: range, dense_layer: int, has_frames: bool, limit: int) -> None:
+        self.layers, self.dense_layer, self.has_frames = layers, dense_layer, has_frames
+        self.store = TraceStore(limit)
+        self.recorders: dict[str, Recorder] = {}
+
+    def begin(self, name: str) -> None:
+        recorder = self.recorders[name] = Recorder(layers=self.layers, dense_layer=self.dense_layer)
+        frames = Frames([(torch.zeros(16, 1176, dtype=torch.uint8), (4, 2, 2))], shape(), 1 << 20)
+        if not self.has_frames:
+            frames.forget()
+        trace = new_trace(name, layers=self.layers)
+        trace.frames = frames
+        trace.counted += frames.room
+        recorder.trace = trace
+        self.store.start(trace, SIZES.prompt(trace, 0))
+
+    def step(self, name: str, start: int, end: int) -> None:
+        recorder = self.recorders[name]
+        chunk, *_ = recorder.chunk(start, end)
+        if not recorder.trace.truncated and self.store.grow(recorder.trace, chunk.counted):
+            recorder.trace.add(chunk)
+
+
+def test_ranks_that_hold_different_amounts_keep_the_same_traces() -> None:
+    """A stage with more layers, one whose layers are dense, one with the frames, one without."""
+    limit = round(3.2 * (EXPECTED + 4 * PROMPT + 4 * frame_room((4, 2, 2), shape())))
+    ranks = [
+        Rank(range(0, 3), 1, True, limit),
+        Rank(range(0, 3), 1, False, limit),
+        Rank(range(3, 4), 3, False, limit),
+    ]
+    rng = np.random.default_rng(0)
+    running, seen, truncated = [], set(), 0
+    for number in range(40):
+        name = f"request {number}"
+        for rank in ranks:
+            rank.begin(name)
+            rank.step(name, 0, PROMPT)
+        running.append(name)
+        for token in range(rng.integers(0, 10)):
+            for rank in ranks:
+                rank.step(name, PROMPT + token, PROMPT + token + 1)
+        for name in [each for each in running if rng.random() < 0.4]:
+            running.remove(name)
+            for rank in ranks:
+                if name in rank.store.running:
+                    rank.store.finish(name)
+        assert len({frozenset(names(rank.store)) for rank in ranks}) == 1
+        cut = {(t.request_id, t.truncated) for rank in ranks for t in rank.store}
+        assert len(cut) == len(names(ranks[0].store)), "cut on one rank is cut on all"
+        assert all(within(rank.store) for rank in ranks)
+        seen |= names(ranks[0].store)
+        truncated += any(why for _, why in cut)
+    assert len(seen) > len(names(ranks[0].store)), "some made room"
+    assert truncated, "and some found none"
+    held = [sum(trace.nbytes for trace in rank.store) for rank in ranks]
+    assert held[0] > held[2], "though they hold different amounts"
 
 
 def test_bytes_are_counted() -> None:
@@ -336,9 +464,11 @@ def test_bytes_are_counted() -> None:
     for start, end in [(0, 320), (320, 500), (192, 400), (400, PROMPT)]:
         recorder.step(start, end)
     trace = recorder.trace
-    trace.add_frame(0, 0, b"x" * 1000)
+    trace.frames = Frames([patched(1)], shape(), 1 << 20)
+    made = len(trace.frames.get(0, 0))
     chunks = sum(chunk.nbytes for chunk in trace.chunks)
-    assert trace.nbytes == chunks + 1000 + trace.prompt_ids.nbytes
+    assert trace.nbytes == chunks + made + trace.prompt_ids.nbytes
+    assert trace.counted == sum(c.counted for c in trace.chunks) + trace.prompt_ids.nbytes
     assert [(chunk.start, chunk.end) for chunk in trace.chunks] == [
         (0, 192), (192, 400), (400, PROMPT),
     ]  # fmt: skip
@@ -346,14 +476,14 @@ def test_bytes_are_counted() -> None:
 
 def test_delete() -> None:
     store = TraceStore(1 << 30)
-    trace = filled(store, "a")
+    trace = record(store, start(store, "a"))
     assert store.delete(trace.id) and not store.delete(trace.id)
     assert list(store) == [] and store.running == {}
 
 
 def test_trace_ids_are_safe_in_urls() -> None:
-    ids = {trace_id(name) for name in ("a", "../../etc/passwd", "ü" * 1000, "")}
-    assert len(ids) == 4
+    ids = {trace_id(name) for name in ("a", "../../etc/passwd", "ü" * 1000, "", "\ud800")}
+    assert len(ids) == 5
     assert all(len(each) == 16 and set(each) <= set("0123456789abcdef") for each in ids)
 
 
@@ -372,7 +502,7 @@ def test_ranks_are_merged() -> None:
         recorder.step(PROMPT, PROMPT + 1)
     speaker = ranks[1, 0].trace
     speaker.answer_ids = [3, 4]
-    ranks[0, 0].trace.add_frame(0, 2, b"jpeg")
+    ranks[0, 0].trace.frames = Frames([patched(1)], shape(), 1 << 20)
     traces = [ranks[key].trace for key in ((1, 1), (0, 0), (1, 0), (0, 1))]
 
     heat = reader.merge_heat([trace.heat("answer") for trace in traces])
@@ -397,6 +527,53 @@ def test_ranks_are_merged() -> None:
 
     (summary,) = reader.merge_lists([[trace.summary()] for trace in traces])
     assert summary["answer_tokens"] == 2
+
+
+def test_a_part_never_passes_for_the_whole() -> None:
+    """One rank of four has lost its part: the trace is gone, whoever is asked for it."""
+    ranks = [Recorder(seed=n, layers=layers) for n, layers in enumerate([LAYERS] * 4)]
+    for recorder in ranks:
+        recorder.step(0, PROMPT)
+    traces = [recorder.trace for recorder in ranks]
+    for lost in range(4):
+        have = [None if n == lost else trace for n, trace in enumerate(traces)]
+        assert reader.merge_meta([t and t.meta() | {"usage": None} for t in have]) is None
+        assert reader.merge_heat([t and t.heat("question") for t in have]) is None
+        assert reader.merge_ffn([t and t.ffn() for t in have]) is None
+        assert reader.merge_lists([[t.summary()] if t else [] for t in have]) == []
+        assert reader.merge_lists([[t.summary()] if t else None for t in have]) == []
+    assert reader.merge_meta([t.meta() | {"usage": None} for t in traces]) is not None
+    # A source that only the rank that samples knows: no answer from the others, so none at all.
+    said = [traces[0].heat("question"), {"error": "no such token"}]
+    assert reader.merge_heat(said) == {"error": "no such token"}
+
+
+def test_usage_that_a_rank_does_not_know_is_none() -> None:
+    metas = [recorded().trace.meta() | {"usage": usage} for usage in (None, {"tokens": 3})]
+    assert reader.merge_meta(metas)["usage"] is None
+
+
+def test_a_trace_that_goes_while_it_is_read() -> None:
+    class Engine:
+        def collective_rpc(self, method: str, args: tuple) -> list:
+            return [recorded().trace.meta() | {"usage": None} if args[1] == "meta" else None]
+
+        def get_tokenizer(self) -> None:
+            return None
+
+    with pytest.raises(LookupError, match="made room for later ones"):
+        reader.read_offline(Engine(), trace_id("r"))
+
+
+@pytest.mark.parametrize(
+    "name", ["chatcmpl-1", "chatcmpl-1-0123abcd", "2_chatcmpl-1-0123abcd",
+             f"chatcmpl-1-{'ab' * 8}-beam-0-0123abcd"],
+)  # fmt: skip
+def test_the_trace_of_a_clients_request(name: str) -> None:
+    summaries = [new_trace(n).summary() for n in ("chatcmpl-12-0123abcd", name)]
+    assert reader._latest(summaries, "chatcmpl-1")["request_id"] == name
+    with pytest.raises(LookupError, match="no trace of request"):
+        reader._latest(summaries, "chatcmpl")
 
 
 def test_unknown_traces_merge_to_none() -> None:
@@ -477,14 +654,66 @@ def test_unpatchify_undoes_the_real_processor() -> None:
     assert np.abs(got.astype(int) - frames[::2]).max() <= 1
 
 
-def test_thumbnails_are_small_and_bounded() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (6, 280, 560, 3), dtype=np.uint8)
-    patches, grid = patchify(frames)
-    made = thumbnails(patches, grid, shape(), limit=1 << 20)
-    assert list(made) == [0, 1, 2]
-    assert Image.open(io.BytesIO(made[1])).size == (320, 160)
-    fewer = thumbnails(patches, grid, shape(), limit=len(made[0]) + 10)
-    assert list(fewer) == [0]
+def patched(pairs: int, height: int = 280, width: int = 560):
+    """(patches, grid) of a video of noise, the worst there is for a JPEG."""
+    rng = np.random.default_rng(0)
+    return patchify(rng.integers(0, 256, (2 * pairs, height, width, 3), dtype=np.uint8))
+
+
+def test_frames_are_small_and_keep_to_their_room() -> None:
+    frames = Frames([patched(3), None, patched(2, 28, 28)], shape(), limit=1 << 20)
+    assert [frames.number(video) for video in range(4)] == [3, 0, 2, 0]
+    assert Image.open(io.BytesIO(frames.get(0, 1))).size == (320, 160)
+    assert Image.open(io.BytesIO(frames.get(2, 1))).size == (28, 28)
+    for outside in ((0, 3), (0, -1), (1, 0), (3, 0)):
+        assert frames.get(*outside) is None
+    frames.make_all()
+    assert 0 < frames.nbytes <= frames.room
+    assert frames.room == 3 * (320 * 160 // 4) + 2 * 2048
+    fewer = Frames([patched(3)], shape(), limit=2 * frame_room(patched(3)[1], shape()) + 10)
+    assert fewer.number(0) == 2 and fewer.get(0, 2) is None
+
+
+def test_frames_show_the_video() -> None:
+    rows = np.linspace(0, 255, 280).astype(np.uint8)
+    clip = np.broadcast_to(rows[None, :, None, None], (4, 280, 560, 3)).copy()
+    clip[2:] = 255 - clip[2:]
+    frames = Frames([patchify(clip)], shape(), 1 << 20)
+    for frame, got in ((0, clip[0]), (1, clip[2])):
+        jpeg = np.array(Image.open(io.BytesIO(frames.get(0, frame))))
+        sent = np.array(Image.fromarray(got).resize((320, 160)))
+        assert np.abs(jpeg.astype(int) - sent).mean() < 3
+
+
+def test_a_thread_makes_the_frames(monkeypatch) -> None:
+    """Whoever asks before it is done gets theirs at once, and a full queue is no harm."""
+    import threading
+
+    go, asked = threading.Event(), []
+    real = Frames._make
+
+    def slow(self, *arguments):
+        asked.append(threading.current_thread().name)
+        if asked[-1] == "AdaSparkFrames":
+            go.wait(20)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Frames, "_make", slow)
+    maker = FrameMaker()
+    all_frames = [Frames([patched(2, 28, 28)], shape(), 1 << 20) for _ in range(MAX_WAITING + 3)]
+    for frames in all_frames:
+        maker.submit(frames)
+    assert all_frames[0].get(0, 1) and "MainThread" in asked
+    assert all_frames[-1].number(0) == 0, "no room in the queue: it stays without"
+    dropped = all_frames.pop(3)
+    del dropped, frames  # as an evicted trace: its pictures are not made
+    go.set()
+    deadline = 200
+    while not all(not f._sources for f in all_frames) and deadline:
+        deadline -= 1
+        threading.Event().wait(0.05)
+    assert all(f.nbytes > 0 for f in all_frames if f.number(0))
+    assert sum(bool(f.number(0)) for f in all_frames) >= MAX_WAITING - 1
 
 
 # -- the page's files -----------------------------------------------------------------------------
@@ -498,3 +727,68 @@ def test_every_file_of_the_page_is_served_and_packaged() -> None:
     patterns = project["tool"]["setuptools"]["package-data"]["vllm_adaspark.server"]
     for name in FILES:
         assert any(fnmatch(f"viewer/{name}", pattern) for pattern in patterns), name
+
+
+# -- routes, over workers that do not answer as they should -------------------------------------
+
+
+def answers(ask, path: str, accounts: bool = True, tokenizer: object = None):
+    from types import SimpleNamespace
+
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+
+    from vllm_adaspark.server import traces
+
+    def get_tokenizer():
+        if tokenizer is None:
+            raise ValueError("Tokenizer not available when `skip_tokenizer_init=True`")
+        return tokenizer
+
+    app = FastAPI()
+    traces.attach(app)
+    app.state.adaspark_accounts = accounts
+    core = SimpleNamespace(call_utility_all_async=ask, engine_ranks_managed=[0])
+    app.state.engine_client = SimpleNamespace(engine_core=core, get_tokenizer=get_tokenizer)
+    return TestClient(app, raise_server_exceptions=False).get(f"/v1/adaspark/traces{path}")
+
+
+PATHS = ["", "/0123456789abcdef", "/0123456789abcdef/heat", "/0123456789abcdef/ffn"]
+PATHS += ["/0123456789abcdef/frames/0/0.jpg"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_workers_that_fail_are_no_internal_error(path: str) -> None:
+    async def fails(*args):
+        raise RuntimeError("the engine is dead")
+
+    async def lost(*args):
+        said = recorded().trace.summary() if "traces" in args[1] else {"frame": 1}
+        return [[[said], []] if args[1] == "adaspark_traces" else [said, None]]
+
+    assert answers(fails, path).status_code == 503
+    assert answers(fails, path, accounts=False).status_code == 503
+    if not path:
+        assert answers(lost, path).json() == {"traces": []}
+    elif "frames" not in path:
+        assert answers(lost, path).status_code == 404, "one of two ranks has lost its part"
+
+
+def test_tokens_are_decoded_off_the_event_loop() -> None:
+    import threading
+
+    threads = set()
+
+    class Tokenizer:
+        def decode(self, ids) -> str:
+            threads.add(threading.current_thread().name)
+            return "x"
+
+    async def ask(*args):
+        return [[recorded().trace.meta() | {"usage": None}]]
+
+    reply = answers(ask, "/0123456789abcdef", tokenizer=Tokenizer())
+    assert reply.status_code == 200 and reply.json()["spans"][0]["texts"] == ["x"] * BEFORE
+    assert threads and all("asyncio" in name for name in threads), threads
+    without = answers(ask, "/0123456789abcdef").json()
+    assert "texts" not in without["spans"][0] and without["spans"][0]["ids"]

@@ -49,7 +49,7 @@ class Tiles:
     length: np.ndarray  # [tiles] tokens
     block: np.ndarray  # [tiles] logical index of the last block it touches
     kind: np.ndarray  # [tiles] DENSE, VIDEO or TEXT
-    asked: np.ndarray  # [tiles] tokens whose probabilities decide; 0 for DENSE
+    asked: np.ndarray  # [tiles] tokens whose probabilities decide; 0 for DENSE and for uniform
     tail_gap: np.ndarray  # [tiles] slots of the last block after the tile's last token
     candidates: np.ndarray  # [tiles, blocks] bool, all false for DENSE
 
@@ -122,7 +122,7 @@ class FFNPlan:
     budget: tuple[BudgetGroups, ...]  # over these
     dense_layers: torch.Tensor  # [cubes] int64
     row: np.ndarray  # [cubes], host
-    extra: np.ndarray  # [cubes], host: FFN evaluations that compensation costs, 0 or 1
+    extra: np.ndarray  # [cubes], host: FFN evaluations, 0 or 1, for what skips, if anything does
     dense_layers_range: tuple[int, int]
 
 

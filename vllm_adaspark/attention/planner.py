@@ -15,7 +15,7 @@ import torch
 from ..config import COMPENSATIONS
 from ..cubes import spread_tokens
 from ..requests import Request, RowSettings
-from ..selection import BUDGET, BudgetGroups
+from ..selection import BUDGET, UNIFORM, BudgetGroups
 from .plan import (
     DENSE,
     FALLBACKS,
@@ -67,7 +67,8 @@ def build_plan(
     may_choose = _may_choose(tokens, settings, dense_below)
     text, too_long = _text_that_chooses(tokens, settings, may_choose, len(row_cubes))
     asking = spread_tokens(size, cube_queries)
-    tiles = _tiles(tokens, row_cubes, may_choose, text, size, len(asking))
+    asked = np.where(settings.rule == UNIFORM, 0, len(asking))  # it looks at no score
+    tiles = _tiles(tokens, row_cubes, may_choose, text, size, asked)
     number = len(requests)
     return StepPlan(
         attention=_attention_plan(
@@ -180,9 +181,13 @@ def _tiles(
     may_choose: np.ndarray,
     text: np.ndarray,
     size: int,
-    asked: int,
+    asked: np.ndarray,
 ) -> Tiles:
-    """Cut the step into tiles; ``may_choose`` and ``text`` that chooses are ``[tokens]``."""
+    """Cut the step into tiles.
+
+    ``may_choose`` and ``text`` that chooses are ``[tokens]``; ``asked [rows]``: tokens of a VIDEO
+    tile whose probabilities decide, 0 in rows that score no cubes.
+    """
     row = tokens.row
     kind = np.where(may_choose & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
 
@@ -198,7 +203,7 @@ def _tiles(
     candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
     candidates &= (kind != DENSE)[:, None]
     tail_gap = (block + 1) * size - tokens.position[last] - 1
-    asked = np.select([kind == VIDEO, kind == TEXT], [asked, 1], 0)
+    asked = np.select([kind == VIDEO, kind == TEXT], [asked[row], np.minimum(asked[row], 1)], 0)
     return Tiles(row, start, length, block, kind, asked, tail_gap, candidates)
 
 
@@ -294,13 +299,15 @@ def _score_jobs(
     asking: np.ndarray,
     device: torch.device,
 ) -> list[ScoreJob]:
-    """Group the sparse tiles' tokens so that each job is a few dense matrix products.
+    """Group the tokens of sparse tiles so that each job is a few dense matrix products.
 
-    One job per row and kind; rows with a single text token (decode) share one job.  ``asking`` are
-    the tokens of a VIDEO tile that are asked, as offsets in its block.
+    Tiles that ask no token have none.  One job per row and kind; rows with a single text token
+    (decode) share one job.  ``asking`` are the tokens of a VIDEO tile that are asked, as offsets in
+    its block.
     """
     jobs: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
-    row, kind = tiles.row[sparse], tiles.kind[sparse]
+    row = tiles.row[sparse]
+    kind = np.where(tiles.asked[sparse] > 0, tiles.kind[sparse], DENSE)
     singles = []
     for r in np.unique(row):
         video = np.flatnonzero((row == r) & (kind == VIDEO))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     # All that can be refused is refused before the engine starts.
     data = _read(args.video, quiet=args.json)
     video = media.probe(data, args.video)
+    for remark in video.remarks:
+        print(f"VIDEO: {remark}", file=sys.stderr)
     cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
 
     from . import offline

@@ -55,8 +55,10 @@ def _check_scope(kwargs: Mapping[str, Any], where: str, ours: str | None) -> Non
             if not _is_whole(value) or not 1 <= value <= MOST_PIXELS:
                 refuse(key, value, f"expected a whole number of pixels from 1 to {MOST_PIXELS}")
         elif key == "size":
-            if not isinstance(value, Mapping) or not value or not set(value) <= set(SIZE):
-                refuse(key, value, f"expected an object with {' and '.join(SIZE)}")
+            if not isinstance(value, Mapping) or set(value) != set(SIZE):
+                refuse(
+                    key, value, f"expected an object with {' and '.join(SIZE)}, no less, no more"
+                )
             for edge, pixels in value.items():
                 if not _is_whole(pixels) or not 1 <= pixels <= MOST_PIXELS:
                     why = f"expected a whole number of pixels from 1 to {MOST_PIXELS}"

@@ -18,6 +18,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.platforms import current_platform
 
 from ..accounting import ModelShape
 from ..budget import prompt_cost
@@ -33,6 +34,7 @@ from .checks import (
 from .sent_items import sent_items
 
 REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
+LONGEST_CAUSE = 300  # characters of a message of Hugging Face's
 GRIDS = 100_000  # images and videos whose grid is remembered; vLLM's cache holds fewer
 
 
@@ -145,7 +147,12 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         tokens = len(processed["prompt_token_ids"])
         text = self.info.get_hf_config().get_text_config()
         is_video = mask_of(tokens, videos)
-        cost = prompt_cost(ModelShape.of(text), text.num_hidden_layers, is_video, config)
+        cost = prompt_cost(
+            ModelShape.of(text, current_platform.device_type),
+            text.num_hidden_layers,
+            is_video,
+            config,
+        )
         if config.flops < cost.least:
             raise AdaSparkConfigError(
                 f"mm_processor_kwargs.{REQUEST_KEY}: flops={config.flops} cannot be met: of this "
@@ -191,7 +198,11 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         )
 
     def _call_hf_processor(self, hf_data, hf_kwargs) -> BatchFeature:
-        return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+        try:
+            return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+        except ValueError as error:  # vLLM's, with all pixels of the request in its message
+            cause = str(error.__cause__ or error)[:LONGEST_CAUSE]
+            raise ValueError(f"these images or videos cannot be processed: {cause}") from error
 
     def _postprocess_hf_mm_data(self, mm_inputs, hf_processor_mm_kwargs, processed_data):
         data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)

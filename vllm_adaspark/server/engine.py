@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 
 async def ask_workers(
-    engine_client: Any, method: str, *args: Any, seconds: float = 30.0
+    engine_client: Any, method: str, *args: Any, seconds: float | None = 30.0
 ) -> list[list[Any]]:
     """Call a worker method on every rank of every data-parallel engine, between two steps.
 
@@ -15,7 +17,7 @@ async def ask_workers(
         engine_client: vLLM's, from ``app.state.engine_client``.
         method: name of a worker's method.
         args: its arguments, msgpack-ready.
-        seconds: how long to wait; a step that is under way ends first.
+        seconds: how long to wait; a step that is under way ends first.  None: until the answer.
 
     Returns:
         Per engine, what each rank answered.
@@ -24,6 +26,8 @@ async def ask_workers(
         TimeoutError: no answer in time.
         Exception: the engine is gone, or the method failed.
     """
+    if getattr(engine_client, "errored", False):
+        raise RuntimeError("the engine is dead")
     core = engine_client.engine_core
     # collective_rpc itself answers for the first engine only.  Its own timeout stays None: it would
     # leave the late answers in the workers' queue, for the next call to take as its own.
@@ -34,3 +38,59 @@ async def ask_workers(
 def engine_ranks(engine_client: Any) -> list[int]:
     """Data-parallel ranks of the engines :func:`ask_workers` asks, in its order."""
     return list(engine_client.engine_core.engine_ranks_managed)
+
+
+class SharedAnswer:
+    """One answer for all who ask at about the same time.
+
+    A call that the engine does not answer cannot be taken back: it waits in the engine's queue.  So
+    there is never more than one under way, and whoever asks meanwhile waits for that one.
+
+    Args:
+        ask: makes the call; what it raises counts as the answer.
+        fresh: seconds for which an answer is good.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[Any]], fresh: float) -> None:
+        self._ask, self._fresh = ask, fresh
+        self._call: asyncio.Task[Any] | None = None
+        self._began = self._ended = 0.0
+
+    async def get(self, seconds: float) -> Any:
+        """The answer, at most so old as it is good for.
+
+        Args:
+            seconds: that a call may take; past them all who ask are turned away at once.
+
+        Raises:
+            TimeoutError: the call that is under way takes longer than ``seconds``.
+            Exception: what the call raised.
+        """
+        call, loop = self._call, asyncio.get_running_loop()
+        if call is None or self._is_stale(call, loop):
+            self._began = time.monotonic()
+            call = self._call = loop.create_task(self._run())
+            call.add_done_callback(_look_at)
+        if not call.done():
+            left = self._began + seconds - time.monotonic()
+            await asyncio.wait([call], timeout=max(left, 0))  # does not cancel the call
+        if not call.done():
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        return call.result()
+
+    def _is_stale(self, call: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> bool:
+        if call.done():
+            return time.monotonic() > self._ended + self._fresh
+        return call.get_loop() is not loop  # of a loop that ended without it
+
+    async def _run(self) -> Any:
+        try:
+            return await self._ask()
+        finally:
+            self._ended = time.monotonic()
+
+
+def _look_at(call: asyncio.Task[Any]) -> None:
+    """Take note of a call's exception, which asyncio logs if nobody does."""
+    if not call.cancelled():
+        call.exception()

@@ -3,6 +3,9 @@
 Ours are pulled from the workers when /metrics is scraped, and only then.  They count since the
 workers started, running requests included, and never go backwards.  When the workers do not answer
 in time, vLLM's series are served with ``vllm_adaspark:up 0``.
+
+The route needs no key, and what it asks of the workers they do between two steps.  So scrapes share
+one question to them, whose answer is good for a second.
 """
 
 from __future__ import annotations
@@ -25,17 +28,25 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from ..accounting import Account
 from ..ledger import EDGES
 from ..reports import merge_ranks
-from .engine import ask_workers, engine_ranks
+from .engine import SharedAnswer, ask_workers, engine_ranks
 from .refusals import LABELS, REQUESTS, REQUESTS_HELP
 
 logger = init_logger("vllm.adaspark")
 
 SECONDS = 5.0  # Prometheus gives up after ten
+FRESH_SECONDS = 1.0
 ENGINE = ["model_name", "engine"]  # as vLLM labels its own
 
 
 def attach(app: FastAPI) -> None:
     """Put our handler in the place of vLLM's."""
+
+    async def ask() -> dict[int, list[Any]]:
+        client = app.state.engine_client
+        answers = await ask_workers(client, "adaspark_metrics", seconds=None)
+        return dict(zip(engine_ranks(client), answers, strict=True))
+
+    app.state.adaspark_metrics = SharedAnswer(ask, FRESH_SECONDS)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
 
 
@@ -44,7 +55,7 @@ async def metrics(request: Request) -> Response:
     state = request.app.state
     # As the stock handler: with several API servers, made for each scrape.
     registry = get_prometheus_registry()
-    ours = await pull(state) if state.adaspark_accounts else []
+    ours = await pull(state) if getattr(state, "adaspark_accounts", False) else []
     return Response(generate_latest(_Joined(registry, ours)), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -52,15 +63,16 @@ async def pull(state: Any) -> list[Metric]:
     """Our series, from the workers of all engines."""
     model_name = state.vllm_config.model_config.served_model_name
     up = GaugeMetricFamily("vllm_adaspark:up", "1 if the workers answered.", labels=["model_name"])
-    client = state.engine_client
     try:
-        answers = await ask_workers(client, "adaspark_metrics", seconds=SECONDS)
-        engines = dict(zip(engine_ranks(client), answers, strict=True))
+        engines = await state.adaspark_metrics.get(SECONDS)
         ours = families(model_name, engines)
     except Exception as error:  # vLLM's own series must get through, whatever it was
-        logger.warning("AdaSpark: no metrics from the workers: %r", error)
+        if not getattr(state, "adaspark_silent", False):  # anybody may scrape, at any rate
+            logger.warning("AdaSpark: no metrics from the workers: %r", error)
+        state.adaspark_silent = True
         up.add_metric([model_name], 0)
         return [up]
+    state.adaspark_silent = False
     up.add_metric([model_name], 1)
     return [up, *ours]
 

@@ -33,7 +33,9 @@ class AdaSparkHttp:
         refusals.expose(engine_client.vllm_config.model_config.served_model_name)
         worker = str(engine_client.vllm_config.parallel_config.worker_cls)
         state.adaspark_accounts = worker.startswith("vllm_adaspark.")
-        if not state.adaspark_accounts:
+        if state.adaspark_accounts:
+            usage.init(state)
+        else:
             logger.warning(
                 "AdaSpark: no usage.adaspark and no vllm_adaspark: series: the worker is %s; serve "
                 "our architecture and leave --worker-cls out",

@@ -6,6 +6,7 @@ open, and asks for the key itself.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request
 from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from vllm.logger import init_logger
 
 from ..tracing import reader
 from .engine import ask_workers
+
+logger = init_logger("vllm.adaspark")
 
 PAGE = Path(__file__).parent / "viewer"
 FILES = {
@@ -55,22 +59,30 @@ def attach(app: FastAPI) -> None:
 async def list_traces(request: Request) -> Response:
     """The traces that are kept, latest first."""
     engines = await _ask(request, "adaspark_traces")
-    ranks = [rank for engine in engines for rank in engine]
-    return JSONResponse({"traces": reader.merge_lists(ranks)}, headers=DATA_HEADERS)
+    traces = [trace for ranks in engines for trace in reader.merge_lists(ranks)]
+    traces.sort(key=lambda trace: -trace["started"])
+    return JSONResponse({"traces": traces}, headers=DATA_HEADERS)
 
 
 @data.get("/{trace_id}")
 async def one_trace(request: Request, trace_id: TraceId) -> Response:
     """Everything about a trace but the selection itself."""
-    meta = _found(reader.merge_meta(await _trace(request, trace_id, "meta")), trace_id)
-    tokenizer = request.app.state.engine_client.get_tokenizer()
-    return JSONResponse(reader.complete(meta, tokenizer), headers=DATA_HEADERS)
+    ranks = await _trace(request, trace_id, "meta")
+    tokenizer = _tokenizer(request)
+
+    def read() -> dict[str, Any]:
+        return reader.complete(_found(reader.merge_meta(ranks), trace_id), tokenizer)
+
+    # In a thread, as here and below: a long prompt has a hundred thousand tokens to decode.  vLLM
+    # makes its tokenizer's decode safe for that (vllm/tokenizers/hf.py).
+    return JSONResponse(await asyncio.to_thread(read), headers=DATA_HEADERS)
 
 
 @data.get("/{trace_id}/heat")
 async def heat(request: Request, trace_id: TraceId, source: Source = "answer") -> Response:
     """Per layer and cube, the share of KV heads and source tokens that attended."""
-    found = _found(reader.merge_heat(await _trace(request, trace_id, "heat", source)), trace_id)
+    ranks = await _trace(request, trace_id, "heat", source)
+    found = _found(await asyncio.to_thread(reader.merge_heat, ranks), trace_id)
     if "error" in found:
         raise HTTPException(404, found["error"])
     return JSONResponse(found, headers=DATA_HEADERS)
@@ -125,11 +137,26 @@ def _file(name: str) -> Response:
     return Response(content, media_type=f"{FILES[name]}; charset=utf-8", headers=PAGE_HEADERS)
 
 
+def _tokenizer(request: Request) -> Any:
+    """The server's; None where it runs without (``--skip-tokenizer-init``)."""
+    try:
+        return request.app.state.engine_client.get_tokenizer()
+    except ValueError:
+        return None
+
+
 async def _ask(request: Request, method: str, *arguments: Any) -> list[list[Any]]:
-    engine_client = getattr(request.app.state, "engine_client", None)
+    state = request.app.state
+    engine_client = getattr(state, "engine_client", None)
     if engine_client is None:
         raise HTTPException(503, "this server has no engine, so there are no traces")
-    return await ask_workers(engine_client, method, *arguments)
+    if not getattr(state, "adaspark_accounts", False):
+        raise HTTPException(503, "this server's workers keep no traces: leave --worker-cls out")
+    try:
+        return await ask_workers(engine_client, method, *arguments)
+    except Exception as error:
+        logger.warning("AdaSpark: no traces from the workers: %r", error)
+        raise HTTPException(503, "the workers did not answer: try again in a while") from error
 
 
 async def _trace(request: Request, trace_id: str, what: str, *arguments: Any) -> list[Any]:

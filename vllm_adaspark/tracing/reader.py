@@ -2,7 +2,8 @@
 
 Every rank answers for its own layers and KV heads.  Under tensor parallelism the ranks of a stage
 hold the same layers and are averaged; under pipeline parallelism the stages' layers follow one
-another.  Which rank is which shows in the answers themselves.
+another.  Which rank is which shows in the answers themselves.  A trace of which any rank of the
+engine has lost its part is gone: some heads or layers must never pass for all of them.
 
 A whole trace, as :func:`read_offline` and :func:`read_http` return it::
 
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..cubes import cube_order
+from ..request_ids import search_name, unnumbered
 
 SOURCES = ("question", "answer")
 
@@ -28,20 +30,21 @@ SOURCES = ("question", "answer")
 
 
 def merge_lists(ranks: Iterable[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
-    """Summaries of all ranks (of one engine or of several), one per trace, latest first."""
+    """Summaries of all ranks of an engine, one per trace that all of them have, latest first."""
+    ranks = list(ranks)
     by_id: dict[str, list[dict[str, Any]]] = {}
     for summaries in ranks:
         for summary in summaries or ():
             by_id.setdefault(summary["id"], []).append(summary)
-    merged = [_merge_summaries(same) for same in by_id.values()]
-    return sorted(merged, key=lambda summary: -summary["started"])
+    whole = [_merge_summaries(same) for same in by_id.values() if len(same) == len(ranks)]
+    return sorted(whole, key=lambda summary: -summary["started"])
 
 
 def merge_meta(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """``adaspark_trace(id, "meta")`` of all ranks; None if no rank has the trace."""
+    """``adaspark_trace(id, "meta")`` of all ranks; None unless all have the trace."""
     from .. import reports  # needs torch, which a client over HTTP can do without
 
-    known = [rank for rank in ranks if rank]
+    known = _all_or_none(ranks)
     if not known:
         return None
     stages = _stages(known)
@@ -55,16 +58,22 @@ def merge_meta(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
     }
     for number, video in enumerate(merged["videos"]):
         video["frames"] = max(rank["videos"][number]["frames"] for rank in known)
-    counts = [rank["usage"] for rank in known if rank["usage"]]
+    counts = _all_or_none(rank["usage"] for rank in known)
     merged["usage"] = reports.usage(reports.merge_ranks(counts)) if counts else None
     return merged
 
 
 def merge_heat(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """``adaspark_trace(id, "heat", source)`` of all ranks; None if no rank has the trace."""
-    known = [rank for rank in ranks if rank]
-    if not known or "error" in known[0]:
-        return known[0] if known else None
+    """``adaspark_trace(id, "heat", source)`` of all ranks; None unless all have the trace.
+
+    ``{"error": ...}`` where a rank says that its trace has no such source.
+    """
+    known = _all_or_none(ranks)
+    for rank in known:
+        if "error" in rank:
+            return rank
+    if not known:
+        return None
     stages = _stages(known)
     return {
         "layers": [layer for stage in stages for layer in stage[0]["layers"]],
@@ -73,19 +82,28 @@ def merge_heat(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
             for stage in stages
             for rows in zip(*(rank["heat"] for rank in stage), strict=True)
         ],
-        "tokens": known[0]["tokens"],
+        "tokens": min(rank["tokens"] for rank in known),
         "wanted": max(rank["wanted"] for rank in known),
     }
 
 
 def merge_ffn(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """``adaspark_trace(id, "ffn")`` of all ranks; those of a stage ran the same tokens."""
-    known = [rank for rank in ranks if rank]
+    """``adaspark_trace(id, "ffn")`` of all ranks; those of a stage ran the same tokens.
+
+    None unless all have the trace.
+    """
+    known = _all_or_none(ranks)
     if not known:
         return None
     first = [stage[0] for stage in _stages(known)]
     joined = {key: [x for stage in first for x in stage[key]] for key in ("layers", "ran", "share")}
     return joined | {"recorded": first[0]["recorded"]}
+
+
+def _all_or_none(ranks: Iterable[Any]) -> list[Any]:
+    """What all ranks said, or nothing if one of them has lost its part."""
+    answers = list(ranks)
+    return [] if any(answer is None for answer in answers) else answers
 
 
 def _stages(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -120,10 +138,11 @@ SUMMARY_KEYS = (
 
 
 def _mean(rows: list[list[float | None]]) -> list[float | None]:
-    """Entry by entry; None is None on all ranks."""
+    """Entry by entry, over ranks; None where it is None on any rank."""
     if len(rows) == 1:
         return rows[0]
-    return [None if None in same else round(float(np.mean(same)), 4) for same in zip(*rows)]
+    mean = np.array(rows, dtype=float).mean(axis=0)  # None becomes NaN
+    return [None if np.isnan(x) else round(x, 4) for x in mean.tolist()]
 
 
 # -- what only the front end knows ----------------------------------------------------------------
@@ -157,7 +176,7 @@ def read_offline(llm: Any, trace_id: str | None = None, frames: int = 6) -> dict
         frames: how many of the frames to fetch, evenly spread.
 
     Raises:
-        LookupError: no such trace.
+        LookupError: no such trace, or not on all ranks.
     """
     if trace_id is None:
         trace_id = _latest(merge_lists(llm.collective_rpc("adaspark_traces")), None)["id"]
@@ -215,10 +234,10 @@ def read_http(
 
 
 def _latest(summaries: list[dict[str, Any]], request_id: str | None) -> dict[str, Any]:
-    """The latest trace, or that of a request; vLLM appends a random suffix to a client's id."""
+    """The latest trace, or that of a request: of its n answers, the latest."""
     for summary in summaries:
-        name = summary["request_id"]
-        if request_id is None or request_id in (name, name.rpartition("-")[0]):
+        name = search_name(summary["request_id"]) or summary["request_id"]
+        if request_id is None or unnumbered(name, request_id) is not None:
             return summary
     if request_id is None:
         raise LookupError('no trace: ask with mm_processor_kwargs={"adaspark": {"trace": true}}')
@@ -229,9 +248,12 @@ def _whole(meta: dict[str, Any], heat: Callable, frame: Callable, frames: int) -
     jpegs = {}
     for video, facts in enumerate(meta["videos"]):
         for n in spread(facts["grid"][0], frames):
-            if n < facts["frames"]:
-                jpegs[video, n] = frame(video, n)
-    return meta | {"heat": {source: heat(source) for source in SOURCES}, "jpegs": jpegs}
+            if n < facts["frames"] and (jpeg := frame(video, n)):
+                jpegs[video, n] = jpeg
+    heats = {source: heat(source) for source in SOURCES}
+    if None in heats.values():
+        raise LookupError(f"no trace {meta['id']!r}: it made room for later ones just now")
+    return meta | {"heat": heats, "jpegs": jpegs}
 
 
 def spread(number: int, wanted: int) -> list[int]:

@@ -7,23 +7,35 @@ import torch
 
 from ..attention.plan import DENSE, StepPlan
 from ..attention.state import StepRows
+from ..observing import observing
+from .store import Sizes
 from .trace import Chunk, pack_bits
 
 
 class StepTrace:
-    """What the layers of one step chose, on their device."""
+    """What the layers of one step chose, on their device.
+
+    ``failed``: a layer's choice could not be kept, so nothing here may be used.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[int, torch.Tensor] = {}
         self._ran: dict[int, torch.Tensor] = {}
+        self.failed = False
 
     def cubes(self, layer: int, chosen: torch.Tensor) -> None:
         """``[sparse, kv_heads, blocks]`` bool."""
-        self._kept[layer] = _pack(chosen)
+        self._keep(self._kept, layer, chosen)
 
     def tokens(self, layer: int, active: torch.Tensor) -> None:
         """``[cubes, block_size]`` bool."""
-        self._ran[layer] = _pack(active)
+        self._keep(self._ran, layer, active)
+
+    def _keep(self, where: dict[int, torch.Tensor], layer: int, bits: torch.Tensor) -> None:
+        with observing("recording what a layer chose"):  # out of memory, say
+            where[layer] = _pack(bits)
+            return
+        self.failed = True
 
     def to_host(self, layers: range) -> tuple[np.ndarray, np.ndarray]:
         """Bits ``[layers, sparse, kv_heads, bytes]`` and ``[layers, cubes, bytes]``.
@@ -72,7 +84,9 @@ def chunk_of(
         sparse = tiles.kind[mine] != DENSE
         all_sparse = tiles.kind != DENSE
         always = pack_bits(~tiles.candidates[mine & all_sparse])
-        kept = kept[:, mine[all_sparse]] | always[None, :, None]
+        # Another row of the step may be longer: blocks past this one's end say nothing.
+        own = -(-blocks_of(end, plan, block_size) // 8)
+        kept = (kept[:, mine[all_sparse]] | always[None, :, None])[..., :own]
     if plan is None or plan.ffn is None or not ran.size:
         ffn_start, ran = np.zeros(0, np.int64), np.zeros((len(ran), 0, block_size // 8), np.uint8)
     else:
@@ -80,3 +94,20 @@ def chunk_of(
         ffn_start = plan.ffn.tokens[:, 0].cpu().numpy()[mine] + shift
         ran = ran[:, mine]
     return Chunk(start, end, tile_start, tile_length, sparse, kept, ffn_start, ran)
+
+
+def counted_bytes(row: int, rows: StepRows, plan: StepPlan | None, sizes: Sizes) -> int:
+    """What every rank counts for :func:`chunk_of`, whatever its own layers left there."""
+    tiles = sparse = blocks = cubes = 0
+    if plan is not None and plan.attention is not None:
+        mine = plan.attention.tiles.row == row
+        tiles, sparse = mine.sum(), (mine & (plan.attention.tiles.kind != DENSE)).sum()
+        blocks = blocks_of(int(rows.seq_lens[row]), plan, sizes.block_size)
+    if plan is not None and plan.ffn is not None:
+        cubes = (plan.ffn.row == row).sum()
+    return sizes.chunk(max(int(tiles), 1), int(sparse), blocks, int(cubes))
+
+
+def blocks_of(tokens: int, plan: StepPlan, block_size: int) -> int:
+    """KV blocks of so many tokens, as far as tiles choose among them."""
+    return min(-(-tokens // block_size), plan.attention.tiles.candidates.shape[1])

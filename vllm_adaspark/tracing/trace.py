@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .frames import Frames
+
 SOURCES = "question, answer, token:N or cube:N"
 _SOURCE = re.compile(r"(?:(question|answer)|(token|cube):([0-9]{1,8}))\Z")
 
@@ -54,6 +56,7 @@ class Chunk:
     kept: np.ndarray  # [layers, sparse, kv_heads, bytes] uint8
     ffn_start: np.ndarray  # [cubes] first token of each cube whose tokens could skip the FFN
     ffn: np.ndarray  # [layers, cubes, bytes] uint8, set where a token ran
+    counted: int = 0  # bytes that every rank counts for it, see store.py
 
     @property
     def nbytes(self) -> int:
@@ -113,11 +116,18 @@ class Trace:
     answer_ids: list[int] = field(default_factory=list)
     usage: dict[str, Any] | None = None  # the request's counts, once it is finished
     chunks: list[Chunk] = field(default_factory=list)
-    frames: dict[tuple[int, int], bytes] = field(default_factory=dict)  # (video, frame): JPEG
-    nbytes: int = 0
+    frames: Frames = field(default_factory=Frames)
+    counted: int = 0  # bytes that every rank counts for it, see store.py
+    reserved: int = 0  # bytes kept free for it until its request ends, those counted included
 
     def __post_init__(self) -> None:
-        self.nbytes = self.prompt_ids.nbytes
+        self.counted = self.prompt_ids.nbytes + self.frames.room
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank holds of it."""
+        chunks = sum(chunk.nbytes for chunk in self.chunks)
+        return self.prompt_ids.nbytes + self.frames.nbytes + chunks
 
     @property
     def end(self) -> int:
@@ -135,21 +145,17 @@ class Trace:
     def add(self, chunk: Chunk) -> None:
         """Add a step.  Tokens recorded before (the request was preempted) count as it has them."""
         while self.chunks and self.chunks[-1].start >= chunk.start:
-            self.nbytes -= self.chunks.pop().nbytes
+            self.counted -= self.chunks.pop().counted
         if self.chunks:
             self.chunks[-1].end = min(self.chunks[-1].end, chunk.start)
         self.chunks.append(chunk)
-        self.nbytes += chunk.nbytes
+        self.counted += chunk.counted
 
     def add_answer(self, tokens: list[int]) -> None:
         """Add sampled tokens.  Async scheduling may sample one more after the last: not counted."""
         for token in tokens:
             if not self.answer_ids or self.answer_ids[-1] not in self.stop_ids:
                 self.answer_ids.append(token)
-
-    def add_frame(self, video: int, frame: int, jpeg: bytes) -> None:
-        self.frames[video, frame] = jpeg
-        self.nbytes += len(jpeg)
 
     # -- what can be asked ------------------------------------------------------------------------
 
@@ -171,7 +177,6 @@ class Trace:
     def meta(self) -> dict[str, Any]:
         """Everything but the selection itself, JSON-ready."""
         size = self.block_size
-        frames = [sum(1 for video, _ in self.frames if video == n) for n in range(len(self.videos))]
         return self.summary() | {
             "settings": self.settings,
             "block_size": size,
@@ -183,7 +188,7 @@ class Trace:
                     "cube": list(video.cube),
                     "order": video.order,
                     "seconds_per_frame": video.seconds,
-                    "frames": frames[number],
+                    "frames": self.frames.number(number),
                 }
                 for number, video in enumerate(self.videos)
             ],

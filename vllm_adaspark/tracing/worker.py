@@ -5,7 +5,8 @@ layer leaves its choice, bit-packed, on the step's plan; one step later, so that
 waited for, the rows of traced requests go to their traces on the host.  In any other step a
 layer's whole cost is one ``is not None``.
 
-Every rank records its own layers and KV heads; reader.py puts them together.
+Every rank records its own layers and KV heads; reader.py puts them together.  A rank that fails to
+record drops the whole trace, and the others' parts of it then count as gone.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from typing import Any
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..attention.plan import StepPlan
 from ..attention.state import StepRows
+from ..observing import observing
 from ..reports import told_settings
+from ..request_ids import search_name
 from ..requests import settings_of, videos_of
 from ..runtime import Runtime
-from .frames import PatchShape, thumbnails
-from .step import StepTrace, chunk_of
-from .store import TraceStore, trace_id
+from .frames import FrameMaker, Frames, PatchShape
+from .step import StepTrace, chunk_of, counted_bytes
+from .store import Sizes, TraceStore, trace_id
 from .trace import Trace, Video
 
 logger = init_logger("vllm.adaspark")
@@ -42,15 +46,15 @@ class Tracer:
         self,
         runtime: Runtime,
         layers: range,
-        block_size: int,
+        sizes: Sizes,
         shape: PatchShape,
         keeps_frames: bool = True,
     ) -> None:
         self.store = TraceStore(runtime.config.trace_mb << 20)
-        self._runtime, self._layers, self._block_size = runtime, layers, block_size
+        self._runtime, self._layers, self._sizes = runtime, layers, sizes
         self._shape, self._keeps_frames = shape, keeps_frames
+        self._frame_maker = FrameMaker()
         self._pending: tuple[list[str], StepRows, StepPlan | None] | None = None
-        self._without_frames: list[tuple[Trace, list[Any]]] = []
 
     def before_step(self, scheduler_output: Any) -> list[Trace]:
         """Settle the last step, arm the next if it holds a traced request.
@@ -58,49 +62,60 @@ class Tracer:
         Returns:
             The traces whose requests have ended.
         """
+        self._runtime.new_trace = None
         self.settle()
-        running = self.store.running
-        ended = [self.store.finish(r) for r in scheduler_output.finished_req_ids if r in running]
+        running, ended = self.store.running, []
+        # Sorted: a set's order differs from rank to rank, and the oldest finished trace goes first.
+        for request_id in sorted(scheduler_output.finished_req_ids):
+            if request_id in running:
+                ended.append(self.store.finish(request_id))
         for request in scheduler_output.scheduled_new_reqs:
-            self._start(request)
+            with observing("starting a trace"):
+                self._start(request)
         scheduled = scheduler_output.num_scheduled_tokens
-        armed = any(name in scheduled and not t.truncated for name, t in running.items())
-        self._runtime.new_trace = StepTrace if armed else None
+        if any(name in scheduled and not t.truncated for name, t in running.items()):
+            self._runtime.new_trace = StepTrace
         return ended
 
     def after_step(self, request_ids: Callable[[], list[str]]) -> None:
-        """Note the step that was launched, and make frames while it runs."""
-        if self._runtime.new_trace is None:
-            return
-        if self._runtime.rows is not None:
+        """Note the step that was launched."""
+        if self._runtime.new_trace is not None and self._runtime.rows is not None:
             self._pending = (list(request_ids()), self._runtime.rows, self._runtime.plan)
-        for trace, features in self._without_frames:
-            self._add_frames(trace, features)
-        self._without_frames = []
 
     def settle(self) -> None:
-        """File what the noted step left."""
+        """File what the noted step left; a trace that cannot be filed is dropped."""
         if self._pending is None:
             return
-        (request_ids, rows, plan), self._pending = self._pending, None
+        pending, self._pending = self._pending, None
+        with observing("filing a step's traces"):
+            self._file(*pending)
+            return
+        for request_id in pending[0]:
+            self.store.running.pop(request_id, None)
+
+    def _file(self, request_ids: list[str], rows: StepRows, plan: StepPlan | None) -> None:
         step = plan.trace if plan is not None and plan.trace is not None else StepTrace()
+        if step.failed:
+            raise RuntimeError("a layer's choice was not recorded")
         bits = step.to_host(self._layers)
         for row, request_id in enumerate(request_ids):
             trace = self.store.running.get(request_id)
             if trace is None or trace.truncated:
                 continue
-            chunk = chunk_of(row, rows, plan, bits, self._block_size)
+            chunk = chunk_of(row, rows, plan, bits, self._sizes.block_size)
+            chunk.counted = counted_bytes(row, rows, plan, self._sizes)
             if not trace.chunks:
                 trace.cached = chunk.start
-            if chunk.end > chunk.start and self.store.make_room(trace, chunk.nbytes):
+            if chunk.end > chunk.start and self.store.grow(trace, chunk.counted):
                 trace.add(chunk)
 
     def note_answer(self, output: ModelRunnerOutput) -> None:
         """Keep the tokens that were sampled for traced requests."""
-        for request_id, tokens in zip(output.req_ids, output.sampled_token_ids):
-            trace = self.store.running.get(request_id)
-            if trace is not None:
-                trace.add_answer(tokens)
+        with observing("keeping a traced answer"):
+            for request_id, tokens in zip(output.req_ids, output.sampled_token_ids):
+                trace = self.store.running.get(request_id)
+                if trace is not None:
+                    trace.add_answer(tokens)
 
     def _start(self, request: Any) -> None:
         videos = videos_of(request.mm_features)
@@ -110,6 +125,7 @@ class Tracer:
             or request.prompt_token_ids is None
             or request.sampling_params is None
             or not any(settings_of(video).trace for video in videos)
+            or self._is_traced_search(request.req_id)
         ):
             return
         trace = Trace(
@@ -119,30 +135,34 @@ class Tracer:
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
             videos=[_video(feature, self._shape.merge) for feature in videos],
             settings=told_settings(self._runtime.requests[request.req_id]),
-            block_size=self._block_size,
+            block_size=self._sizes.block_size,
             layers=self._layers,
             stop_ids=_stop_ids(request.sampling_params),
+            frames=Frames(
+                [_patches(feature) for feature in videos],
+                self._shape,
+                self.store.limit // FRAME_SHARE,
+            ),
         )
-        has_room = self.store.make_room(trace, trace.nbytes)
-        if not has_room:
+        if not self._keeps_frames:
+            trace.frames.forget()  # but they count, as they do on the rank that has them
+        if not self.store.start(trace, self._sizes.prompt(trace, request.num_computed_tokens)):
             logger.warning_once("AdaSpark: no room for another trace, see trace_mb")
-        self.store.running[request.req_id] = trace
-        if has_room and self._keeps_frames:
-            self._without_frames.append((trace, videos))
+        elif trace.frames.number_of_all:
+            self._frame_maker.submit(trace.frames)
 
-    def _add_frames(self, trace: Trace, features: list[Any]) -> None:
-        limit = self.store.limit // FRAME_SHARE
-        for number, feature in enumerate(features):
-            pixels = feature.data.get("pixel_values_videos")
-            if pixels is None or pixels.data is None:
-                continue  # the whole video came from the prefix cache, or as embeddings
-            grid = tuple(feature.data["video_grid_thw"].data.tolist())
-            made = thumbnails(pixels.data, grid, self._shape, limit)
-            size = sum(map(len, made.values()))
-            limit -= size
-            if self.store.make_room(trace, size):
-                for frame, jpeg in made.items():
-                    trace.add_frame(number, frame, jpeg)
+    def _is_traced_search(self, request_id: str) -> bool:
+        """Whether this is a later request of a beam search, of which the first one is traced."""
+        name = search_name(request_id)
+        return name is not None and any(search_name(t.request_id) == name for t in self.store)
+
+
+def _patches(feature: Any) -> tuple[Any, tuple[int, int, int]] | None:
+    """A video's patches and their grid; None if it came as embeddings, or whole from the cache."""
+    pixels = feature.data.get("pixel_values_videos")
+    if pixels is None or pixels.data is None:
+        return None
+    return pixels.data, tuple(feature.data["video_grid_thw"].data.tolist())
 
 
 def _stop_ids(sampling: Any) -> frozenset[int]:
@@ -191,21 +211,21 @@ class TracingWorker:
             self._tracer = Tracer(
                 runtime,
                 range(stage.start_layer, stage.end_layer),
-                self.vllm_config.cache_config.block_size,
+                _sizes(self.vllm_config),
                 _patch_shape(self.vllm_config.model_config),
                 keeps_frames=get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank,
             )
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        tracer = self._tracer
-        if tracer is None:
-            return super().execute_model(scheduler_output)
-        for trace in tracer.before_step(scheduler_output):
-            trace.usage = self.adaspark_usage(trace.request_id)
-        output = super().execute_model(scheduler_output)
-        if scheduler_output.total_num_scheduled_tokens > 0:
-            tracer.after_step(self._request_ids)
-        return output
+    def _before_step(self, scheduler_output: Any) -> None:
+        super()._before_step(scheduler_output)
+        with observing("traces before a step"):
+            for trace in self._tracer.before_step(scheduler_output):
+                trace.usage = self.adaspark_usage(trace.request_id)
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        with observing("traces after a step"):
+            self._tracer.after_step(self._request_ids)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
@@ -217,14 +237,23 @@ class TracingWorker:
             self._tracer.note_answer(output)
         return output
 
+    def traces_held(self) -> dict[str, int]:
+        """How many traces there are, and the bytes of this rank's part of them."""
+        traces = list(self._tracer.store) if self._tracer is not None else []
+        return {"held": len(traces), "bytes": sum(trace.nbytes for trace in traces)}
+
     # -- for collective_rpc -----------------------------------------------------------------------
+    # None of these raises: vLLM would leave other ranks' answers in its queue, for the next call to
+    # take for its own.
 
     def adaspark_traces(self) -> list[dict[str, Any]]:
         """Summaries, latest first."""
         if self._tracer is None:
             return []
-        self._tracer.settle()
-        return [trace.summary() for trace in self._tracer.store]
+        with observing("listing traces"):
+            self._tracer.settle()
+            return [trace.summary() for trace in self._tracer.store]
+        return []
 
     def adaspark_trace(self, wanted: str, what: str = "meta", *arguments: Any) -> Any:
         """Something about one trace; see reader.py, which puts ranks together.
@@ -239,10 +268,13 @@ class TracingWorker:
         """
         if self._tracer is None:
             return None
-        self._tracer.settle()
-        trace = self._tracer.store[wanted]
-        if trace is None:
-            return None
+        with observing("reading a trace"):
+            self._tracer.settle()
+            trace = self._tracer.store[wanted]
+            return None if trace is None else self._read(trace, what, *arguments)
+        return None
+
+    def _read(self, trace: Trace, what: str, *arguments: Any) -> Any:
         if what == "meta":
             # An engine inside the caller's process learns of a request's end in its next step.
             return trace.meta() | {"usage": trace.usage or self.adaspark_usage(trace.request_id)}
@@ -254,10 +286,27 @@ class TracingWorker:
         if what == "ffn":
             return trace.ffn()
         if what == "frame":
-            return trace.frames.get(tuple(arguments))
+            return trace.frames.get(*arguments)
         if what == "delete":
-            return self._tracer.store.delete(wanted)
-        raise ValueError(f"what={what!r}: expected 'meta', 'heat', 'ffn', 'frame' or 'delete'")
+            return self._tracer.store.delete(trace.id)
+        return {"error": f"what={what!r}: expected 'meta', 'heat', 'ffn', 'frame' or 'delete'"}
+
+
+def _sizes(config: VllmConfig) -> Sizes:
+    """What all ranks go by, whichever layers are theirs."""
+    model, parallel, scheduler = (
+        config.model_config,
+        config.parallel_config,
+        config.scheduler_config,
+    )
+    stages, layers = parallel.pipeline_parallel_size, model.hf_text_config.num_hidden_layers
+    ends = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+    return Sizes(
+        layers=max(end - start for start, end in ends),
+        kv_heads=model.get_num_kv_heads(parallel),
+        block_size=config.cache_config.block_size,
+        step_tokens=scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
+    )
 
 
 def _patch_shape(model_config: Any) -> PatchShape:
