@@ -18,6 +18,7 @@ from vllm.v1.attention.backends import cpu_attn
 from vllm_adaspark.attention.adapters import adapter_for
 from vllm_adaspark.attention.state import StepRows
 from vllm_adaspark.config import AdaSparkConfig
+from vllm_adaspark.requests import Request
 from vllm_adaspark.runtime import Runtime
 
 
@@ -50,7 +51,6 @@ class PagedLayer:
         self.heads, self.kv_heads, self.head_size, self.dtype = heads, kv_heads, head_size, dtype
         self.kv_cache_dtype = kv_cache_dtype
         self.runtime = Runtime(config)
-        self.runtime.expect_video()
         isa = isa or cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
         if isa == "amx":
             # The system hands out tile registers on request.  In an engine oneDNN has asked, in the
@@ -80,20 +80,19 @@ class PagedLayer:
     def step(
         self,
         rows: StepRows,
-        words: torch.Tensor,
+        requests: list[Request | None],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> torch.Tensor:
         """Run one step; tensors ``[tokens, heads, head_size]``, output likewise."""
-        self.begin(rows, words)
+        self.begin(rows, requests)
         self.write(key, value)
         return self.attend(query)
 
-    def begin(self, rows: StepRows, words: torch.Tensor) -> None:
+    def begin(self, rows: StepRows, requests: list[Request | None]) -> None:
         """Plan and metadata, which all layers of a step share."""
-        table = torch.from_numpy(rows.block_table)
-        self.runtime.begin_step(rows, words, table, len(self.kv_cache), self.block_size)
+        self.runtime.plan_step(rows, requests, torch.device("cpu"))
         nth_block, offset = np.divmod(rows.token_position, self.block_size)
         block = rows.block_table[rows.token_row, nth_block].astype(np.int64)
         self._slots = torch.from_numpy(block * self.block_size + offset)
@@ -143,3 +142,8 @@ def one_request(tokens: int, block_size: int, *, start: int = 0, shuffle_seed: i
     if shuffle_seed is not None:
         np.random.default_rng(shuffle_seed).shuffle(blocks)
     return StepRows(np.array([0, tokens - start]), np.array([tokens]), blocks[None])
+
+
+def cpu_takes_fp8() -> bool:
+    """Whether vLLM's CPU kernel reads an fp8 cache on this machine."""
+    return torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()

@@ -87,7 +87,7 @@ class JsonLines:
 
     def clip(self, number: int) -> Clip:
         """The ``number``-th video of the training; begins anew when all have been seen."""
-        from vllm_adaspark.video import VideoLoader
+        from vllm_adaspark.video.load import VideoLoader
 
         epoch, at = divmod(number, len(self._clips))
         order = np.random.default_rng(epoch).permutation(len(self._clips))

@@ -37,8 +37,8 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     frames.add_argument("--fps", type=float, help="frames a second (the model's default is 2)")
     frames.add_argument("--max-frames", type=int, help="at most so many (default 768)")
     frames.add_argument("--max-pixels", type=int, help="of a frame; 784 make one token of a pair")
-    decoders = ("adaspark", "adaspark_decord")
-    frames.add_argument("--decoder", choices=decoders, help="OpenCV (default) or decord")
+    decoders = ("adaspark", "adaspark_opencv", "adaspark_decord")
+    frames.add_argument("--decoder", choices=decoders, help="PyAV (default), OpenCV or decord")
     parser.add_argument(
         "--by-path", action="store_true",
         help="send a local file's path instead of its bytes; for a server on this machine with "

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 for folder in ("benchmarks", "examples/demo", "tests"):
     sys.path.insert(0, str(ROOT / folder))
@@ -15,3 +17,16 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 # The tests' tensors are small: two threads only wait for each other, minutes on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Two servers at a time must not be bound to the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: the tests of a module, and all on the shared server, stay in one process.
+
+    They share engines and servers, which take longer to start than to answer.
+    """
+    for item in items:
+        shared = "served" in getattr(item, "fixturenames", ())
+        group = "shared server" if shared else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

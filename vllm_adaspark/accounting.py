@@ -1,9 +1,12 @@
 """What a request cost and what it would have cost dense: densities and FLOPs, per layer and in all.
 
 Counts come from the plan of each step and the few numbers every layer leaves on it; FLOPs follow
-from counts and the model's shape.  A multiply-add is two FLOPs.  Counted are the language model's
-layers: QKV and output projections, attention (QK and PV), cube scores ("selection") and FFN.  Not
-counted, in either column: vision tower, norms, RoPE, LM head.  Pure NumPy; no vLLM.
+from counts and the model's shape.  A multiply-add is two FLOPs.  Counted are the matrix products of
+the language model's layers: QKV and output projections, attention (QK and PV), cube scores
+("selection") and FFN, each as often as it is computed.  Not counted, in either column: vision
+tower, norms, RoPE, LM head, sums and sorts, what a kernel computes of a tile only to mask it, and
+the K and V projections that tensor-parallel ranks repeat where they share a KV head.  Pure NumPy;
+no vLLM.
 
 An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
 carry it between processes; reports.py makes one account of all ranks'.
@@ -19,6 +22,7 @@ import torch
 
 from .attention.plan import DENSE, FALLBACKS, StepPlan
 from .attention.state import StepRows
+from .kernels import score_products
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
 OF_STEP = ("tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")  # counted once
@@ -28,13 +32,32 @@ SECONDS = ("selection_seconds", "planning_seconds")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one layer of the language model, over all tensor-parallel ranks."""
+    """Sizes of one layer of the language model, over all tensor-parallel ranks.
+
+    ``score_products`` belongs to the machine, not to the model: how many times the score of a
+    (query token, cube) pair is computed there, see ``kernels.score_products``.
+    """
 
     hidden: int
     heads: int
     kv_heads: int
     head_size: int
     intermediate: int
+    score_products: int = 1
+
+    @classmethod
+    def of(cls, text_config: Any, device_type: str = "cpu") -> ModelShape:
+        """Sizes of a layer, from a checkpoint's text config; ``device_type`` as PyTorch's."""
+        heads = text_config.num_attention_heads
+        head_size = text_config.hidden_size // heads
+        return cls(
+            hidden=text_config.hidden_size,
+            heads=heads,
+            kv_heads=text_config.num_key_value_heads,
+            head_size=head_size,
+            intermediate=text_config.intermediate_size,
+            score_products=score_products(device_type, head_size),
+        )
 
     @property
     def qkvo_flops_per_token(self) -> int:
@@ -50,7 +73,7 @@ class ModelShape:
     @property
     def score_flops_per_pair(self) -> int:
         """The score of one (query token, cube) pair in one layer, all heads."""
-        return 2 * self.heads * self.head_size
+        return 2 * self.heads * self.head_size * self.score_products
 
     @property
     def ffn_flops_per_token(self) -> int:
@@ -112,14 +135,17 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
     counts.cubes_attended[:] = plan.cubes_seen
     counts.fallback_tokens = plan.fallback_tokens
     counts.planning_seconds = _split(plan.planning_seconds, lens)
-    scored = np.zeros(number)  # (query token, candidate cube) pairs, the same in every sparse layer
+    # (query token, candidate cube) pairs, the same in every sparse layer
+    scored = choosing = np.zeros(number)
     if plan.attention is not None:
         tiles = plan.attention.tiles
-        scored = by_row(tiles.row, tiles.candidates.sum(axis=1) * tiles.asked)
+        candidates = tiles.candidates.sum(axis=1)
+        scored = by_row(tiles.row, candidates * tiles.asked)
+        choosing = by_row(tiles.row, candidates * np.maximum(tiles.asked, 1))
         counts.choices += by_row(tiles.row[tiles.kind != DENSE])
     if plan.ffn is not None:
         counts.choices += by_row(plan.ffn.row)
-    counts.selection_seconds = _split(plan.selection.seconds(), scored)
+    counts.selection_seconds = _split(plan.selection.seconds(), choosing)
     if plan.kept_blocks:
         nth, kept = _to_host(plan.kept_blocks, layers)  # [layers, kv_heads, tiles]
         kept = kept.mean(axis=1)
@@ -130,7 +156,8 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
         counts.scored[nth] = scored
     if plan.ffn_active:
         nth, active = _to_host(plan.ffn_active, layers)  # [layers, cubes]
-        ran = np.minimum(active + plan.ffn.extra, plan.block_size)
+        # A cube whose tokens all ran has nobody to make a centroid for.
+        ran = active + plan.ffn.extra * (active < plan.block_size)
         counts.ffn_skipped[nth] = _sum_by_row(plan.block_size - ran, plan.ffn.row, number)
     return counts
 
@@ -165,13 +192,13 @@ class Account:
     """Counts of one request, or of all of them.
 
     Attributes:
-        video: what the processor attached to the request's first video (VideoSettings); empty for
-            a request without video, and for an account of many.
+        settings: what the request ran under (reports.told_settings); None for a request without
+            video, and for an account of many.
     """
 
     shape: ModelShape
     layers: range
-    video: tuple[int, ...] = ()
+    settings: dict[str, Any] | None = None
     tokens: int = 0
     video_tokens: int = 0
     choices: int = 0
@@ -217,7 +244,7 @@ class Account:
         return counts | {
             **{name: getattr(self, name).tolist() for name in PER_LAYER},
             "fallback_tokens": dict(self.fallback_tokens),
-            "video": list(self.video),
+            "settings": self.settings,
             "shape": dict(vars(self.shape)),
             "layers": [self.layers.start, self.layers.stop],
         }
@@ -226,7 +253,7 @@ class Account:
     def from_counts(cls, counts: dict[str, Any]) -> Account:
         """The account that :meth:`to_counts` was called on."""
         shape, layers = ModelShape(**counts["shape"]), range(*counts["layers"])
-        account = cls(shape, layers, tuple(counts["video"]))
+        account = cls(shape, layers, counts["settings"])
         for name in (*OF_REQUEST, *SECONDS):
             setattr(account, name, counts[name])
         account.fallback_tokens |= counts["fallback_tokens"]

@@ -1,12 +1,15 @@
-"""From a FLOPs budget to shares: how many cubes and FFN tokens a request may keep.
+"""From a FLOPs budget to a share: how many cubes and FFN tokens a request may keep.
 
-A request's dense FLOPs split into a part that always runs (QKV and output projections, text, cubes
-that a mixed block or the first layers keep dense) and a part that may be left out.  The budget
-minus the first, over the second, is the share to keep, the same for attention and FFN.  Which cubes
-and tokens that is, is found in each layer: selection.under_budget finds the p that keeps so many.
+A prompt's dense FLOPs split into a part that always runs (QKV and output projections, text, cubes
+that a mixed block or the first layers keep dense) and a part that may be left out.  A budget says
+how much both may cost together.  From it follows one *share*, the same for attention and FFN: a
+query tile with ``c`` preceding cubes may keep ``max(share * c, min(min_cubes, c))`` of them, and a
+cube's FFN runs that share of its tokens, at least one.  *Which* cubes and tokens that are is found
+in each layer: selection.under_budget finds the p that keeps so many of them in all tiles together.
 
-Counted is the prompt; a generated token's FLOPs fall to about the same share of its attention.  Not
-foreseen are cubes that a chunk edge cuts, which run dense: one per chunk.  Pure NumPy; no vLLM.
+The share follows from the request's own prompt, as if no token of it were cached, so it is the same
+whatever the prefix cache holds.  Counted is the prompt: generated tokens, whose projections always
+run, come on top.  Pure NumPy; no vLLM.
 """
 
 from __future__ import annotations
@@ -17,95 +20,114 @@ from dataclasses import dataclass
 import numpy as np
 
 from .accounting import ModelShape
-from .config import SHARE_STEPS
+from .attention.plan import MAX_TEXT_TILES
+from .config import SHARE_STEPS, AdaSparkConfig
 
 # Below this share of what may be left out, choosing has no room: an FFN cube keeps one token of 64.
 LEAST_SHARE = 0.02
+BISECTIONS = 40  # halvings of an interval below 1: to 1e-12
 
 
 @dataclass(frozen=True)
 class PromptCost:
-    """FLOPs of a prompt in all layers of the language model."""
+    """FLOPs of a prompt in all layers of the language model.
+
+    The query tiles that may leave cubes out are grouped by their block: those of group ``g`` have
+    ``cubes[g]`` cubes before them and keep ``at_least[g]`` whatever the budget.
+    """
 
     dense: float  # all of it, run densely
-    optional: float  # what selection may leave out
-    selection: float  # scoring cubes, if anything is left out
-    compensation: float  # FFN evaluations for skipped tokens, if any skips
+    cubes: np.ndarray  # [groups]
+    at_least: np.ndarray  # [groups]
+    flops_per_cube: np.ndarray  # [groups] what all queries of a group spend on one cube
+    scores: float  # what choosing cubes costs
+    ffn: float  # the FFN of all tokens of cubes
+    ffn_at_least: float  # the share of it that runs in any case: one token of each cube
+    centroids: float  # FFN evaluations for tokens that skip
+
+    @property
+    def optional(self) -> float:
+        """What attention and FFN could leave out, were there no floors."""
+        return float((self.cubes * self.flops_per_cube).sum()) + self.ffn
+
+    def spent(self, attention_share: float, ffn_share: float) -> float:
+        """FLOPs where so much of the cubes and FFN tokens is kept, or as much as must be."""
+        total = self.dense
+        if attention_share < 1:
+            kept = np.maximum(attention_share * self.cubes, self.at_least)
+            total += self.scores - float(((self.cubes - kept) * self.flops_per_cube).sum())
+        if ffn_share < 1:
+            total += self.centroids - (1 - max(ffn_share, self.ffn_at_least)) * self.ffn
+        return total
 
     @property
     def least(self) -> float:
-        """The smallest budget that can be met, in (0, 1]."""
-        return min(1.0, (self._always + LEAST_SHARE * self.optional) / self.dense)
+        """The smallest budget that can be kept, in (0, 1]."""
+        return min(1.0, self.spent(LEAST_SHARE, LEAST_SHARE) / self.dense)
 
     def share(self, flops: float) -> float:
-        """Share of the optional part that a budget of ``flops * dense`` keeps, in (0, 1].
+        """The share that a budget of ``flops * dense`` leaves, in (0, 1], in whole thousandths.
 
-        In thousandths, rounded down, as tags carry it.  A budget that cannot be met keeps
-        ``flops`` of the optional part: less would save little and cost the answer much.
+        The share is 1 for a budget of 1 and where nothing can be left out.  A budget that cannot be
+        kept gets ``flops`` itself as the share: less would save little and cost the answer much.
         """
-        if not self.optional or flops >= 1:
+        if flops >= 1 or not self.optional:
             return 1.0
         if flops < self.least:
             return flops
-        room = flops * self.dense - self._always
-        return min(math.floor(room / self.optional * SHARE_STEPS), SHARE_STEPS) / SHARE_STEPS
-
-    @property
-    def _always(self) -> float:
-        return self.dense - self.optional + self.selection + self.compensation
+        low, high = LEAST_SHARE, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            if self.spent(middle, middle) <= flops * self.dense:
+                low = middle
+            else:
+                high = middle
+        return math.floor(low * SHARE_STEPS + 1e-6) / SHARE_STEPS
 
 
 def prompt_cost(
-    shape: ModelShape,
-    layers: int,
-    tokens: int,
-    videos: list[tuple[int, int]],
-    *,
-    block_size: int,
-    dense_below: int,
-    dense_layers: int,
-    sparse_text: bool,
-    compensation: str,
-    cube_queries: int,
+    shape: ModelShape, layers: int, is_video: np.ndarray, config: AdaSparkConfig
 ) -> PromptCost:
     """Count a prompt as the plan will cut it (attention/planner.py).
 
     Args:
         shape: sizes of a layer.
         layers: layers of the language model, over all pipeline stages.
-        tokens: of the prompt.
-        videos: (offset, tokens) of each video in it.
-        block_size: tokens in a KV block.
-        dense_below, dense_layers, sparse_text, compensation, cube_queries: as in AdaSparkConfig.
+        is_video: ``[tokens]`` bool, of the prompt.
+        config: the request's settings.
     """
-    is_video = np.zeros(tokens, bool)
-    for offset, length in videos:
-        is_video[offset : offset + length] = True
-    whole = tokens // block_size
-    is_cube = is_video[: whole * block_size].reshape(whole, block_size).all(axis=1)
-    blocks = -(-tokens // block_size)
-    is_cube = np.append(is_cube, np.zeros(blocks - whole, bool))
+    tokens, size = len(is_video), config.cube_volume
+    whole = tokens // size
+    is_cube = is_video[: whole * size].reshape(whole, size).all(axis=1)
+    is_cube = np.append(is_cube, np.zeros(-(-tokens // size) - whole, bool))  # [blocks]
     before = np.cumsum(is_cube) - is_cube  # [blocks] cubes before each block
-    block = np.arange(tokens) // block_size
-    chooses = is_cube[block] | (~is_video & sparse_text)
-    chooses &= before[block] >= max(dense_below, 1)
-    seen = before[block] * chooses  # [tokens] cubes that a token may leave out
-    asked = np.where(is_video, min(cube_queries, block_size) / block_size, 1.0)
+    chooses = before >= max(config.dense_below, 1)
+
+    text = np.bincount(np.arange(tokens)[~is_video] // size, minlength=len(is_cube)) * chooses
+    if config.text_queries == "dense" or text.sum() > MAX_TEXT_TILES:
+        text[:] = 0
+    video_blocks, text_blocks = np.flatnonzero(is_cube & chooses), np.flatnonzero(text)
+    block = np.concatenate([video_blocks, text_blocks])  # [groups]
+    text = text[text_blocks]
+    queries = np.concatenate([np.full(len(video_blocks), size), text])
+    asked = np.concatenate([np.full(len(video_blocks), min(config.cube_queries, size)), text])
+    asked *= config.selection != "uniform"  # which looks at no score
 
     pairs = tokens * (tokens + 1) / 2
     dense = (
         tokens * (shape.qkvo_flops_per_token + shape.ffn_flops_per_token)
         + pairs * shape.attention_flops_per_pair
     )
-    optional = (
-        float(seen.sum()) * block_size * shape.attention_flops_per_pair
-        + float(is_cube.sum()) * block_size * shape.ffn_flops_per_token
-    )
-    centroids = float(is_cube.sum()) if compensation == "centroid" else 0.0
-    sparse_layers = max(0, layers - dense_layers)
+    number = int(is_cube.sum())
+    sparse = max(0, layers - config.dense_layers)
+    of_a_cube = sparse * shape.ffn_flops_per_token * (config.compensation == "centroid")
     return PromptCost(
         dense=layers * dense,
-        optional=sparse_layers * optional,
-        selection=sparse_layers * float((seen * asked).sum()) * shape.score_flops_per_pair,
-        compensation=sparse_layers * centroids * shape.ffn_flops_per_token,
+        cubes=before[block],
+        at_least=np.minimum(before[block], config.min_cubes),
+        flops_per_cube=sparse * size * shape.attention_flops_per_pair * queries,
+        scores=sparse * float((before[block] * asked).sum()) * shape.score_flops_per_pair,
+        ffn=sparse * number * size * float(shape.ffn_flops_per_token),
+        ffn_at_least=1 / size,
+        centroids=float(number * of_a_cube),
     )

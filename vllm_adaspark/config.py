@@ -1,10 +1,16 @@
 """One frozen, validated object that holds every AdaSpark setting.
 
-Three sources, in rising priority (design, section 2):
+Three sources lie over the defaults, in rising priority:
 
-1. the server:      ``--additional-config '{"adaspark": {...}}'``
-2. the checkpoint:  ``"adaspark_config": {...}`` in its ``config.json``
+1. the checkpoint:  ``"adaspark_config": {...}`` in its ``config.json``: how it was trained
+2. the operator:    ``--additional-config '{"adaspark": {...}}'``: the keys that it names
 3. the request:     ``mm_processor_kwargs={"adaspark": {...}}``
+
+A checkpoint may come from anywhere, and a request from anyone, so each may set only part of the
+keys.  A request sets what concerns itself.  A checkpoint sets what decides the numbers that the
+model computes, ``dense_below`` and ``cube_queries`` included, which training fixes; what decides
+where data goes and how much memory is used (``trace``, ``trace_mb``, ``report_file``,
+``encoder_patches``) is the operator's.
 
 ``{"off": true}``, or ``"off"`` for the whole object, is short for ``{"enabled": false, "order":
 "raster"}``: dense, and token for token what the stock model computes.  ``{"paper": true}``, or
@@ -29,6 +35,9 @@ IMPORTANCES = ("deviation", "norm")
 COMPENSATIONS = ("centroid", "mean", "bypass")
 TEXT_QUERIES = ("sparse", "dense")
 
+SERVER_KEY = "adaspark"  # in --additional-config
+CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
+
 CUBE_VOLUMES = (32, 64, 128)  # tested ones; a cube is a KV block
 
 OFF = "off"
@@ -40,7 +49,7 @@ SHORT_FOR = {
 }
 REPLACED_BY_FLOPS = ("p_attn", "p_ffn", "keep")
 
-# Shares travel to the layers in ten bits per token (see tags.py): a thousandth is the resolution.
+# Shares are whole thousandths, so that "how many are 0.1 of 30" has one answer (selection._count).
 SHARE_STEPS = 1000
 
 
@@ -48,9 +57,12 @@ class AdaSparkConfigError(ValueError):
     """A setting that cannot be used.  The message names the key, the value and what is allowed."""
 
 
-def _setting(default: Any, doc: str, *, request: bool = True, **rule: Any) -> Any:
-    """A dataclass field with its rule; ``request`` says whether a request may set it."""
-    return field(default=default, metadata={"doc": doc, "request": request, **rule})
+def _setting(
+    default: Any, doc: str, *, request: bool = True, checkpoint: bool = True, **rule: Any
+) -> Any:
+    """A dataclass field with its rule; ``request`` and ``checkpoint`` say who may set it."""
+    who = {"request": request, "checkpoint": checkpoint}
+    return field(default=default, metadata={"doc": doc, **who, **rule})
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class AdaSparkConfig:
         (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
     )
     order: str = _setting("cube", "order of a video's tokens in the prompt", choices=ORDERS)
-    trace: bool = _setting(False, "record what was chosen, for the viewer")
+    trace: bool = _setting(False, "record what was chosen, for the viewer", checkpoint=False)
     dense_below: int = _setting(
         8,
         "a query with fewer preceding cubes attends to all",
@@ -122,14 +134,23 @@ class AdaSparkConfig:
         32768,
         "patches the vision tower encodes at a time",
         request=False,
+        checkpoint=False,
         low=1,
         high=1 << 24,
     )
     trace_mb: int = _setting(
-        64, "megabytes a worker keeps of traces (0: none)", request=False, low=0, high=65536
+        64,
+        "megabytes a worker keeps of traces (0: none)",
+        request=False,
+        checkpoint=False,
+        low=0,
+        high=65536,
     )
     report_file: str | None = _setting(
-        None, "append one JSON line per finished request to this file", request=False
+        None,
+        "append one JSON line per finished request to this file",
+        request=False,
+        checkpoint=False,
     )
 
     def __post_init__(self) -> None:
@@ -174,18 +195,22 @@ class AdaSparkConfig:
         *,
         source: str = "adaspark",
         request: bool = False,
+        checkpoint: bool = False,
     ) -> AdaSparkConfig:
         """This config with ``settings`` laid over it.
 
         Args:
             settings: keys of this class, a word of SHORT_FOR, or ``None``, which changes nothing.
-                A budget (``flops``) and the settings it replaces (``p_attn``, ``p_ffn``, ``keep``)
-                cannot both be named; of two sources, the later decides which of them counts.
+                A budget (``flops``) goes with neither the settings that it replaces (``p_attn``,
+                ``p_ffn``, ``keep``) nor a ``selection`` other than top_p.  One source cannot name
+                both; of two sources, the later decides which of them counts.
             source: where the settings came from, for the error message.
             request: whether they came from a request, which may not set server-wide keys.
+            checkpoint: whether they came from a checkpoint, which may not set the operator's.
 
         Raises:
-            AdaSparkConfigError: unknown key, wrong type, value out of range.
+            AdaSparkConfigError: unknown key, wrong type, value out of range, or a key that this
+                source may not set.
         """
         if settings is None:
             return self
@@ -197,8 +222,12 @@ class AdaSparkConfig:
                 f"{source} must be an object of settings or {words}, got {settings!r} "
                 f"({type(settings).__name__})"
             )
-        known = {spec.name: spec for spec in fields(self)}
-        settable = [name for name, spec in known.items() if spec.metadata["request"] or not request]
+        known = {spec.name: spec.metadata for spec in fields(self)}
+        settable = [
+            name
+            for name, rule in known.items()
+            if (rule["request"] or not request) and (rule["checkpoint"] or not checkpoint)
+        ]
         settable += SHORT_FOR
         for key in settings:
             if key not in known and key not in SHORT_FOR:
@@ -207,10 +236,16 @@ class AdaSparkConfig:
                 raise AdaSparkConfigError(
                     f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(settable)}"
                 )
-            if key not in settable:
+            if key not in settable and request:
                 raise AdaSparkConfigError(
                     f"{source}: {key!r} is a server setting and cannot be set per request; "
                     f"allowed: {', '.join(settable)}"
+                )
+            if key not in settable:
+                raise AdaSparkConfigError(
+                    f"{source}: {key!r} is a server setting and cannot be set by a checkpoint; "
+                    "remove it there, and if this server shall have it, name it in "
+                    f"--additional-config {SERVER_KEY}; allowed: {', '.join(settable)}"
                 )
         try:
             changed = dataclasses.replace(self, **_plain(settings))
@@ -234,8 +269,70 @@ class AdaSparkConfig:
         return {key: value for key, value in plain.items() if key not in unused}
 
 
+def operator_settings(additional: Mapping[str, Any] | None) -> Any:
+    """The operator's settings in ``--additional-config``, unchecked; None if there are none.
+
+    Raises:
+        AdaSparkConfigError: some stand beside our key or under a misspelt one, where they would do
+            nothing.
+    """
+    additional = additional or {}
+    ours = {
+        spec.name for spec in fields(AdaSparkConfig) if "_" in spec.name or spec.name == "flops"
+    }
+    for key in additional:
+        near = difflib.get_close_matches(str(key).lower(), [SERVER_KEY], cutoff=0.8)
+        if key in ours or (near and key != SERVER_KEY):
+            raise AdaSparkConfigError(
+                f"--additional-config: {key!r} means nothing there; AdaSpark's settings go under "
+                f'its own key: \'{{"{SERVER_KEY}": {{"p_attn": 0.5}}}}\''
+            )
+    return additional.get(SERVER_KEY)
+
+
+def check_cube_volume(config: AdaSparkConfig, origin: str = "") -> None:
+    """Refuse a cube of a size that no server takes; ``origin`` says where it came from.
+
+    Raises:
+        AdaSparkConfigError: names the cube and the volumes there are.
+    """
+    if config.cube_volume not in CUBE_VOLUMES:
+        raise AdaSparkConfigError(
+            f"cube={list(config.cube)}{origin} holds {config.cube_volume} tokens; allowed volumes: "
+            f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
+        )
+
+
+def settled(
+    checkpoint: Mapping[str, Any] | str | None,
+    operator: Mapping[str, Any] | str | None,
+    *,
+    source: str = f"--additional-config {SERVER_KEY}",
+) -> AdaSparkConfig:
+    """A server's settings: the defaults, over them the checkpoint's, over both the operator's.
+
+    An operator who says "off" gets the stock model whatever the checkpoint says: its settings are
+    not even read, so the KV block size does not come from them either.
+
+    Args:
+        checkpoint: ``adaspark_config`` of the checkpoint's config.json, None if it has none.
+        operator: what the operator named; None for nothing.
+        source: where the operator's came from, for the error message.
+
+    Raises:
+        AdaSparkConfigError: one of them cannot be used; the message names which.
+    """
+    own = AdaSparkConfig().override(operator, source=source)
+    if operator == OFF or (isinstance(operator, Mapping) and operator.get(OFF)):
+        return own
+    trained = AdaSparkConfig().override(
+        checkpoint, source=f"config.json {CHECKPOINT_KEY}", checkpoint=True
+    )
+    return trained.override(operator, source=source)
+
+
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` with short words spelt out, and with a budget where it counts."""
+    """``settings`` with short words spelt out, and what they rule out of a lower source's."""
     plain = {key: value for key, value in settings.items() if key not in SHORT_FOR}
     for word, meaning in SHORT_FOR.items():
         said = settings.get(word, False)
@@ -249,7 +346,9 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
             f"flops={plain['flops']!r} and {replaced[0]}={plain[replaced[0]]!r}: a budget chooses "
             f"{replaced[0]} itself; leave one of them out"
         )
-    if replaced:
+    if plain.get("flops") is not None:
+        plain.setdefault("selection", "top_p")
+    elif replaced or plain.get("selection", "top_p") != "top_p":
         plain["flops"] = None
     return plain
 

@@ -1,7 +1,7 @@
 """What a video would cost: frames, tokens, cubes, FLOPs, memory, and the flags it needs.
 
-Frames are sampled and resized by the rules of the server (video.VideoLoader, Hugging Face's
-Qwen2VLVideoProcessor), restated here so that no model, no vLLM and no GPU is needed to ask.  The
+Frames are sampled by the server's code (video.sampling) and resized by the rules of Hugging Face's
+Qwen2VLVideoProcessor, restated here so that no model, no vLLM and no GPU is needed to ask.  The
 dense FLOPs are counted; what AdaSpark spends of them depends on the video, so it is an estimate
 that takes a density of p: attention keeps ``p_attn`` of the preceding cubes, the FFN ``p_ffn`` of
 the tokens.  Where attention is concentrated, fewer cubes hold that mass.  A FLOPs budget is met as
@@ -19,15 +19,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .accounting import ModelShape
 from .budget import prompt_cost
-from .config import AdaSparkConfig
+from .config import CHECKPOINT_KEY, AdaSparkConfig
+from .kernels import score_products
+from .video.sampling import (
+    FPS,
+    MIN_FRAMES,
+    PAIR,
+    QWEN_FRAMES,
+    Options,
+    at_constant_rate,
+    number_of_frames,
+)
 
-PAIR = 2  # frames merged into one in time
-MAX_FPS = 30  # more is sampled as this
-MAX_FRAMES = 32768  # video.VideoLoader's limit for max_frames
 TEXT_BEFORE = 15  # tokens of Qwen's chat template before the video
 KEY_SUM_BYTES = 4  # float32
 ROUND = 1024  # lengths are proposed in multiples of this
@@ -64,6 +72,7 @@ class Model:
     max_positions: int = 128_000
     rules: FrameRules = field(default_factory=FrameRules)
     weights: int | None = None  # bytes, None where unknown
+    settings: Any = field(default=None, hash=False)  # AdaSpark's of config.json, None for none
 
 
 def _published(name: str, layers: int, billions: float, **shape: int) -> Model:
@@ -119,6 +128,7 @@ def read_model(name: str, find: Callable[[str], Path | None]) -> Model:
         max_positions=text.get("max_position_embeddings", Model.max_positions),
         rules=_rules(vision, find),
         weights=_weights(find),
+        settings=config.get(CHECKPOINT_KEY),
     )
 
 
@@ -165,6 +175,9 @@ class Video:
     fps: float
     width: int
     height: int
+    # Where its rate varies, frames it would have if all came as fast as its fastest part.
+    most_frames: int | None = None
+    remarks: tuple[str, ...] = ()  # what its owner should be told of the file
 
     @property
     def seconds(self) -> float:
@@ -175,9 +188,9 @@ class Video:
 class Sampling:
     """Which frames are taken and how large they may be."""
 
-    fps: float = 2.0
-    max_frames: int = 768
-    min_frames: int = 4
+    fps: float = FPS
+    max_frames: int = QWEN_FRAMES
+    min_frames: int = MIN_FRAMES
     max_pixels: int | None = None  # of a frame, after resizing
 
 
@@ -187,16 +200,14 @@ def sampled_frames(video: Video, sampling: Sampling) -> int:
     Raises:
         CostError: no pair of frames can be taken.
     """
-    most = min(sampling.max_frames, video.frames) // PAIR * PAIR
-    wanted = video.frames / video.fps * min(sampling.fps, MAX_FPS)
-    number = math.floor(min(max(wanted, sampling.min_frames), most) / PAIR) * PAIR
+    options = Options(sampling.fps, sampling.max_frames, sampling.min_frames)
+    number = number_of_frames(video.frames, video.fps, video.most_frames, options)
     if number < PAIR:
         raise CostError(
             f"the video has {video.frames} frame(s), and Qwen2.5-VL takes them in pairs; "
             "send a single frame as an image"
         )
-    # The same call as vLLM's: its float32 steps may give one frame more.
-    return len(torch.arange(0, video.frames, video.frames / number))
+    return number if video.most_frames else len(at_constant_rate(video.frames, number))
 
 
 def resized(video: Video, frames: int, rules: FrameRules, sampling: Sampling) -> tuple[int, int]:
@@ -315,38 +326,21 @@ def cost(
 def _flops(
     model: Model, config: AdaSparkConfig, prompt: int, video: int
 ) -> tuple[float, float, float]:
-    """(dense, spent, least budget as a share) of the prompt."""
-
-    def count(shape: ModelShape):
-        return prompt_cost(
-            shape,
-            model.layers,
-            prompt,
-            [(min(TEXT_BEFORE, prompt - video), video)],
-            block_size=config.cube_volume,
-            dense_below=config.dense_below,
-            dense_layers=config.dense_layers,
-            sparse_text=config.text_queries == "sparse",
-            compensation=config.compensation,
-            cube_queries=config.cube_queries,
-        )
-
-    whole = count(model.shape)
-    attention = count(replace(model.shape, intermediate=0)).optional
-    ffn = whole.optional - attention
+    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
+    is_video = np.zeros(prompt, bool)
+    start = min(TEXT_BEFORE, prompt - video)
+    is_video[start : start + video] = True
+    cost = prompt_cost(shape, model.layers, is_video, config)
     if not config.enabled:
-        return whole.dense, whole.dense, whole.least
+        return cost.dense, cost.dense, cost.least
     if config.flops is not None:
-        share = ffn_share = whole.share(config.flops)
+        share = ffn_share = cost.share(config.flops)
     else:
         share = config.p_attn if config.selection == "top_p" else config.keep
         ffn_share = config.p_ffn
-    spent = whole.dense - (1 - share) * attention - (1 - ffn_share) * ffn
-    if share < 1:
-        spent += whole.selection
-    if ffn_share < 1:
-        spent += whole.compensation
-    return whole.dense, spent, whole.least
+    return cost.dense, cost.spent(share, ffn_share), cost.least
 
 
 def _round_up(tokens: int) -> int:

@@ -11,8 +11,11 @@ so 64 consecutive tokens are a thin strip of one frame.  Here the grid is walked
 
 vLLM cuts this walk into KV blocks every B tokens wherever the video happens to start.  With an
 aligned start and a grid that divides, a block is an exact t x h x w box; otherwise it is still
-compact: from 4 frames on, mean squared spread 4-5 where an ideal 4x4x4 box has 3.75 and raster
-order 11-90.
+compact.  An ideal 4x4x4 box has a mean squared spread of 3.75.  Grids of 4 or more frames, rows and
+columns mostly have 4.2 to 5.3 (half of them below 4.5, one in ten above 5.05, none of 3,000 above
+6.7) where raster order has 11 to 86.  A thin grid has no room for compact blocks: with 2 rows or
+columns 6 to 24, with a single one 10 to 89.
+
 RoPE knows tokens by their position ids, which are permuted alike, so the order changes nothing in
 dense bidirectional terms; it does change which tokens are "earlier" under the causal mask.
 """

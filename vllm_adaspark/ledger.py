@@ -87,7 +87,7 @@ class Ledger:
 
     def __init__(self, shape: ModelShape, layers: range, num_layers: int) -> None:
         self._shape, self._layers = shape, layers
-        self._videos: dict[str, tuple[int, ...]] = {}  # of requests that have not run yet
+        self._settings: dict[str, dict[str, Any]] = {}  # of requests that have not run yet
         self._running: dict[str, Account] = {}
         self._finished: dict[str, Account] = {}  # oldest first; a beam search has one account
         self._total = Account(shape, layers)
@@ -100,9 +100,10 @@ class Ledger:
         self._density = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
         self._ffn_share = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
 
-    def admit(self, request_id: str, video: tuple[int, ...]) -> None:
-        """A request is about to run for the first time."""
-        self._videos[request_id] = video
+    def admit(self, request_id: str, settings: dict[str, Any] | None) -> None:
+        """A request is about to run for the first time; settings are None if it has no video."""
+        if settings is not None:
+            self._settings[request_id] = settings
 
     def add_step(self, request_ids: list[str], rows: StepRows, plan: StepPlan | None) -> None:
         """Account for a step whose layers have run; ``request_ids`` in row order."""
@@ -110,8 +111,8 @@ class Ledger:
         for row, request_id in enumerate(request_ids):
             account = self._running.get(request_id)
             if account is None:
-                video = self._videos.pop(request_id, ())
-                account = self._running[request_id] = Account(self._shape, self._layers, video)
+                settings = self._settings.pop(request_id, None)
+                account = self._running[request_id] = Account(self._shape, self._layers, settings)
                 account.cached_tokens = int(rows.computed[row])
                 self._total.cached_tokens += account.cached_tokens
             account.add(counts, row)
@@ -119,7 +120,7 @@ class Ledger:
 
     def finish(self, request_id: str) -> Account | None:
         """Close a request's account; None if it never ran."""
-        self._videos.pop(request_id, None)
+        self._settings.pop(request_id, None)
         account = self._running.pop(request_id, None)
         if account is None:
             return None
@@ -139,7 +140,7 @@ class Ledger:
         name = search_name(request_id)
         search = self._finished.pop(name, None) if name else None
         if name and search is None:
-            search = Account(self._shape, self._layers, account.video)
+            search = Account(self._shape, self._layers, account.settings)
         if search is not None:
             search.merge(account)
         self._finished[name or request_id] = search or account
@@ -177,7 +178,7 @@ class Ledger:
         if not requests:
             return None
         accounts = requests[next(reversed(requests))]
-        total = Account(self._shape, self._layers, accounts[0].video)
+        total = Account(self._shape, self._layers, accounts[0].settings)
         for account in accounts:
             total.merge(account)
         return total.to_counts()

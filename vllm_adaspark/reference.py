@@ -203,7 +203,14 @@ def tile_attention(
 
     out = torch.empty_like(q)
     tiles = []
-    choices = _choose_in_tiles([(kind, probs) for *_, kind, _, _, probs in asked], config)
+    owed = 0.0  # cubes that the tokens of cut cubes attend above their share, per KV head
+    for block, tokens, kind, _, candidates, _ in asked:
+        whole = range(block * block_size, (block + 1) * block_size)
+        cut = kind == "cut" and _is_cube(is_video, whole, block_size)
+        if cut and config.flops is not None and len(candidates) >= max(config.dense_below, 1):
+            owed += len(tokens) * len(candidates) * (1 - config.flops) / block_size
+    probs = [(kind, probs) for *_, kind, _, _, probs in asked]
+    choices = _choose_in_tiles(probs, config, owed * kv_heads)
     for (block, tokens, kind, dense, candidates, _), choice in zip(asked, choices, strict=True):
         rows = slice(tokens.start - start, tokens.stop - start)
         kept, margin = torch.ones(kv_heads, len(candidates), dtype=torch.bool), math.inf
@@ -223,11 +230,12 @@ def tile_attention(
 
 
 def _choose_in_tiles(
-    asked: list[tuple[str, torch.Tensor | None]], config: AdaSparkConfig
+    asked: list[tuple[str, torch.Tensor | None]], config: AdaSparkConfig, owed: float
 ) -> list[tuple[torch.Tensor, float] | None]:
     """Kept cubes ``[kv_heads, candidates]`` and margin of each (kind, probabilities) of a chunk.
 
-    With a budget the video tiles of the chunk share one p, and each text tile has its own.
+    With a budget the video tiles of the chunk share one p, and each text tile has its own; the
+    video tiles save what the tokens of cut cubes attended above their share (``owed``).
     """
     if config.flops is None:
         groups = [[i] for i in range(len(asked))]
@@ -244,7 +252,8 @@ def _choose_in_tiles(
         if config.flops is None:
             kept, margins = zip(*(choose(row, config) for row in probs), strict=True)
         else:
-            kept, margin = choose_under_budget(probs, config.flops, config.min_cubes)
+            of_cut = owed if asked[group[0]][0] == "video" else 0.0
+            kept, margin = choose_under_budget(probs, config.flops, config.min_cubes, of_cut)
             margins = [margin]
         for i in group:
             mine = [k for (owner, _), k in zip(rows, kept, strict=True) if owner == i]
@@ -291,7 +300,13 @@ def tile_ffn(
     if config.flops is None:
         runs = [top_p(share, config.p_ffn, min_keep=1)[0] for share in importance]
     elif cubes:
-        runs, _ = choose_under_budget(importance, config.flops, min_keep=1)
+        cut = 0  # tokens of cubes that an edge of the chunk cuts
+        for at in _by_block(chunk, block_size):
+            first = at.start - at.start % block_size
+            whole = range(first, first + block_size)
+            cut += len(at) if len(at) < block_size and _is_cube(is_video, whole, block_size) else 0
+        owed = cut * (1 - config.flops)
+        runs, _ = choose_under_budget(importance, config.flops, min_keep=1, owed=owed)
     else:
         runs = []
     for tokens, which in zip(cubes, runs, strict=True):

@@ -43,14 +43,18 @@ def top_p(probs: torch.Tensor, p: float, min_keep: int) -> tuple[torch.Tensor, f
 
 
 def choose_under_budget(
-    rows: list[torch.Tensor], share: float, min_keep: int
+    rows: list[torch.Tensor], share: float, min_keep: int, owed: float = 0.0
 ) -> tuple[list[torch.Tensor], float]:
-    """Top-p with the one p for all ``rows`` that keeps at most ``share`` of their entries.
+    """Top-p with the one p for all ``rows`` that keeps as many entries as they may have together.
+
+    A row may have ``share`` of its entries, and never less than ``min_keep`` of them.
 
     Args:
         rows: probabilities ``[entries]`` of each row; they need not be equally many.
-        share: of all entries together, below 1.
-        min_keep: entries kept in each row at the least, even if that is more.
+        share: below 1.
+        min_keep: entries kept in each row at the least.
+        owed: entries that others had above their share, and that these rows save, as far as
+            ``min_keep`` lets them.
 
     Returns:
         ``[entries]`` bool for each row, and the margin.
@@ -62,8 +66,10 @@ def choose_under_budget(
             before.append((mass if rank >= min_keep else -1.0, row, entry))
             mass += float(probs[entry])
     before.sort()
-    count = int(share * len(before))
-    p = before[count][0]
+    least = sum(min(min_keep, len(row)) for row in rows)
+    keep = sum(max(share * len(row), min(min_keep, len(row))) for row in rows) - owed
+    count = int(max(keep, least) + 1e-6)
+    p = before[count][0] if count < len(before) else math.inf
     kept = [torch.zeros(len(probs), dtype=torch.bool) for probs in rows]
     for mass, row, entry in before:
         if mass < p or mass < 0:

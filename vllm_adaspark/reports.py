@@ -16,16 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from . import tags
 from .accounting import PER_LAYER, SECONDS, Account
-from .config import (
-    COMPENSATIONS,
-    IMPORTANCES,
-    ORDERS,
-    SELECTIONS,
-    SHARE_STEPS,
-    TEXT_QUERIES,
-)
+from .requests import Request
 
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
 DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback")
@@ -103,59 +95,75 @@ def request_report(request_id: str, account: Account, finished: bool) -> dict[st
     return {"request_id": request_id, "finished": finished, **usage(account, layers=True)}
 
 
+def part_of_model(layers: range, num_layers: int, ranks: int) -> str | None:
+    """What one rank's account leaves out, in words; None if it is the whole.
+
+    Args:
+        layers: this rank's.
+        num_layers: of the model.
+        ranks: of tensor parallelism.
+    """
+    parts = []
+    if len(layers) < num_layers:
+        parts.append(f"layers {layers[0]} to {layers[-1]} of {num_layers}")
+    if ranks > 1:
+        parts.append(f"the choices of tensor-parallel rank 0 of {ranks}")
+    return " and ".join(parts) or None
+
+
 def usage(account: Account, *, layers: bool = False) -> dict[str, Any]:
-    """What a request cost: ``Account.report`` with its mode and settings, JSON-ready."""
+    """What a request cost: ``Account.report`` with its mode, settings and budget, JSON-ready."""
     mode, reason = mode_of(account)
     report = account.report()
     if not layers:
         del report["layers"]
-    return {"mode": mode, "reason": reason, **report, "settings": settings_of(account.video)}
+    settings = dict(account.settings) if account.settings is not None else None
+    budget = settings.pop("budget") if settings is not None else None
+    return {"mode": mode, "reason": reason, **report, "settings": settings, "budget": budget}
 
 
 def mode_of(account: Account) -> tuple[str, str | None]:
     """``("sparse", None)``, or ``("dense", reason)`` when nothing could be left out."""
     if account.choices:
         return "sparse", None
-    if not account.video:
+    if account.settings is None:
         return "dense", "no_video"
-    if _is_off(account.video):
+    if _is_off(account.settings):
         return "dense", "off"
     if account.fallback_tokens["cut_cube"] or account.fallback_tokens["long_text"]:
         return "dense", "fallback"
     return "dense", "few_cubes"
 
 
-def _is_off(video: tuple[int, ...]) -> bool:
-    settings = tags.unpack(video[0])
-    return settings.attn_share == settings.ffn_share == SHARE_STEPS
+def _is_off(settings: dict[str, Any]) -> bool:
+    attention = settings.get("p_attn", settings.get("keep"))
+    return settings["flops"] == 1 or attention == settings.get("p_ffn") == 1
 
 
-def settings_of(video: tuple[int, ...]) -> dict[str, Any] | None:
-    """A request's settings, under the names config.py has, from what its video carries.
+def told_settings(request: Request) -> dict[str, Any]:
+    """What a request runs under, JSON-ready, under the names of config.py.
 
-    ``flops`` is the budget, or None; with a budget there is no ``p_attn``, ``p_ffn`` or ``keep``.
+    With a budget there is no ``p_attn``, ``p_ffn`` or ``keep``, and ``budget`` says what was asked,
+    the smallest budget that the prompt can keep, and whether that is no more than was asked.
     """
-    if not video:
-        return None
-    word, *cube, order, trace, flops = video
-    carried = tags.unpack(word)
-    if carried.rule == tags.BUDGET:
-        shares = {"selection": "top_p"}
+    config, numbers = request.config, request.settings
+    budget = None
+    shares: dict[str, Any] = {"selection": config.selection}
+    if request.share is not None:
+        kept = request.least_budget <= config.flops
+        budget = {"flops": config.flops, "smallest": request.least_budget, "kept": kept}
     else:
-        attention = "p_attn" if SELECTIONS[carried.rule] == "top_p" else "keep"
-        shares = {
-            "selection": SELECTIONS[carried.rule],
-            attention: carried.attn_share / SHARE_STEPS,
-            "p_ffn": carried.ffn_share / SHARE_STEPS,
-        }
+        attention = "p_attn" if config.selection == "top_p" else "keep"
+        shares |= {attention: numbers.attention_share, "p_ffn": numbers.ffn_share}
     return shares | {
-        "flops": flops / SHARE_STEPS if flops else None,
-        "min_cubes": carried.min_cubes,
-        "dense_layers": carried.dense_layers,
-        "text_queries": TEXT_QUERIES[0 if carried.sparse_text else 1],
-        "importance": IMPORTANCES[carried.importance],
-        "compensation": COMPENSATIONS[carried.compensation],
-        "cube": cube,
-        "order": ORDERS[order],
-        "trace": bool(trace),
+        "flops": config.flops if budget else None,
+        "min_cubes": config.min_cubes,
+        "dense_layers": config.dense_layers,
+        "text_queries": config.text_queries,
+        "importance": config.importance,
+        "compensation": config.compensation,
+        "cube": list(config.cube),
+        "order": config.order,
+        "trace": config.trace,
+        "budget": budget,
     }

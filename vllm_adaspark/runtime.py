@@ -1,4 +1,4 @@
-"""What a model's layers share from step to step: the plan of this step and the state of KV blocks.
+"""What a model's layers share from step to step: the plan of the current step.
 
 One per model and worker, made by the model and handed to its layers, so there is no global state.
 ``begin_step`` runs at the top of the model's forward, outside torch.compile and CUDA graphs.
@@ -7,73 +7,76 @@ One per model and worker, made by the model and handed to its layers, so there i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
+from .attention.heads import HeadRanks
 from .attention.plan import StepPlan
 from .attention.planner import build_plan
-from .attention.state import BlockTags, StepRows
+from .attention.state import StepRows
 from .config import AdaSparkConfig
+from .requests import Request, RequestTable
 from .tracing.step import StepTrace
 
 
 class Runtime:
     """Holds ``plan``, the current step's plan, or None when the step is dense throughout.
 
-    ``rows`` are the current step's requests, also when it has no plan; None in profiling runs.
+    Attributes:
+        rows: the current step's requests, also when it has no plan; None in profiling runs.
+        requests: what the worker knows of its requests; None until it says.
+        request_ids: the requests of the step that is about to run, in row order; None in dummy
+            runs.  A worker sets it before every step.
+        head_ranks: the tensor-parallel ranks that hold the model's heads; None for a single rank.
+            Set by the model.
+        new_trace: makes the step's trace; set by the worker for steps with a traced request.
     """
 
     def __init__(self, config: AdaSparkConfig) -> None:
         self.config = config
         self.plan: StepPlan | None = None
         self.rows: StepRows | None = None
-        # Set by the worker for steps with a traced request: makes the step's trace.
+        self.head_ranks: HeadRanks | None = None
+        self.requests: RequestTable | None = None
+        self.request_ids: Callable[[], Sequence[str]] | None = None
         self.new_trace: Callable[[], StepTrace] | None = None
-        self._videos_seen = False
-        self._block_tags: BlockTags | None = None
 
-    def expect_video(self) -> None:
-        """A request with a video has arrived; until then steps cost nothing and never wait."""
-        self._videos_seen = True
-
-    def begin_step(
-        self,
-        rows: StepRows | None,
-        words: torch.Tensor,
-        block_table: torch.Tensor | None = None,
-        num_blocks: int = 0,
-        block_size: int = 0,
-    ) -> None:
-        """Make the step's plan.  On a GPU this waits once for the tags, per step, not per layer.
+    def begin_step(self, rows: StepRows | None, device: torch.device) -> None:
+        """Make the step's plan, on the host, from what the engine knows of its requests.
 
         Args:
-            rows: the step's requests; None in profiling runs, which have no KV cache.
-            words: ``[tokens or more]`` int64 tag words on any device; padding is ignored.
-            block_table: ``[rows, blocks]`` on any device.
-            num_blocks: physical KV blocks in the cache.
-            block_size: tokens in a KV block.
+            rows: the step's requests, block table left out; None in profiling runs, which have
+                no KV cache.
+            device: where the layers run.
         """
         self.plan, self.rows = None, rows
-        if rows is None or not self._videos_seen:
+        if rows is None or self.requests is None or self.request_ids is None:
             return
-        if self._block_tags is None or len(self._block_tags.is_cube) != num_blocks:
-            self._block_tags = BlockTags(num_blocks, block_size)
-        num_tokens = int(rows.query_start[-1])
-        self.rows = replace(rows, block_table=block_table.cpu().numpy())
-        host_words = words[:num_tokens].cpu().numpy().astype(np.int64, copy=False)
-        began = time.perf_counter()  # after the wait for the tags
+        ids = self.request_ids()
+        requests = self.requests.rows(ids)
+        if all(request is None for request in requests):
+            return
+        padding = len(rows.seq_lens) - len(ids)  # rows that a CUDA graph has and the step has not
+        table = self.requests.block_table(ids, padding)
+        self.plan_step(replace(rows, block_table=table), [*requests, *[None] * padding], device)
+
+    def plan_step(
+        self, rows: StepRows, requests: Sequence[Request | None], device: torch.device
+    ) -> None:
+        """Make the plan of a step whose ``rows`` have a block table; see planner.build_plan."""
+        began = time.perf_counter()
+        self.rows = rows
         self.plan = build_plan(
-            self.rows,
-            host_words,
-            self._block_tags,
+            rows,
+            requests,
+            self.config.cube_volume,
             dense_below=self.config.dense_below,
             cube_queries=self.config.cube_queries,
-            device=words.device,
+            device=device,
         )
         if self.plan is not None:
             self.plan.planning_seconds = time.perf_counter() - began
-        if self.new_trace is not None and self.plan is not None:
-            self.plan.trace = self.new_trace()
+            if self.new_trace is not None:
+                self.plan.trace = self.new_trace()

@@ -13,9 +13,9 @@ import torch
 
 from .config import SELECTIONS, SHARE_STEPS
 from .kernels import use_triton
-from .tags import BUDGET
 
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
+BUDGET = len(SELECTIONS)  # the rule of a request with a FLOPs budget, see under_budget
 
 
 def top_p(
@@ -63,6 +63,10 @@ def uniform(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) ->
     return valid & (nth * count // number > (nth - 1) * count // number)
 
 
+# A sum of shares that stands for a whole number must not be rounded down to the one before it.
+ROUNDING = 1e-6
+
+
 @dataclass(frozen=True)
 class BudgetGroups:
     """Rows that share one p each group, and how much a group may keep."""
@@ -96,7 +100,7 @@ def under_budget(
         groups: disjoint rows; a group keeps less than all of its valid entries.
 
     Returns:
-        ``[rows, ..., n]`` bool; nothing is kept in rows of no group.  (Issue 5: budget.)
+        ``[rows, ..., n]`` bool; nothing is kept in rows of no group.
     """
     falling, index = torch.where(valid, probs, -1.0).sort(dim=-1, descending=True, stable=True)
     before = falling.cumsum(-1) - falling
@@ -109,10 +113,10 @@ def under_budget(
     for group in groups:
         mass = before[group.rows]  # [groups, rows, ..., n]
         if len(group.keep) == 1:
-            count = int(group.keep[0] * inner)
+            count = int(group.keep[0] * inner + ROUNDING)
             p = mass.flatten().kthvalue(count + 1).values[None]
         else:
-            count = (group.keep_there * inner).long()
+            count = (group.keep_there * inner + ROUNDING).long()
             p = mass.flatten(1).sort(dim=1).values.gather(1, count[:, None]).squeeze(1)
         kept[group.rows] = (mass < p.view(-1, *[1] * (mass.ndim - 1))) | (mass < 0)
     return kept

@@ -6,21 +6,28 @@ work is refused here with the setting and the fix; nothing is ever silently dens
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .config import CUBE_VOLUMES, AdaSparkConfig, AdaSparkConfigError
-from .tags import MAX_POSITION
+from .config import (
+    CHECKPOINT_KEY,
+    SERVER_KEY,
+    AdaSparkConfig,
+    AdaSparkConfigError,
+    check_cube_volume,
+    operator_settings,
+    settled,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
-SERVER_KEY = "adaspark"  # in --additional-config
-CHECKPOINT_KEY = "adaspark_config"  # in the checkpoint's config.json
 # What adapters can read head by head: no scales per token, no packing.
 CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -35,7 +42,7 @@ class StartupCheck(VerifyAndUpdateConfig):
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
         _split_graphs_at_ffn(vllm_config)
-        _report_requests(vllm_config)
+        _use_our_worker(vllm_config)
         _use_video_loader(vllm_config)
         # The request processor and the model see the model's config, not ours: it travels there.
         vllm_config.model_config.hf_config.adaspark_resolved = config.to_dict()
@@ -43,31 +50,39 @@ class StartupCheck(VerifyAndUpdateConfig):
 
 
 def settle(vllm_config: VllmConfig) -> AdaSparkConfig:
-    """Server settings, then the checkpoint's over them."""
-    additional = vllm_config.additional_config or {}
+    """The checkpoint's settings, and over them the operator's."""
+    operator = operator_settings(vllm_config.additional_config)
     checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
-    config = AdaSparkConfig().override(
-        additional.get(SERVER_KEY), source=f"--additional-config {SERVER_KEY}"
-    )
-    return config.override(checkpoint, source=f"config.json {CHECKPOINT_KEY}")
+    config = settled(checkpoint, operator)
+    if checkpoint is not None:
+        logger.info(
+            "AdaSpark: config.json %s says %s; --additional-config %s says %s",
+            *(CHECKPOINT_KEY, checkpoint, SERVER_KEY, operator),
+        )
+    if not config.enabled and settled(None, operator).enabled:
+        logger.warning(
+            "AdaSpark: dense, since config.json %s says so; --additional-config '%s' turns it on",
+            *(CHECKPOINT_KEY, f'{{"{SERVER_KEY}": {{"enabled": true}}}}'),
+        )
+    return config
 
 
 def _settle_block_size(vllm_config: VllmConfig, config: AdaSparkConfig) -> None:
     """A cube is a KV block."""
     cache = vllm_config.cache_config
     volume = config.cube_volume
-    if volume not in CUBE_VOLUMES:
-        raise AdaSparkConfigError(
-            f"cube={list(config.cube)} holds {volume} tokens; allowed volumes: "
-            f"{', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 2], [4, 4, 4] or [8, 4, 4]"
-        )
+    operator = operator_settings(vllm_config.additional_config)
+    trained = config.cube != settled(None, operator).cube
+    origin = f" of config.json {CHECKPOINT_KEY}" if trained else ""
+    check_cube_volume(config, origin)
     if not cache.user_specified_block_size:
         cache.block_size = volume
         cache.user_specified_block_size = True
     elif cache.block_size != volume:
         raise AdaSparkConfigError(
-            f"--block-size {cache.block_size} does not match cube={list(config.cube)}, which holds "
-            f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another cube"
+            f"--block-size {cache.block_size} does not match cube={list(config.cube)}{origin}, "
+            f"which holds {volume} tokens; leave --block-size out, set it to {volume}, or choose "
+            "another cube"
         )
 
 
@@ -122,15 +137,47 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             f"--mm-processor-kwargs {SERVER_KEY}; server-wide settings go into "
             f"--additional-config '{{\"{SERVER_KEY}\": {{...}}}}'",
         ),
-        (
-            model.max_model_len > MAX_POSITION,
-            f"--max-model-len {model.max_model_len}; use at most {MAX_POSITION}",
-        ),
         (model.runner_type != "generate", f"--runner {model.runner_type}; use generate"),
+        (
+            parallel.worker_cls != "auto" and not _tells_requests(parallel.worker_cls),
+            f"--worker-cls {parallel.worker_cls}: the worker tells the model what its requests ask "
+            "for; leave it out, or derive the class from vllm_adaspark.worker.AdaSparkCPUWorker or "
+            "AdaSparkGPUWorker",
+        ),
+        (
+            _not_the_processors(mm_kwargs),
+            f"--mm-processor-kwargs {json.dumps(_not_the_processors(mm_kwargs))}: the model's "
+            "weights fix these; leave them out",
+        ),
     ]
     for unsupported, what in refused:
         if unsupported:
             raise AdaSparkConfigError(f"AdaSpark does not support {what}")
+
+
+def _tells_requests(worker_cls: str | type) -> bool:
+    """Whether a worker class is one of ours, or made from one."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from .worker import AccountingWorker
+
+    try:
+        cls = resolve_obj_by_qualname(worker_cls) if isinstance(worker_cls, str) else worker_cls
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return isinstance(cls, type) and issubclass(cls, AccountingWorker)
+
+
+def _not_the_processors(mm_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Server-wide processor options that contradict the vision tower: requests would fail."""
+    scopes = [mm_kwargs, *(mm_kwargs.get(name) for name in ("images_kwargs", "videos_kwargs"))]
+    return {
+        key: value
+        for scope in scopes
+        if isinstance(scope, Mapping)
+        for key, value in scope.items()
+        if key in ("merge_size", "patch_size", "temporal_patch_size")
+    }
 
 
 def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
@@ -152,30 +199,30 @@ def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
         compilation.splitting_ops.append(OP_NAME)
 
 
-def _report_requests(vllm_config: VllmConfig) -> None:
-    """Run vLLM's worker with per-request accounting, unless the user chose a worker."""
+def _use_our_worker(vllm_config: VllmConfig) -> None:
+    """Run vLLM's worker, as we extend it, unless the user chose one made from it."""
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == "auto":
         kind = "CPU" if current_platform.is_cpu() else "GPU"
         parallel.worker_cls = f"vllm_adaspark.worker.AdaSpark{kind}Worker"
-    else:
-        logger.warning("AdaSpark: no per-request report with --worker-cls %s", parallel.worker_cls)
 
 
 def _use_video_loader(vllm_config: VllmConfig) -> None:
     """Read videos with our loader, unless the user chose one in --media-io-kwargs.
 
     Raises:
-        ValueError: decord was chosen and is not installed.
+        ValueError: options with which every video would be refused, or decord is not installed.
     """
-    from .video import DECORD_LOADER, LOADER, require_decord
+    from .video.connector import use_connector
+    from .video.load import LOADER, check_server_options
 
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         media = multimodal.media_io_kwargs
-        video = {"video_backend": LOADER} | media.get("video", {})
+        video = dict(media.get("video") or {})
+        video["video_backend"] = video.get("video_backend") or LOADER
+        check_server_options(video)
         multimodal.media_io_kwargs = media | {"video": video}
-        if video["video_backend"] == DECORD_LOADER:
-            require_decord()
+        use_connector()

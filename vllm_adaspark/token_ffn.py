@@ -9,13 +9,14 @@ keeps its share of all tokens of the request's cubes in the step.  Importance is
 
 A token that skips gets one of
 
-* ``"centroid"``: the FFN of the skipped tokens' mean input, one more evaluation a cube.
+* ``"centroid"``: the FFN of the skipped tokens' mean input, one more evaluation for each cube in
+  which a token skips.
 * ``"mean"``: the mean of the active tokens' FFN outputs.  The paper's.
 * ``"bypass"``: nothing.
 
 The first of each belong together: to first order the error of a token that takes its centroid's
 output grows with its distance from it, so the tokens farthest away run (measured in
-docs/quality.md).  (Paper: AdaS-FFN; design, section 2; issue 3.)
+docs/quality.md).  (Paper: AdaS-FFN.)
 
 Gradients flow through what ran and what compensates: training computes the same (training/).
 """
@@ -111,31 +112,38 @@ def sparse_ffn(
     """
     runs = torch.ones(len(x), dtype=torch.bool, device=x.device)
     runs[plan.tokens] = active
-    index = runs.nonzero().squeeze(1)  # waits for the GPU: the one data-dependent size
+    by_centroid = plan.compensation == CENTROID
+    has_centroid = by_centroid & ~active.all(1)
+    # The two sizes that depend on the data; on a GPU this is the one wait for them.
+    number, centroids = torch.stack([runs.sum(), has_centroid.sum()]).tolist()
+    index = torch.nonzero_static(runs, size=number).squeeze(1)
     inputs = x[index]
-    if CENTROID in plan.compensations:
-        inputs = torch.cat([inputs, _means(x[plan.tokens], ~active)])
+    if centroids:
+        cubes = torch.nonzero_static(has_centroid, size=centroids).squeeze(1)
+        inputs = torch.cat([inputs, _means(x[plan.tokens[cubes]], ~active[cubes])])
     outputs = ffn(inputs)
 
-    # One gather makes the result: a token's row is its own output, or its cube's fill.
+    # One gather makes the result: a token's row is its own output, or what its cube's tokens get.
     row = runs.cumsum(0) - 1
     own = row[plan.tokens]
-    if CENTROID in plan.compensations:
-        fill = outputs[len(index) :]
-    else:
-        fill = outputs.new_zeros(len(own), outputs.shape[1])
+    fill_row = number + has_centroid.cumsum(0) - 1
     if plan.compensations != (CENTROID,):
-        fill = torch.where((plan.compensation == CENTROID)[:, None], fill, 0.0)
+        fill = outputs.new_zeros(len(own), outputs.shape[1])
         if MEAN in plan.compensations:
             mean = _means(outputs[own.clamp(min=0)], active)
             fill = torch.where((plan.compensation == MEAN)[:, None], mean, fill)
-        outputs = torch.cat([outputs[: len(index)], fill])
-    fill_row = len(index) + torch.arange(len(own), device=x.device)
+        nth = torch.arange(len(own), device=x.device)
+        fill_row = torch.where(by_centroid, fill_row, len(outputs) + nth)
+        outputs = torch.cat([outputs, fill])
     row[plan.tokens] = torch.where(active, own, fill_row[:, None])
     return outputs.index_select(0, row)
 
 
 def _means(x: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
     """Mean of each cube of ``x [cubes, block_size, hidden]`` over ``some [cubes, block_size]``."""
-    total = torch.bmm(some.to(x.dtype).unsqueeze(1), x).squeeze(1)  # summed in float32
-    return (total / some.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+    # Summed in float32.  Divided by the block size, a power of two, before the sum is rounded:
+    # float16 could not hold it.
+    part = (some / some.shape[1]).to(x.dtype)
+    total = torch.bmm(part.unsqueeze(1), x).squeeze(1)
+    factor = some.shape[1] / some.sum(1, keepdim=True).clamp(min=1)
+    return (total * factor).to(x.dtype)

@@ -1,9 +1,9 @@
-"""vLLM's workers with an account per request: a log line, a report file, and collective_rpc.
+"""vLLM's workers: they tell the model which requests a step runs, and keep an account of each.
 
-The model knows rows, the worker knows which request is which row; here the two meet.  Every rank
-keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever asks
-merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost and,
-with ``report_file`` set, adds one JSON line to that file.
+The scheduler tells the worker of its requests, the model plans by them; here the two meet.  Every
+rank keeps accounts of its own KV heads and layers (ledger.py) and sends them when asked; whoever
+asks merges them (reports.py).  When a request ends, the first rank of an engine logs what it cost
+and, with ``report_file`` set, adds one JSON line to that file: of its own part, as the line says.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from .accounting import Account
-from .attention.plan import StepPlan
-from .attention.planner import MAX_TEXT_TILES
+from .accounting import Account, ModelShape
+from .attention.plan import MAX_TEXT_TILES, StepPlan
 from .attention.state import KeySums, StepRows
+from .budget import prompt_cost
 from .ledger import Ledger, keep_counts
-from .models.processing import VideoSettings, language_model_shape
 from .observing import observing
-from .reports import request_report
+from .reports import part_of_model, request_report, told_settings
+from .requests import Request, RequestTable, mask_of, settings_of, videos_of
 from .runtime import Runtime
 from .tracing.worker import TracingWorker
 
@@ -53,17 +57,16 @@ class Step:
 class RequestAccounts:
     """Brings what happened to the ledger, in order, once it can be read without waiting."""
 
-    def __init__(self, runtime: Runtime, ledger: Ledger, writes: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, ledger: Ledger, writes: bool, part: str | None = None
+    ) -> None:
         self.ledger = ledger
-        self._runtime, self._writes = runtime, writes
+        self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
-    def admit(self, requests: list[Any]) -> None:
-        """Note the settings of the scheduler's new requests."""
-        for request in requests:
-            videos = [f for f in request.mm_features or () if f.modality == "video"]
-            settings = tuple(VideoSettings.from_feature(videos[0])) if videos else ()
-            self.ledger.admit(request.req_id, settings)
+    def admit(self, request_id: str, request: Request | None) -> None:
+        """Note what a new request asked for; None if it has no video."""
+        self.ledger.admit(request_id, None if request is None else told_settings(request))
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -98,11 +101,11 @@ class RequestAccounts:
 
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
-        report = request_report(request_id, account, finished=True)
-        if account.video:
+        report = request_report(request_id, account, finished=True) | {"part": self._part}
+        if account.settings is not None:
             logger.info(
                 "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                "%.4g of %.4g TFLOPs (%.1f%% of dense)",
+                "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,
                 account.video_tokens,
@@ -111,6 +114,7 @@ class RequestAccounts:
                 report["flops"]["executed"]["total"] / 1e12,
                 report["flops"]["dense"]["total"] / 1e12,
                 100 * report["flops_ratio"],
+                f", counting {self._part}" if self._part else "",
             )
         path = self._runtime.config.report_file
         if path is None:
@@ -143,7 +147,8 @@ def step_bytes(config: VllmConfig) -> int:
     """What a sparse step's layers share beside vLLM's own activations, at the most.
 
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
-    probabilities and choice it is made from.  Layers run one after the other, so it counts once.
+    probabilities and choice it is made from, also those of other tensor-parallel ranks
+    (attention/heads.py).  Layers run one after the other, so it counts once.
     """
     model, parallel = config.model_config, config.parallel_config
     scheduler = config.scheduler_config
@@ -153,6 +158,8 @@ def step_bytes(config: VllmConfig) -> int:
     turned = 2 * tokens * heads * model.get_head_size() * model.dtype.itemsize
     tiles = tokens // block + min(tokens, MAX_TEXT_TILES + scheduler.max_num_seqs)
     entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
+    ranks = parallel.tensor_parallel_size
+    entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
     return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry
 
 
@@ -161,6 +168,7 @@ class AccountingWorker:
 
     vllm_config: VllmConfig
     _accounts: RequestAccounts | None = None
+    _runtime: Runtime | None = None  # the model's, if it is one of ours
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -168,12 +176,18 @@ class AccountingWorker:
         runtime = getattr(model, "runtime", None)
         if runtime is None:
             return
+        self._runtime = runtime
+        runtime.requests = RequestTable(self._describe)
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
         layers = range(stage.start_layer, stage.end_layer)
-        ledger = Ledger(language_model_shape(text), layers, text.num_hidden_layers)
+        ledger = Ledger(
+            ModelShape.of(text, current_platform.device_type), layers, text.num_hidden_layers
+        )
         writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
-        self._accounts = RequestAccounts(runtime, ledger, writes)
+        ranks = get_tensor_model_parallel_world_size()
+        part = part_of_model(layers, text.num_hidden_layers, ranks)
+        self._accounts = RequestAccounts(runtime, ledger, writes, part)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache, once key sums and what a step takes have got their part."""
@@ -190,20 +204,54 @@ class AccountingWorker:
         )
         return room
 
+    def _describe(self, new: Any) -> Request:
+        """What a new request with video asked for, from vLLM's NewRequestData."""
+        videos = videos_of(new.mm_features)
+        config = settings_of(videos[0])
+        embeds = new.prompt_embeds
+        tokens = len(new.prompt_token_ids if embeds is None else embeds)
+        is_video = mask_of(tokens, [video.mm_position for video in videos])
+        if config.flops is None or not config.enabled:
+            return Request(config, is_video)
+        text = self.vllm_config.model_config.hf_text_config
+        cost = prompt_cost(
+            ModelShape.of(text, current_platform.device_type),
+            text.num_hidden_layers,
+            is_video,
+            config,
+        )
+        return Request(config, is_video, cost.share(config.flops), cost.least)
+
     def execute_model(self, scheduler_output: Any) -> Any:
-        accounts = self._accounts
-        if accounts is None:
+        runtime = self._runtime
+        if runtime is None:
             return super().execute_model(scheduler_output)
+        runtime.requests.update(scheduler_output)
+        self._before_step(scheduler_output)
+        if not self.use_v2_model_runner:  # for V2, see models/model_state.py
+            runtime.request_ids = lambda: self.model_runner.input_batch.req_ids
+        try:
+            output = super().execute_model(scheduler_output)
+        finally:
+            runtime.request_ids = None  # dummy runs between steps are nobody's
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            self._after_step()
+        return output
+
+    def _before_step(self, scheduler_output: Any) -> None:
+        """What a worker does beside the model's work, before a step."""
+        accounts, requests = self._accounts, self._runtime.requests
         accounts.remember_finished(scheduler_output.finished_req_ids)
         with observing("accounts"):
             accounts.settle()
         with observing("the settings in accounts"):
-            accounts.admit(scheduler_output.scheduled_new_reqs)
-        output = super().execute_model(scheduler_output)
-        if scheduler_output.total_num_scheduled_tokens > 0:
-            with observing("the account of a step"):
-                accounts.remember_step(self._request_ids())
-        return output
+            for new in scheduler_output.scheduled_new_reqs:
+                accounts.admit(new.req_id, requests[new.req_id])
+
+    def _after_step(self) -> None:
+        """The same, once a step is launched."""
+        with observing("the account of a step"):
+            self._accounts.remember_step(self._request_ids())
 
     def _request_ids(self) -> list[str]:
         """The requests of the step that just ran, in row order, in either model runner."""

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from harness import PagedLayer, one_request
 
 from vllm_adaspark.accounting import count_step
 from vllm_adaspark.attention.score import choose_cubes
 from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.tags import tag_word
+from vllm_adaspark.requests import Request
 
 from .record import DENSE, Cell, Record, in_turn, progress
 
@@ -126,7 +127,7 @@ class _Inputs:
         rows = one_request(len(self.query), config.cube_volume, shuffle_seed=0)
         num_blocks = rows.block_table.size + 1  # and vLLM's null block
         layer = PagedLayer(config, num_blocks=num_blocks, sparse=sparse, isa=isa, **SHAPE)
-        layer.begin(rows, torch.full((len(self.query),), tag_word(config)))
+        layer.begin(rows, [Request(config, np.ones(len(self.query), bool))])
         layer.write(self.key, self.value)
         return layer
 

@@ -11,9 +11,8 @@ import torch
 from harness import one_request
 
 from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import BlockTags
 from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.tags import tag_word
+from vllm_adaspark.requests import Request
 from vllm_adaspark.token_ffn import active_tokens, sparse_ffn
 
 from .record import DENSE, Cell, Record, in_turn, progress
@@ -87,9 +86,10 @@ def _dense(ffn: Callable, x: torch.Tensor) -> Callable[[], dict]:
 def _ours(ffn: Callable, x: torch.Tensor, residual: torch.Tensor, share: float):
     config = AdaSparkConfig(p_ffn=min(share, ALL))
     rows = one_request(len(x), config.cube_volume)
-    tags = BlockTags(rows.block_table.size + 1, config.cube_volume)
-    words = np.full(len(x), tag_word(config))
-    plan = build_plan(rows, words, tags, dense_below=8, cube_queries=16, device=x.device).ffn
+    request = Request(config, np.ones(len(x), bool))
+    plan = build_plan(
+        rows, [request], config.cube_volume, dense_below=8, cube_queries=16, device=x.device
+    ).ffn
 
     ran = []  # rows that the FFN got
 

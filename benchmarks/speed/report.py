@@ -216,8 +216,7 @@ def _scaling(scaling: dict[str, Any]) -> str:
     memory = scaling["memory"]
     text = (
         f"Memory per token of a 7B layer: KV cache {memory['kv_cache']:.0f} bytes, key sums "
-        f"{memory['key_sums']:.0f} ({memory['key_sums_share']:.1%}); and on the host, once for all "
-        f"layers, {memory['host_tags']:.1f}."
+        f"{memory['key_sums']:.0f} ({memory['key_sums_share']:.1%})."
     )
     return f"{table}\n\n{text}" if scaling["exponents"] else text
 

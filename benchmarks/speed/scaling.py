@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_adaspark.attention.state import BlockTags, KeySums
+from vllm_adaspark.attention.state import KeySums
 
 from .attention import SHAPE, USUAL, selection_share
 
@@ -65,17 +65,14 @@ def selection(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory(block_size: int = 64) -> dict[str, float]:
-    """Bytes per token and layer: key sums beside the KV cache; and the host's tags, once."""
+    """Bytes per token and layer: key sums beside the KV cache."""
     blocks = 16
     heads, size = SHAPE["kv_heads"], SHAPE["head_size"]
     sums = KeySums(blocks, heads, size, block_size, torch.device("cpu"))
-    tags = BlockTags(blocks, block_size)
-    arrays = (tags.is_cube, tags.word, tags._video_slots)
     tokens = blocks * block_size
     kv_cache = 2 * heads * size * SHAPE["dtype"].itemsize
     return {
         "kv_cache": kv_cache,
         "key_sums": sums._sums.nbytes / tokens,
         "key_sums_share": sums._sums.nbytes / tokens / kv_cache,
-        "host_tags": sum(array.nbytes for array in arrays) / tokens,
     }

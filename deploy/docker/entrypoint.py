@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_adaspark.cli import main as vllm_adaspark
+from vllm_adaspark.cli.redact import redact_text
 from vllm_adaspark.config import OFF, AdaSparkConfig, AdaSparkConfigError
 
 KEY_FILES = {"VLLM_API_KEY_FILE": "VLLM_API_KEY", "HF_TOKEN_FILE": "HF_TOKEN"}
@@ -149,7 +150,7 @@ def main() -> int:
     try:
         arguments, keys = command(sys.argv[1:], os.environ)
     except SettingError as error:
-        print(f"entrypoint: {error}", file=sys.stderr)
+        print(f"entrypoint: {redact_text(str(error))}", file=sys.stderr)
         return WRONG_SETTING
     os.environ |= keys
     return vllm_adaspark(arguments)  # does not come back: it becomes vLLM

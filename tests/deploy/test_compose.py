@@ -64,6 +64,13 @@ def test_each_profile_has_one_server_that_prometheus_finds(services):
         assert services[name]["ports"][0].endswith(":" + target.split(":")[1])
 
 
+def test_a_wrong_setting_does_not_restart_for_ever(services):
+    """The entry script exits with 2 at once; Docker cannot tell that from a crash."""
+    assert {services[name]["restart"] for name in SERVERS.values()} == {"no"}
+    policy = services["server"]["deploy"]["restart_policy"]
+    assert policy["condition"] == "on-failure" and 1 <= policy["max_attempts"] <= 5
+
+
 def test_ports_are_on_loopback(services):
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert len(ports) == 4

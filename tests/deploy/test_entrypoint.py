@@ -81,6 +81,13 @@ def test_wrong_arguments_exit_with_2(tmp_path):
     assert twice.returncode == 2 and "leave one of them out" in twice.stderr
 
 
+def test_messages_and_the_command_line_show_no_keys():
+    broken = enter("m", VLLM_ARGS=f"--api-key {KEY} --chat-template '{{")
+    assert broken.returncode == 2 and "quote it" in broken.stderr and KEY not in broken.stderr
+    shown = enter("m", "--print", VLLM_ARGS=f"--hf-token {KEY} --api-key={KEY}").stdout
+    assert "--hf-token" in shown and KEY not in shown
+
+
 def test_shell_scripts_pass_the_linter():
     passes(tool("shellcheck"), *sorted(DEPLOY.rglob("*.sh")))
 

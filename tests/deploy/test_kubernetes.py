@@ -17,6 +17,7 @@ FOLDERS = ("server", "multi-node", "monitoring")
 VERSIONS = ("1.30", "1.36")  # the oldest and the newest that is checked
 # Kinds of operators, which Kubernetes' own schemas do not hold.
 CUSTOM = {"LeaderWorkerSet", "PodMonitor", "PrometheusRule"}
+KV_HEADS = 8  # of the 72B model that multi-node serves
 GROUP = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "leader"}
 
 
@@ -81,7 +82,8 @@ def test_follows_kubernetes_schemas(rendered, version):
             kinds.add(item["kind"])
             if item["kind"] not in CUSTOM:
                 validate(item, version, strict=True)
-    assert kinds >= CUSTOM | {"Deployment", "Service", "PersistentVolumeClaim", "ConfigMap"}
+    stock = {"Deployment", "Service", "PersistentVolumeClaim", "ConfigMap", "NetworkPolicy"}
+    assert kinds >= CUSTOM | stock
     for name, template in all_pods(rendered).items():
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         pod["metadata"] = {**pod["metadata"], "name": name}
@@ -121,6 +123,22 @@ def test_monitor_scrapes_every_pod_that_answers(rendered):
     found = {name for name, pod in all_pods(rendered).items() if wanted <= labels(pod).items()}
     assert found == {"server", "leader"}
     assert [end["port"] for end in monitor["podMetricsEndpoints"]] == ["http"]
+
+
+@pytest.mark.parametrize("folder", ["server", "multi-node"])
+def test_pods_are_reached_on_their_http_port_by_those_who_may(rendered, folder):
+    """/metrics and /health ask for no key."""
+    policy = only(rendered[folder], "NetworkPolicy")["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    mine = policy["podSelector"]["matchLabels"].items()
+    held = {name for name, pod in all_pods(rendered).items() if mine <= labels(pod).items()}
+    assert held == set(pods(rendered[folder]))
+    *among, outside = policy["ingress"]
+    assert outside["ports"] == [{"port": "http"}]
+    assert {"podSelector": {}} in outside["from"]
+    assert all(peer.get("namespaceSelector") != {} for peer in outside["from"])
+    # The ranks of a group reach each other, and only each other, on every port.
+    assert among == ([{"from": [{"podSelector": policy["podSelector"]}]}] if len(held) > 1 else [])
 
 
 def test_deployment_selects_its_own_pods_and_claims_a_volume_that_exists(rendered):
@@ -183,7 +201,8 @@ def test_ranks_fill_the_nodes_and_agree(rendered):
     for name, pod in pods(objects).items():
         args = serve_arguments(*expanded(container(pod)), **environment(pod, objects))
         gpus = int(container(pod)["resources"]["limits"]["nvidia.com/gpu"])
-        assert args.tensor_parallel_size * args.pipeline_parallel_size == size * gpus
+        assert args.tensor_parallel_size == size * gpus <= KV_HEADS
+        assert args.pipeline_parallel_size == 1, "never ran in an engine"
         assert (args.nnodes, args.node_rank, args.master_addr) == (size, 1, "leader")
         ranks[name] = vars(args)
     differ = {key for key, value in ranks["leader"].items() if ranks["worker"][key] != value}

@@ -19,7 +19,7 @@ AT_MOST = {
     "vllm_adaspark",
     "vllm_adaspark.config",
     "vllm_adaspark.startup",
-    "vllm_adaspark.tags",
+    "vllm_adaspark.requests",
 }
 OURS = """
 def ours():

@@ -68,7 +68,7 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
                 dtype=torch.bfloat16,
                 max_model_len=131072,
             ),
-            parallel_config=None,
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
             scheduler_config=SimpleNamespace(
                 max_num_scheduled_tokens=8192, max_num_batched_tokens=131072, max_num_seqs=64
             ),
@@ -77,6 +77,9 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
         turned = 2 * 8192 * 28 * 128 * 2
         tiles = 128 + 1024 + 64
         assert step_bytes(config) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1)
+        config.parallel_config.tensor_parallel_size = 2
+        assert step_bytes(config) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1 + 2 * 2 * 4)
+        config.parallel_config.tensor_parallel_size = 1
         layer = SimpleNamespace(page_size_bytes=64 * 4 * 256 * 2, num_kv_heads=4, head_size=128)
 
         class Stock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import checkpoint as demo_checkpoint  # examples/demo
 import pytest
 
 from engine.engines import SPARSE, ask, clip, engine, five_prompts, last_reports, video_prompt
@@ -73,11 +74,18 @@ def preemptions(llm) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-def test_tensor_parallel_equals_one_rank(checkpoint, whole, monkeypatch) -> None:
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path, monkeypatch) -> None:
+    """Two ranks that hold a KV head each, or share one, choose what a single rank chooses."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
-    with engine(checkpoint, SPARSE, tensor_parallel_size=2, enable_prefix_caching=False) as llm:
-        for prompt, (want, account) in zip(prompts(), whole, strict=True):
+    path = demo_checkpoint.build(tmp_path / "model", dtype="float32", seed=3, kv_heads=kv_heads)
+    # Under a budget one p is found for all KV heads, whichever rank holds them.
+    asked = [*prompts()[:3], video_prompt(clip(60, seed=1), flops=0.5)]
+    with engine(path, SPARSE, enable_prefix_caching=False) as llm:
+        whole = [(ask(llm, [prompt])[0], last_reports(llm)[0]) for prompt in asked]
+    with engine(path, SPARSE, tensor_parallel_size=2, enable_prefix_caching=False) as llm:
+        for prompt, (want, account) in zip(asked, whole, strict=True):
             assert ask(llm, [prompt])[0].difference(want) < CLOSE
             (report,) = last_reports(llm)
             # Each rank counted its own KV heads; together they did what one rank does.
@@ -86,6 +94,11 @@ def test_tensor_parallel_equals_one_rank(checkpoint, whole, monkeypatch) -> None
                 assert mine["cubes_attended"] == pytest.approx(theirs["cubes_attended"], rel=2e-3)
             assert report["flops_ratio"] == pytest.approx(account["flops_ratio"], rel=1e-3)
             assert report["fallback_tokens"] == account["fallback_tokens"]
+        first, second = (
+            [entry["counts"]["cubes_attended"] for entry in rank["requests"]]
+            for rank in llm.collective_rpc("adaspark_report")
+        )
+        assert (first == second) == (kv_heads == 1), "ranks with the same KV head choose the same"
 
 
 def test_torch_compile_equals_eager(checkpoint, whole) -> None:

@@ -27,8 +27,11 @@ def start(checkpoint, settings=None, overrides: dict | None = None, **options):
     arguments = EngineArgs(
         model=str(checkpoint),
         hf_overrides={"architectures": [ARCHITECTURE]} | (overrides or {}),
-        additional_config={} if settings is None else {"adaspark": settings},
-        **{"max_model_len": 8192} | options,
+        **{
+            "max_model_len": 8192,
+            "additional_config": {} if settings is None else {"adaspark": settings},
+        }
+        | options,
     )
     return arguments.create_engine_config()
 
@@ -70,6 +73,12 @@ def test_cube_of_an_untested_volume(checkpoint, cube) -> None:
     volume = cube[0] * cube[1] * cube[2]
     for word in [f"cube={cube}", f"{volume} tokens", "allowed volumes: 32, 64, 128", "[4, 4, 4]"]:
         assert word in message
+
+
+@pytest.mark.parametrize("wrong", [{"p_attn": 0.5}, {"AdaSpark": {}}, {"adaspak": {"p_attn": 0.5}}])
+def test_settings_in_the_wrong_place(checkpoint, wrong) -> None:
+    message = refusal(checkpoint, None, additional_config=wrong)
+    assert f"{next(iter(wrong))!r} means nothing there" in message and '{"adaspark": ' in message
 
 
 def test_cube_that_is_not_the_block_size(checkpoint) -> None:
@@ -119,12 +128,14 @@ UNSUPPORTED = {
         },
         "use_sliding_window",
     ),
-    "too long": (
-        {
-            "overrides": {"text_config": {"max_position_embeddings": 2_000_000}},
-            "max_model_len": 1_500_000,
-        },
-        "--max-model-len 1500000",
+    "another patch size": (
+        {"mm_processor_kwargs": {"videos_kwargs": {"merge_size": 4}}},
+        '--mm-processor-kwargs {"merge_size": 4}',
+    ),
+    "a worker that does not exist": ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
+    "the stock worker": (
+        {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+        "--worker-cls vllm.v1.worker.cpu_worker.CPUWorker",
     ),
 }
 
@@ -151,11 +162,10 @@ def test_block_size_follows_the_cube(checkpoint, cube, size) -> None:
         assert start(checkpoint, settings, **options).cache_config.block_size == size
 
 
-def test_worker_is_ours_unless_the_user_has_one(checkpoint) -> None:
+def test_worker_is_ours_or_made_from_ours(checkpoint) -> None:
     ours = start(checkpoint).parallel_config.worker_cls
     assert ours.startswith("vllm_adaspark.worker.AdaSpark")
-    mine = start(checkpoint, worker_cls="my.Worker").parallel_config.worker_cls
-    assert mine == "my.Worker"
+    assert start(checkpoint, worker_cls=ours).parallel_config.worker_cls == ours
 
 
 def test_video_loader_is_ours_unless_the_user_has_one(checkpoint) -> None:
@@ -167,6 +177,33 @@ def test_video_loader_is_ours_unless_the_user_has_one(checkpoint) -> None:
     assert video(media_io_kwargs={"video": {"fps": 1}}) == {"video_backend": "adaspark", "fps": 1}
     chosen = {"video": {"video_backend": "opencv"}}
     assert video(media_io_kwargs=chosen) == chosen["video"]
+
+
+@pytest.mark.parametrize(
+    "video, words",
+    [
+        ({"num_frames": 16}, ["video.num_frames=16", "use fps or max_frames"]),
+        ({"num_frames": 32}, ["video.num_frames=32", "use fps or max_frames"]),
+        ({"fps": 100}, ["video.fps=100", "at most 30"]),
+        ({"max_frames": 1}, ["video.max_frames=1", "from 2 to"]),
+        ({"min_frames": 9, "max_frames": 8}, ["video.min_frames=9", "max_frames=8"]),
+        ({"max_frame": 8}, ["video.max_frame=8", "unknown", "max_frames"]),
+        ({"frames_indices": [0, 1]}, ["video.frames_indices=", "unknown"]),
+        ({"video_backend": "adaspark_opencv", "fps": 0}, ["video.fps=0", "above 0"]),
+        ({"video_backend": "adaspark_decrod"}, ["video_backend='adaspark_decrod'", "known: "]),
+    ],
+)
+def test_what_would_refuse_every_video_is_refused_at_start(checkpoint, video, words) -> None:
+    with pytest.raises(ValueError) as caught:
+        start(checkpoint, media_io_kwargs={"video": video})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_of_a_loader_that_is_not_ours_are_its_own(checkpoint) -> None:
+    video = {"video_backend": "opencv", "num_frames": 16, "fps": 100}
+    config = start(checkpoint, media_io_kwargs={"video": video})
+    assert config.model_config.multimodal_config.media_io_kwargs["video"] == video
 
 
 def test_decord_is_asked_for_but_not_installed(checkpoint, monkeypatch) -> None:
@@ -196,11 +233,36 @@ def own_settings(checkpoint, tmp_path):
     return make
 
 
-def test_checkpoint_overrides_the_server(own_settings) -> None:
-    config = start(own_settings({"p_attn": 0.7, "cube": [2, 4, 4]}), {"p_attn": 0.5, "p_ffn": 0.4})
+def test_the_operator_overrides_the_checkpoint(own_settings) -> None:
+    checkpoint = own_settings({"p_attn": 0.7, "p_ffn": 0.3, "cube": [2, 4, 4]})
+    config = start(checkpoint, {"p_attn": 0.5})
     resolved = config.model_config.hf_config.adaspark_resolved
-    assert (resolved["p_attn"], resolved["p_ffn"]) == (0.7, 0.4)
-    assert config.cache_config.block_size == 32
+    assert (resolved["p_attn"], resolved["p_ffn"]) == (0.5, 0.3)
+    assert config.cache_config.block_size == 32  # of the checkpoint's cube
+    assert start(checkpoint, {"cube": [8, 4, 4]}).cache_config.block_size == 128
+    message = refusal(checkpoint, block_size=64)
+    assert "--block-size 64 does not match cube=[2, 4, 4] of config.json adaspark_config" in message
+
+
+@pytest.mark.parametrize("off", ["off", {"off": True}])
+def test_off_is_the_stock_model_whatever_the_checkpoint_says(own_settings, off) -> None:
+    said = {"order": "cube", "enabled": True, "cube": [2, 4, 4], "p_atn": 0.5, "report_file": "x"}
+    config = start(own_settings(said), off)
+    resolved = config.model_config.hf_config.adaspark_resolved
+    assert AdaSparkConfig().override(resolved) == AdaSparkConfig(enabled=False, order="raster")
+    assert config.cache_config.block_size == 64
+
+
+def test_a_checkpoint_that_says_off_is_told(own_settings, monkeypatch) -> None:
+    from vllm_adaspark import startup
+
+    told = []
+    monkeypatch.setattr(startup.logger, "warning", lambda text, *args: told.append(text % args))
+    checkpoint = own_settings("off")
+    assert not start(checkpoint).model_config.hf_config.adaspark_resolved["enabled"]
+    assert any("dense, since config.json adaspark_config says so" in text for text in told)
+    on = start(checkpoint, {"enabled": True})
+    assert on.model_config.hf_config.adaspark_resolved["enabled"]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +271,9 @@ def test_checkpoint_overrides_the_server(own_settings) -> None:
         ({"p_attn": 7}, ["p_attn=7", "above 0 and at most 1"]),
         ({"p_atn": 0.5}, ["unknown key 'p_atn'", "did you mean 'p_attn'?"]),
         ("sparse", ["must be an object of settings", "got 'sparse' (str)"]),
+        ({"report_file": "/tmp/x"}, ["'report_file'", "cannot be set by a checkpoint"]),
     ],
-    ids=["value", "key", "no object"],
+    ids=["value", "key", "no object", "operator's"],
 )
 def test_bad_checkpoint_setting(own_settings, settings, words) -> None:
     message = refusal(own_settings(settings))

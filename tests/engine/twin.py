@@ -1,7 +1,7 @@
 """A whole naive Qwen2.5-VL with AdaSpark: Hugging Face's modules, reference.py's rules.
 
 No vLLM, no pages, no batching: the model the engine must agree with.  Positions are vLLM's, which
-differ from Hugging Face's after a video (design, section 6).
+differ from Hugging Face's after a video: its text goes on at the video's largest position + 1.
 """
 
 from __future__ import annotations

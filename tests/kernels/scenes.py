@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vllm_adaspark import requests
 from vllm_adaspark.attention.state import StepRows
 from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.tags import tag_word
 
 
 @dataclass
@@ -26,9 +26,12 @@ class Request:
     layout: list[tuple[str, int]] = field(default_factory=list)
 
     @property
-    def words(self) -> torch.Tensor:
-        """``[n]`` tag words as the model would see them."""
-        return self.is_video.long() * tag_word(self.config)
+    def known(self) -> requests.Request | None:
+        """What a worker knows of it; a budget is taken as the share to keep, as the twin does."""
+        if not self.is_video.any():
+            return None
+        config = self.config
+        return requests.Request(config, self.is_video.numpy(), config.flops)
 
 
 def random_request(
@@ -75,6 +78,11 @@ def rows_of(step: list[tuple[Request, int]]) -> StepRows:
         seq_lens=np.array([request.done + count for request, count in step]),
         block_table=table,
     )
+
+
+def known_of(step: list[tuple[Request, int]]) -> list[requests.Request | None]:
+    """What a worker knows of each request of a step."""
+    return [request.known for request, _ in step]
 
 
 def gather(step: list[tuple[Request, int]], name: str) -> torch.Tensor:

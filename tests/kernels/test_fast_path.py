@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import PagedLayer
 
-from kernels.scenes import Request, gather, random_request, relative_rms, rows_of
+from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
 from vllm_adaspark.attention import backend
 from vllm_adaspark.attention.plan import DENSE
 from vllm_adaspark.config import AdaSparkConfig
@@ -84,9 +84,8 @@ def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     chunk = int(rng.choice([block, 2 * block, 100, 333, 10_000]))
     while step := next_step(rng, requests, chunk):
         seen.clear()
-        output = layer.step(
-            rows_of(step), *(gather(step, name) for name in ("words", "q", "k", "v"))
-        )
+        tensors = (gather(step, name) for name in "qkv")
+        output = layer.step(rows_of(step), known_of(step), *tensors)
         check_step(step, output, layer, seen, layer_index, TOLERANCE[dtype], TIE[dtype])
         for request, count in step:
             request.done += count

@@ -14,7 +14,7 @@ import torch
 from harness import PagedLayer
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
-from kernels.scenes import gather, random_request, relative_rms, rows_of
+from kernels.scenes import gather, known_of, random_request, relative_rms, rows_of
 from vllm_adaspark.attention.adapters import SUPPORTED, adapter_for
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.runtime import Runtime
@@ -84,7 +84,6 @@ def test_adapter_equals_cpu_adapter(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert backend.get_name() == name and issubclass(backend, stock)
     impl = backend.get_impl_cls()(6, 32, 32**-0.5, 2, None, None, "auto")
     runtime = Runtime(CONFIG)
-    runtime.expect_video()
     one = torch.ones(())
     layer = SimpleNamespace(
         adaspark=runtime, adaspark_layer=0, _q_scale=one, _k_scale=one, _v_scale=one
@@ -102,10 +101,10 @@ def test_adapter_equals_cpu_adapter(name: str, monkeypatch: pytest.MonkeyPatch) 
     for counts in ((300, 200, 535), (225, 0, 1)):
         step = [(r, n) for r, n in zip(requests, counts, strict=True) if n]
         rows = rows_of(step)
-        words, q, k, v = (gather(step, name) for name in ("words", "q", "k", "v"))
-        want = cpu.step(rows, words, q, k, v)
+        q, k, v = (gather(step, name) for name in "qkv")
+        want = cpu.step(rows, known_of(step), q, k, v)
 
-        runtime.begin_step(rows, words, torch.from_numpy(rows.block_table), 64, 64)
+        runtime.plan_step(rows, known_of(step), torch.device("cpu"))
         impl.do_kv_cache_update(layer, k, v, cache, cpu._slots)
         metadata = make_metadata(
             dict(

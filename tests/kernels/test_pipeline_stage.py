@@ -1,4 +1,4 @@
-"""A later pipeline stage has no embeddings, token ids or videos: only positions and metadata.
+"""A later pipeline stage has no embeddings or videos: only what the scheduler tells every worker.
 
 Stock vLLM 0.32.0 fails with pipeline parallelism on the CPU, so this is tested below the engine:
 two stages, each with its own runtime and caches, must plan and attend alike.
@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from harness import PagedLayer
 
-from kernels.scenes import gather, random_request, rows_of
+from kernels.scenes import gather, known_of, random_request, rows_of
 from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.tags import add_tags, split_tags, tag_word
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
 CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1, dense_layers=3, p_ffn=0.7)
 
 
-def test_later_stage_plans_from_positions_alone() -> None:
+def test_later_stage_plans_as_the_first_one() -> None:
     rng = np.random.default_rng(0)
     layout = [("text", 20), ("video", 600), ("text", 30)]
     request = random_request(rng, CONFIG, layout, **SHAPE, pool=list(range(1, 40)), sharpness=2.0)
@@ -33,9 +32,9 @@ def test_later_stage_plans_from_positions_alone() -> None:
     for count in (256, prompt - 256, 1, 1, 1):
         step = [(request, count)]
         rows, (q, k, v) = rows_of(step), (gather(step, name) for name in "qkv")
-        words = words_from_positions(request, count)
-        outputs = [layer.step(rows, words, q, k, v) for layer in (first, second, stock)]
-        assert torch.equal(outputs[0], outputs[2]), "dense_layers travelled with the tokens"
+        known = known_of(step)
+        outputs = [layer.step(rows, known, q, k, v) for layer in (first, second, stock)]
+        assert torch.equal(outputs[0], outputs[2]), "dense_layers is the request's"
         differs |= not torch.allclose(outputs[1], outputs[2], atol=1e-3)
         one, two = first.runtime.plan, second.runtime.plan
         assert np.array_equal(one.cubes_seen, two.cubes_seen)
@@ -45,15 +44,3 @@ def test_later_stage_plans_from_positions_alone() -> None:
             assert torch.allclose(one.ffn.share, torch.tensor(0.7))
         request.done += count
     assert differs, "the second stage must have been sparse"
-
-
-def words_from_positions(request, count: int) -> torch.Tensor:
-    """Tag words as a stage gets them: from positions that runner V2 staged as int32."""
-    positions = torch.arange(len(request.is_video)).expand(3, -1).clone()
-    video = request.is_video.nonzero().flatten()
-    add_tags(positions, tag_word(request.config), slice(int(video[0]), int(video[-1]) + 1))
-    staged = positions.to(torch.int32)
-    assert torch.equal(staged.long(), positions)
-    plain, words = split_tags(staged.long()[:, request.done : request.done + count])
-    assert torch.equal(plain[0], torch.arange(request.done, request.done + count))
-    return words

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.scenes import gather, random_request, rows_of
+from kernels.scenes import gather, known_of, random_request, rows_of
 from vllm_adaspark import kernels, selection
 from vllm_adaspark.attention import score as attention_score
 from vllm_adaspark.attention import tables as attention_tables
 from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import BlockTags, KeySums
+from vllm_adaspark.attention.state import KeySums
 from vllm_adaspark.config import COMPENSATIONS, AdaSparkConfig
 from vllm_adaspark.kernels import ffn, nucleus, score, tables
 
@@ -160,6 +160,36 @@ def test_score_refuses_a_head_size_it_cannot_tile() -> None:
         score.pool_probabilities(
             *[torch.zeros(1, 1, 1, 80)] * 4, *[torch.zeros(1)] * 3, tile_size=32, scale=1.0
         )
+
+
+@pytest.mark.parametrize("head_size", [16, 64, 128, 256])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("width", [1, 40, 4096])
+def test_score_blocks_fit_in_a_programs_memory(head_size, element_bytes, width) -> None:
+    rows, columns, stages = score.block_shape(head_size, element_bytes, width)
+    assert (rows + stages * columns) * head_size * element_bytes <= score.SHARED_BYTES
+    assert min(rows, columns) >= 16, "what a product takes"
+    assert all(number.bit_count() == 1 for number in (rows, columns))
+    assert columns == 128 or head_size * element_bytes > 256 or width < 128, (
+        "no smaller than needed"
+    )
+
+
+def test_score_takes_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large heads leave room for few queries and cubes at a time."""
+    monkeypatch.setattr(score, "SHARED_BYTES", 4 << 10)
+    assert score.block_shape(16, 4, 300)[:2] == (32, 16)
+    torch.manual_seed(0)
+    size, group, d, width = 32, 5, 16, 300
+    query, means = torch.randn(1, size, group, d), torch.randn(1, width, d)
+    candidates = torch.rand(1, width) > 0.3
+    probs = torch.zeros(1, 1, width)
+    score.pool_probabilities(
+        probs, query, means, candidates, torch.tensor([0]), torch.arange(size),
+        torch.tensor([width], dtype=torch.int32), size, 1.0,
+    )  # fmt: skip
+    want = naive_probabilities(query[0], means[0], candidates[0], 1.0)
+    assert relative_rms(probs[0, 0], want) < 1e-5
 
 
 # Nucleus
@@ -327,7 +357,9 @@ def naive_ffn(x, gate_up, down, active, plan) -> torch.Tensor:
     "names", [("bypass",), ("mean", "bypass"), ("centroid",), ("centroid", "mean", "bypass")]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_ffn_equals_naive(names: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_ffn_equals_naive(
+    names: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(len(names))
     tokens, size, hidden, inner = 300, 32, 48, 72
     x = torch.randn(tokens, hidden).to(dtype)
@@ -345,15 +377,20 @@ def test_ffn_equals_naive(names: tuple[str, ...], dtype: torch.dtype) -> None:
     )
     assert ffn.waits_for_nothing(x, gate_up, down)
     seen = []
+    # A centroid runs for a cube that wants one and has a token that skips.
+    wanted = (codes == COMPENSATIONS.index("centroid")) & ~active.all(1)
+    count = tokens - 5 * size + int(active.sum()) + int(wanted.sum())
 
     def reduce(y: torch.Tensor) -> torch.Tensor:
-        count = tokens - 5 * size + int(active.sum()) + (5 if "centroid" in names else 0)
         seen.append(len(y))
         y = y.clone()
         y[count:] = float("nan")  # rows that nothing may read
         return y
 
+    products = []
+    monkeypatch.setattr(ffn, "_grouped", lambda x, w, rows: products.append(rows) or (x @ w.T))
     got = ffn.sparse_swiglu(x, gate_up, down, active, plan, reduce)
+    assert [int(rows) for rows in products] == [count, count], "rows that run, and are charged"
     want = naive_ffn(x, gate_up, down, active, plan)
     assert got.dtype == dtype
     assert relative_rms(got, want) < (1e-6 if dtype == torch.float32 else 1e-2)
@@ -381,12 +418,22 @@ def counting(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("selection_rule", ["top_p", "top_k"])
-def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "selection_rule, head_size, group",
+    [
+        ("top_p", 16, 5),
+        ("top_k", 80, 1),
+        ("uniform", 16, 2),
+    ],
+)
+def test_layer_attention_equals_torch(
+    selection_rule: str, head_size: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of sizes that the score kernels do not take are scored in PyTorch."""
     config = AdaSparkConfig(
         p_attn=0.6, min_cubes=1, selection=selection_rule, cube=(2, 4, 4), dense_below=1
     )
-    shape = dict(heads=4, kv_heads=2, head_size=16, dtype=torch.float32)
+    shape = dict(heads=2 * group, kv_heads=2, head_size=head_size, dtype=torch.float32)
     rng, pool = np.random.default_rng(0), list(range(1, 40))
     layout = [("text", 9), ("video", 32 * 7 + 3), ("text", 5)]
     requests = [
@@ -394,13 +441,11 @@ def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.Monkey
     ]
     step = [(request, len(request.is_video)) for request in requests]
     rows = rows_of(step)
-    words, q, k = (gather(step, name) for name in ("words", "q", "k"))
-    plan = build_plan(
-        rows, words.numpy(), BlockTags(40, 32), dense_below=1, cube_queries=16, device=q.device
-    )
-    sums = KeySums(40, 2, 16, 32, q.device)
+    q, k = (gather(step, name) for name in "qk")
+    plan = build_plan(rows, known_of(step), 32, dense_below=1, cube_queries=16, device=q.device)
+    sums = KeySums(40, 2, head_size, 32, q.device)
     sums.write(k, plan.key_writes)
-    by_head = q.unflatten(1, (2, 2)).transpose(0, 1).contiguous()
+    by_head = q.unflatten(1, (2, group)).transpose(0, 1).contiguous()
 
     calls = [
         counting(monkeypatch, *each)
@@ -413,12 +458,14 @@ def test_layer_attention_equals_torch(selection_rule, monkeypatch: pytest.Monkey
     ]
 
     def run() -> tuple:
-        chosen = attention_score.choose_cubes(by_head, sums, plan.attention, 16**-0.5, 0)
+        chosen = attention_score.choose_cubes(by_head, sums, plan.attention, head_size**-0.5, 0)
         return chosen, attention_tables.build_tables(chosen, plan.attention, 32)
 
     chosen, batch = run()
     used = [bool(each) for each in calls]
-    assert used == [True, True, selection_rule == "top_p", True]
+    scored = selection_rule != "uniform" and head_size == 16
+    assert used == [scored, scored, selection_rule == "top_p", True]
+    assert kernels.score_products("cpu", head_size) == (2 if head_size == 16 else 1)
     for module in (attention_score, attention_tables, selection):
         monkeypatch.setattr(module, "use_triton", lambda tensor: False)
     want, want_batch = run()
@@ -449,7 +496,7 @@ def test_layer_ffn_equals_torch(
     )  # fmt: skip
     step = [(request, len(request.is_video))]
     plan = build_plan(
-        rows_of(step), request.words.numpy(), BlockTags(9, 32), dense_below=1,
+        rows_of(step), known_of(step), 32, dense_below=1,
         cube_queries=16, device=torch.device("cpu"),
     )  # fmt: skip
 

@@ -10,9 +10,11 @@ import checkpoint as demo_checkpoint  # examples/demo
 import cv2
 import openai
 import pytest
+import variable_rate
 import video as demo_video  # examples/demo
 from server import VllmServer  # examples/demo
 from serving import SETTINGS, Served
+from transformers import AutoConfig
 
 from vllm_adaspark import ARCHITECTURE
 
@@ -78,6 +80,7 @@ def served(media, tmp_path_factory):
         "--enforce-eager",
         "--enable-prompt-tokens-details",  # usage says what the prefix cache held
         "--enable-server-load-tracking",
+        "--enable-mm-embeds",
     ]
     # Not what engine tests set for engines inside the test process.
     env = {
@@ -90,4 +93,46 @@ def served(media, tmp_path_factory):
         client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0
         )
-        yield Served(server, client, report_file)
+        text_config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+        yield Served(server, client, report_file, text_config)
+
+
+@pytest.fixture(scope="session")
+def good(served: Served, media: Path) -> str:
+    """What the server says about the clip when nothing is the matter."""
+    answer = served.ask((media / "clip.mp4").as_uri())
+    assert len(answer.text) > 5
+    return answer.text
+
+
+@pytest.fixture
+def still_serves(served: Served, media: Path, good: str):
+    """After the test: same process, healthy, and the next good request is answered as ever."""
+    yield
+    assert served.server.process.poll() is None
+    assert served.health() == 200
+    assert served.ask((media / "clip.mp4").as_uri()).text == good
+
+
+@pytest.fixture(scope="session")
+def needle_url(tmp_path_factory):
+    """The needle model's server. In fp32, so that a batch's other members change no answer."""
+    arguments = [
+        *("--served-model-name", "needle"),
+        *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
+        "--trust-request-mm-kwargs",
+        *("--allowed-local-media-path", str(tmp_path_factory.getbasetemp())),
+        *("--dtype", "float32"),
+        *("--max-model-len", "2048"),
+        *("--max-num-batched-tokens", "2048"),
+        "--enforce-eager",
+    ]
+    env = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_PLUGINS": "adaspark,adaspark_http",
+    }
+    log = tmp_path_factory.mktemp("needle") / "server.log"
+    with VllmServer(variable_rate.CHECKPOINT, *arguments, log=log, env=env) as server:
+        server.wait_until_ready(START_SECONDS)
+        yield f"{server.url}/v1"

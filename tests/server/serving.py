@@ -8,6 +8,7 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import openai
 from server import VllmServer  # examples/demo
@@ -33,6 +34,7 @@ class Served:
     server: VllmServer
     client: openai.OpenAI
     report_file: Path
+    text_config: Any  # of the language model it serves
     answered: list[str] = field(default_factory=list)  # ids of all requests that were answered
 
     def ask(

@@ -11,16 +11,12 @@ from pathlib import Path
 
 import openai
 import pytest
-from server import VllmServer  # examples/demo
-
-from vllm_adaspark import ARCHITECTURE
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 EVAL = ROOT / "examples" / "eval"
 LMMS = Path(sys.prefix) / "lmms-eval" / "bin"
-START_SECONDS = 300
 RUN_SECONDS = 600  # a run takes about 15
 
 VIDEOS, PATCHES, PATCH_TOKENS = 6, 64, 16
@@ -76,31 +72,6 @@ def questions(task: Path) -> list[dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def url(task: Path, tmp_path_factory):
-    """The needle model's server. In fp32, so that a batch's other members change no answer."""
-    arguments = [
-        *("--served-model-name", "needle"),
-        *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
-        "--trust-request-mm-kwargs",
-        *("--allowed-local-media-path", str(task)),
-        *("--dtype", "float32"),
-        *("--max-model-len", "2048"),
-        *("--max-num-batched-tokens", "2048"),
-        "--enforce-eager",
-    ]
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_PLUGINS": "adaspark,adaspark_http",
-    }
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    checkpoint = ROOT / "examples" / "needle" / "checkpoint"
-    with VllmServer(checkpoint, *arguments, log=log, env=env) as server:
-        server.wait_until_ready(START_SECONDS)
-        yield f"{server.url}/v1"
-
-
 def answer(client: openai.OpenAI, folder: Path, question: dict, settings: dict) -> str:
     video = {"type": "video_url", "video_url": {"url": (folder / question["video"]).as_uri()}}
     text = {"type": "text", "text": question["question"]}
@@ -115,17 +86,25 @@ def answer(client: openai.OpenAI, folder: Path, question: dict, settings: dict) 
 
 
 def test_scores_are_those_of_direct_calls(
-    task: Path, questions: list[dict], url: str, tmp_path: Path
+    task: Path, questions: list[dict], needle_url: str, tmp_path: Path
 ) -> None:
     given = [f"--setting={name}={json.dumps(value)}" for name, value in SETTINGS.items()]
     done = run(
-        *(LMMS / "python", EVAL / "compare.py", url, "--tasks", "needle", "--include-path", task),
+        *(
+            LMMS / "python",
+            EVAL / "compare.py",
+            needle_url,
+            "--tasks",
+            "needle",
+            "--include-path",
+            task,
+        ),
         *("--frames", 2 * PATCHES, "--out", tmp_path / "out", *given),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "out" / "comparison.json").read_text())["tasks"]["needle"]
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=needle_url, api_key="none", max_retries=0)
     accuracies = {}
     for name, settings in SETTINGS.items():
         direct = [answer(client, task, question, settings) for question in questions]
@@ -151,11 +130,10 @@ def test_scores_are_those_of_direct_calls(
     assert f"| needle | sparse | {len(questions)} | 0 |" in table
 
 
-def test_the_plugin_in_lmms_evals_own_command(task: Path, url: str, tmp_path: Path) -> None:
+def test_the_plugin_in_lmms_evals_own_command(task: Path, needle_url: str, tmp_path: Path) -> None:
     """Settings and frames go through `--model_args`; the video goes in the request."""
-    arguments = (
-        f'base_url={url},frames=32,inline=true,records_file=cost.jsonl,adaspark={{"off":true}}'
-    )
+    arguments = f"base_url={needle_url},frames=32,inline=true,records_file=cost.jsonl"
+    arguments += ',adaspark={"off":true}'
     done = run(
         *(LMMS / "lmms-eval", "--model", "adaspark", "--model_args", arguments),
         *("--include_path", task, "--tasks", "needle", "--batch_size", 1, "--limit", 3),
@@ -171,8 +149,10 @@ def test_the_plugin_in_lmms_evals_own_command(task: Path, url: str, tmp_path: Pa
         assert cost["adaspark"]["reason"] == "off"
 
 
-def test_a_refused_request_is_not_a_wrong_answer(task: Path, url: str, tmp_path: Path) -> None:
-    command = [LMMS / "python", EVAL / "compare.py", url, "--tasks", "needle"]
+def test_a_refused_request_is_not_a_wrong_answer(
+    task: Path, needle_url: str, tmp_path: Path
+) -> None:
+    command = [LMMS / "python", EVAL / "compare.py", needle_url, "--tasks", "needle"]
     command += ["--include-path", task, "--limit", 2, "--out", tmp_path / "out"]
     done = run(*command, '--setting=bad={"p_attn": 7}', folder=tmp_path)
     assert done.returncode == 1

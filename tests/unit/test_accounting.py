@@ -15,6 +15,7 @@ Causal pairs of n tokens at the end of c tokens: n * (c - n) + n * (n + 1) / 2.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,13 +25,15 @@ from vllm_adaspark.accounting import Account, ModelShape, count_step
 from vllm_adaspark.attention import planner
 from vllm_adaspark.attention.plan import DENSE, TEXT, VIDEO, StepPlan
 from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import BlockTags, StepRows
+from vllm_adaspark.attention.state import StepRows
+from vllm_adaspark.budget import prompt_cost
 from vllm_adaspark.config import AdaSparkConfig
-from vllm_adaspark.tags import tag_word
+from vllm_adaspark.requests import Request
+from vllm_adaspark.token_ffn import sparse_ffn
 
 BLOCK = 32
 LAYERS = range(2)
-WORD = tag_word(AdaSparkConfig(cube=(2, 4, 4)))
+CONFIG = AdaSparkConfig(cube=(2, 4, 4))
 IS_VIDEO = np.arange(136) // BLOCK % 4 != 0  # blocks 1, 2, 3
 TINY = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
 QWEN_7B = ModelShape(hidden=3584, heads=28, kv_heads=4, head_size=128, intermediate=18944)
@@ -41,21 +44,24 @@ KEPT = {1: torch.tensor([[2, 3, 3] + 8 * [3], [2, 3, 4] + 8 * [4]])}
 ACTIVE = {0: torch.tensor([16, 20, 32]), 1: torch.tensor([10, 10, 10])}
 
 
-def step(*requests: tuple[int, int, int], tags: BlockTags | None = None) -> tuple:
+def plan_of(rows: StepRows, *requests: Request | None) -> StepPlan | None:
+    return build_plan(
+        rows, requests, BLOCK, dense_below=1, cube_queries=16, device=torch.device("cpu")
+    )
+
+
+def step(*requests: tuple[int, int, int]) -> tuple:
     """(rows, plan) of a step; each request is (first token, tokens, first physical block).
 
-    Every request is the hand-made one.  ``tags`` carries block state from step to step.
+    Every request is the hand-made one.
     """
-    tags = tags or BlockTags(64, BLOCK)
     done, count, block = np.array(requests).T
     rows = StepRows(
         query_start=np.append(0, np.cumsum(count)),
         seq_lens=done + count,
         block_table=block[:, None] + np.arange(8),
     )
-    words = np.concatenate([WORD * IS_VIDEO[a : a + n] for a, n, _ in requests])
-    plan = build_plan(rows, words, tags, dense_below=1, cube_queries=16, device=torch.device("cpu"))
-    return rows, plan
+    return rows, plan_of(rows, *[Request(CONFIG, IS_VIDEO)] * len(requests))
 
 
 def keep_everything(plan: StepPlan) -> None:
@@ -205,12 +211,8 @@ def test_account_of_nothing() -> None:
 
 def test_decode_step() -> None:
     """One answer token, at position 136: it sees 137 tokens and three cubes."""
-    tags = BlockTags(64, BLOCK)
-    step((0, 136, 5), tags=tags)
     rows = StepRows(np.array([0, 1]), np.array([137]), 5 + np.arange(8)[None])
-    plan = build_plan(
-        rows, np.zeros(1, int), tags, dense_below=1, cube_queries=16, device=torch.device("cpu")
-    )
+    plan = plan_of(rows, Request(CONFIG, IS_VIDEO))
     plan.kept_blocks = {1: torch.tensor([[3], [4]])}
     counts = count_step(rows, plan, LAYERS)
     assert counts.dense_pairs.tolist() == [137]
@@ -218,6 +220,76 @@ def test_decode_step() -> None:
     assert counts.cubes_seen.tolist() == [3] and counts.scored[:, 0].tolist() == [0, 3]
     assert counts.cubes_attended[:, 0].tolist() == [3, 1.5]
     assert counts.video_tokens.tolist() == [0] and not counts.ffn_skipped.any()
+
+
+# -- what is charged is what runs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensations", [["centroid"], ["mean"], ["centroid", "bypass", "mean"]])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_ffn_evaluation_is_charged(compensations, seed) -> None:
+    """Cubes of which no token, one, some or all but one skip, of requests with other settings."""
+    rng = np.random.default_rng(seed)
+    rows, _ = step(*((0, 136, 5 + 8 * i) for i in range(len(compensations))))
+    plan = plan_of(
+        rows, *(Request(replace(CONFIG, compensation=c), IS_VIDEO) for c in compensations)
+    )
+    number = rng.choice([1, 7, BLOCK - 1, BLOCK], len(plan.ffn.tokens))
+    number[0] = BLOCK  # always one whose tokens all run
+    active = torch.from_numpy(np.arange(BLOCK) < number[:, None])
+    plan.ffn_active = {0: active.sum(1)}
+    ran = []
+
+    def ffn(x: torch.Tensor) -> torch.Tensor:
+        ran.append(len(x))
+        return 2 * x
+
+    x = torch.from_numpy(rng.normal(size=(len(rows.token_row), 4)).astype(np.float32))
+    out = sparse_ffn(x, ffn, active, plan.ffn)
+    assert ran == [rows.query_lens.sum() - count_step(rows, plan, range(1)).ffn_skipped.sum()]
+    assert torch.equal(out[plan.ffn.tokens][active], 2 * x[plan.ffn.tokens][active])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("compensation", ["centroid", "mean"])
+def test_means_of_large_numbers_are_finite(dtype, compensation) -> None:
+    """The sum over a cube would not fit in float16."""
+    rows, _ = step((0, 136, 5))
+    plan = plan_of(rows, Request(replace(CONFIG, compensation=compensation), IS_VIDEO))
+    active = (torch.arange(BLOCK) % 2 == 0).expand(len(plan.ffn.tokens), -1)
+    out = sparse_ffn(torch.full((136, 4), 30_000, dtype=dtype), lambda x: x, active, plan.ffn)
+    assert torch.allclose(out.float(), torch.tensor(30_000.0), rtol=2**-7)
+
+
+def test_nothing_is_charged_for_the_centroid_of_nobody(whole) -> None:
+    rows, plan = whole
+    plan.ffn_active = {0: torch.tensor([32, 31, 1]), 1: torch.tensor([32, 32, 32])}
+    # All but one: the centroid is the one that skips, and costs as much.
+    assert count_step(rows, plan, LAYERS).ffn_skipped[:, 0].tolist() == [0 + 0 + 30, 0]
+
+
+def test_scores_that_are_computed_twice_are_charged_twice(whole) -> None:
+    once, twice = TINY, replace(TINY, score_products=2)
+    assert twice.score_flops_per_pair == 2 * once.score_flops_per_pair
+    account = Account(twice, LAYERS)
+    account.add(count_step(*whole, LAYERS), 0)
+    executed = Account.from_counts(account.to_counts()).report()["flops"]["executed"]
+    assert (
+        executed["selection"] == 2 * account_of(*whole).report()["flops"]["executed"]["selection"]
+    )
+
+
+def test_uniform_scores_nothing() -> None:
+    config = replace(CONFIG, selection="uniform", keep=0.5)
+    rows, _ = step((0, 136, 5))
+    plan = plan_of(rows, Request(config, IS_VIDEO))
+    with plan.selection.running(torch.device("cpu")):
+        sum(range(10_000))
+    keep_everything(plan)
+    counts = count_step(rows, plan, LAYERS)
+    assert not plan.attention.jobs and not counts.scored.any()
+    assert counts.selection_seconds.sum() > 0, "choosing takes time all the same"
+    assert prompt_cost(TINY, 2, IS_VIDEO, config).scores == 0
 
 
 # -- what was not chosen, and how long choosing took --------------------------------------------
@@ -238,8 +310,7 @@ def test_no_token_falls_back_in_whole_cubes(whole) -> None:
 
 @pytest.mark.parametrize("edge, cut", [(32, 0), (64, 0), (70, 32), (96, 0), (127, 32), (130, 0)])
 def test_a_chunk_edge_in_a_cube_makes_its_tokens_fall_back(edge, cut) -> None:
-    tags = BlockTags(64, BLOCK)
-    steps = [step((first, count, 5), tags=tags) for first, count in ((0, edge), (edge, 136 - edge))]
+    steps = [step((first, count, 5)) for first, count in ((0, edge), (edge, 136 - edge))]
     assert fallbacks(*steps) == {"cut_cube": cut, "mixed_block": 0, "long_text": 0}
 
 
@@ -248,9 +319,8 @@ def test_video_in_a_block_with_text_falls_back(edges, monkeypatch) -> None:
     """A video of tokens 40 .. 129: 24 share a block with the text before it, 2 with that after."""
     tokens = np.arange(136)
     monkeypatch.setitem(globals(), "IS_VIDEO", (tokens >= 40) & (tokens < 130))
-    tags = BlockTags(64, BLOCK)
     chunks = zip(edges, np.diff(edges).tolist())
-    got = fallbacks(*(step((first, count, 5), tags=tags) for first, count in chunks))
+    got = fallbacks(*(step((first, count, 5)) for first, count in chunks))
     # A chunk edge at 100 cuts the cube of tokens 96 .. 127 too, none of which is mixed.
     assert got == {"cut_cube": 32 * (100 in edges), "mixed_block": 24 + 2, "long_text": 0}
 
@@ -264,8 +334,7 @@ def test_too_much_text_falls_back(monkeypatch) -> None:
 
 @pytest.mark.parametrize("config", [{"p_attn": 1.0, "p_ffn": 1.0}, {"enabled": False}])
 def test_dense_settings_have_no_fallbacks(config, monkeypatch) -> None:
-    word = tag_word(AdaSparkConfig(cube=(2, 4, 4), **config))
-    monkeypatch.setitem(globals(), "WORD", word)
+    monkeypatch.setitem(globals(), "CONFIG", AdaSparkConfig(cube=(2, 4, 4), **config))
     rows, plan = step((0, 70, 5))
     assert not any(fallbacks((rows, plan)).values())
     assert account_of(rows, plan).choices == 0
@@ -285,7 +354,7 @@ def test_a_steps_time_is_divided_among_its_requests() -> None:
 
 def test_an_account_travels_as_counts(whole) -> None:
     account = account_of(*whole)
-    account.video, account.cached_tokens = (1, 2, 3), 4
+    account.settings, account.cached_tokens = {"p_attn": 0.5}, 4
     counts = json.loads(json.dumps(account.to_counts()))
     copy = Account.from_counts(counts)
     assert copy.to_counts() == account.to_counts()
@@ -299,14 +368,12 @@ def test_an_account_travels_as_counts(whole) -> None:
 
 def test_requests_of_a_batch_are_counted_apart(whole) -> None:
     """The hand-made request between a text-only one and one that has nothing to do."""
-    tags = BlockTags(64, BLOCK)
     rows = StepRows(
         query_start=np.array([0, 20, 156, 156]),
         seq_lens=np.array([20, 136, 0]),
         block_table=np.stack([np.arange(8) + 40, np.arange(8) + 5, np.zeros(8, int)]),
     )
-    words = np.concatenate([np.zeros(20, int), WORD * IS_VIDEO])
-    plan = build_plan(rows, words, tags, dense_below=1, cube_queries=16, device=torch.device("cpu"))
+    plan = plan_of(rows, None, Request(CONFIG, IS_VIDEO), None)
     own = {1: torch.cat([torch.tensor([[1], [1]]), KEPT[1]], dim=1)}  # the text request is a tile
     plan.kept_blocks, plan.ffn_active = own, dict(ACTIVE)
     alone = account_of(*whole).report()
@@ -318,10 +385,9 @@ def test_requests_of_a_batch_are_counted_apart(whole) -> None:
 
 @pytest.mark.parametrize("edge", [32, 64, 70, 128, 135])
 def test_two_chunks_cost_what_one_does_dense(whole, edge) -> None:
-    tags = BlockTags(64, BLOCK)
     chunked = Account(TINY, LAYERS)
     for first, count in ((0, edge), (edge, 136 - edge)):
-        rows, plan = step((first, count, 5), tags=tags)
+        rows, plan = step((first, count, 5))
         chunked.add(count_step(rows, plan, LAYERS), 0)
     got, want = chunked.report()["flops"]["dense"], account_of(*whole).report()["flops"]["dense"]
     assert got == want
@@ -331,10 +397,9 @@ def test_two_chunks_cost_what_one_does_dense(whole, edge) -> None:
 
 @pytest.mark.parametrize("edge", [32, 64, 128])
 def test_chunks_at_block_edges_see_the_same_cubes(whole, edge) -> None:
-    tags = BlockTags(64, BLOCK)
     seen = 0
     for first, count in ((0, edge), (edge, 136 - edge)):
-        rows, plan = step((first, count, 5), tags=tags)
+        rows, plan = step((first, count, 5))
         seen += count_step(rows, plan, LAYERS).cubes_seen[0]
     assert seen == 120
 
@@ -366,15 +431,11 @@ def random_step(rng: np.random.Generator) -> tuple[StepRows, StepPlan]:
 
     The first chunk reaches into the question, so there is always a tile that chooses.
     """
-    tags = BlockTags(64, BLOCK)
     chunks = [sorted(rng.choice(137, 2, replace=False)) for _ in range(rng.integers(0, 3))]
     chunks.insert(0, [rng.integers(0, 129), rng.integers(129, 137)])
     blocks = [1 + 8 * number for number in range(len(chunks))]
-    earlier = [(0, first, block) for (first, _), block in zip(chunks, blocks) if first]
-    if earlier:
-        step(*earlier, tags=tags)
     now = [(first, last - first, block) for (first, last), block in zip(chunks, blocks)]
-    return step(*now, tags=tags)
+    return step(*now)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -266,12 +266,106 @@ def test_serve_names_plugins_and_keeps_others(served, monkeypatch):
         ("m --additional-config", "--additional-config: expected a value"),
         ("m --additional-config.adaspark.p 1", "unknown key 'p'"),
         ("m --additional-config.adaspark 3", "adaspark=3: expected an object"),
+        ("m --additional-config.p_attn 0.5", "'p_attn' means nothing there; AdaSpark's settings"),
+        ("m --additional-config.adaspak.p_attn 0.5", "'adaspak' means nothing there"),
+        ("m --cube 3,3,3", "cube=[3, 3, 3] holds 27 tokens; allowed volumes: 32, 64, 128"),
+        ("m --request-setings", "--request-setings (did you mean --request-settings?)"),
     ],
 )  # fmt: skip
 def test_serve_refuses(call, arguments, message):
     code, out, err = call("serve", *arguments.split(), "--print")
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    "model, told", [("./none", "no such folder"), ("FOLDER", "no config.json")]
+)
+def test_serve_refuses_a_path_that_is_no_checkpoint(call, served, tmp_path, model, told):
+    model = str(tmp_path) if model == "FOLDER" else model
+    code, out, err = call("serve", model)
+    assert (code, out) == (2, "") and f"MODEL {model!r}: {told}" in err
+    assert served(model)[0][0] == model  # --print may be meant for another machine
+
+
+SECRET = "S3cr3t-of-the-test"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        f"--api-key {SECRET} {SECRET}2 --port 9",
+        f"--api_key={SECRET}",
+        f"--hf-token {SECRET}",
+        f'--hf-overrides {{"a":[{{"api_key":"{SECRET}"}}]}}',
+        f"--additional-config.other.auth_token {SECRET}",
+        f'--model-loader-extra-config {{"env":{{"AWS_SECRET_ACCESS_KEY":"{SECRET}"}}}}',
+    ],
+)
+def test_serve_shows_no_keys_but_passes_them_on(call, monkeypatch, arguments):
+    became = []
+    monkeypatch.setattr(serve.os, "execvpe", lambda program, words, env: became.extend(words))
+    _, out, err = call("serve", "m", *arguments.split())
+    assert SECRET not in out + err
+    assert "***" in out and ("--port 9" in out) == ("--port 9" in arguments)
+    assert SECRET in " ".join(became)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "m", "--additional-config", f'{{"token": "{SECRET}"'],
+        ["serve", "m", "--kv-transfer-config", f'{{"a": {{"api_key": "{SECRET}"}}}}'],
+        ["inspect", "--api-key", SECRET],
+        ["inspect", f"https://me:{SECRET}@localhost:1/a.mp4?token={SECRET}"],
+        ["serve", "--api-key", SECRET],
+    ],
+)
+def test_messages_show_no_keys(call, arguments):
+    code, out, err = call(*arguments)
+    assert code in (1, 2) and SECRET not in out + err
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    """A checkpoint's folder whose config.json has settings."""
+
+    def make(settings):
+        model = {
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "intermediate_size": 688,
+            "num_hidden_layers": 4,
+            "vision_config": {},
+            "adaspark_config": settings,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(model))
+        return tmp_path
+
+    return make
+
+
+def test_serve_knows_the_checkpoints_settings(call, served, tuned):
+    model = tuned({"cube": [2, 4, 4], "p_attn": 0.3})
+    arguments, _ = served(str(model), "--block-size", "32", "--p-ffn", "0.4")
+    # What the operator named and no more: the plugin reads the rest from the checkpoint.
+    assert value(arguments, "--additional-config") == {"adaspark": {"p_ffn": 0.4}}
+    code, _, err = call("serve", model, "--block-size", "64", "--print")
+    assert code == 2 and "does not match cube=[2, 4, 4]" in err
+    served(str(model), "--block-size", "64", "--off")
+    tuned({"trace": True})
+    code, _, err = call("serve", model, "--print")
+    assert code == 2 and "'trace' is a server setting and cannot be set by a checkpoint" in err
+    served(str(model), "--off")
+
+
+def test_inspect_counts_with_the_checkpoints_settings(call, tuned):
+    model = tuned({"cube": [2, 4, 4], "p_attn": 0.3})
+    where = ("--duration", "1m", "--size", "224x224", "--json", "--model", model)
+    assert json.loads(call("inspect", *where)[1])["settings"]["p_attn"] == 0.3
+    told = json.loads(call("inspect", *where, "--p", "0.6")[1])["settings"]
+    assert (told["p_attn"], told["cube"]) == (0.6, [2, 4, 4])
 
 
 @pytest.mark.parametrize(
@@ -379,6 +473,10 @@ def test_inspect_reads_durations(call, text, seconds):
         ("CLIP --model 9b", "--model '9b': no such folder"),
         ("CLIP --model FOLDER", "no config.json"),
         ("CLIP --unknown", "unrecognized arguments: --unknown"),
+        (
+            "CLIP --modl 7b",
+            "inspect: error: unrecognized arguments: --modl 7b (did you mean --model?)",
+        ),
         ("CLIP --size 3x3", "give a video, or both"),
         ("", "give a VIDEO, or --duration and --size"),
         ("--duration 1h", "give a VIDEO, or --duration and --size"),
@@ -456,6 +554,7 @@ def test_a_hub_out_of_reach_is_named_with_a_way_out(call, clip):
         (["CLIP", "q", "--model", "7b", "--picture", "a.txt"], "ends in .png"),
         (["CLIP", "q", "--model", "7b", "--picture", "no/where/a.png"], "no such folder"),
         (["CLIP", "q", "--model", "nowhere"], "--model 'nowhere': no such folder"),
+        (["CLIP", "q", "--model", "7b", "--p-atn", "1"], "--p-atn (did you mean --p-attn?)"),
     ],
 )
 def test_ask_refuses_before_it_starts(call, clip, arguments, message):

@@ -5,13 +5,20 @@ import json
 
 import pytest
 
-from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError
+from vllm_adaspark.config import AdaSparkConfig, AdaSparkConfigError, settled
 
-SERVER_KEYS = {
-    "dense_below": 4,
+# Keys that a request may not set; the first two decide what is computed, so a checkpoint may.
+TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4}
+SERVER_KEYS = TRAINED_KEYS | {
     "encoder_patches": 1024,
     "trace_mb": 8,
     "report_file": "report.jsonl",
+}
+OPERATORS_KEYS = {
+    "encoder_patches": 1024,
+    "trace_mb": 8,
+    "report_file": "report.jsonl",
+    "trace": True,
 }
 
 
@@ -137,12 +144,12 @@ def test_shares_are_rounded_to_thousandths_but_never_to_nothing_or_to_dense(key)
 
 
 def test_rising_priority_leaves_other_keys_alone():
-    server = AdaSparkConfig().override({"p_attn": 0.7, "p_ffn": 0.6, "min_cubes": 3})
-    checkpoint = server.override({"p_attn": 0.8, "dense_layers": 2})
-    request = checkpoint.override({"p_attn": 0.5}, request=True)
+    checkpoint = {"p_attn": 0.8, "p_ffn": 0.3, "dense_layers": 2}
+    server = settled(checkpoint, {"p_attn": 0.7, "min_cubes": 3})
+    request = server.override({"p_attn": 0.5}, request=True)
     assert (request.p_attn, request.p_ffn, request.min_cubes, request.dense_layers) == (
         0.5,
-        0.6,
+        0.3,
         3,
         2,
     )
@@ -159,6 +166,56 @@ def test_a_request_may_not_set_a_server_key(key, value):
     allowed = str(caught.value).split("allowed: ")[1].split(", ")
     assert "p_attn" in allowed
     assert not set(allowed) & set(SERVER_KEYS)
+
+
+@pytest.mark.parametrize(("key", "value"), OPERATORS_KEYS.items())
+def test_a_checkpoint_may_not_set_what_is_the_operators(key, value):
+    with pytest.raises(AdaSparkConfigError, match="cannot be set by a checkpoint") as caught:
+        settled({"p_attn": 0.5, key: value}, {"p_attn": 0.4})
+    message = str(caught.value)
+    assert message.startswith(f"config.json adaspark_config: {key!r}")
+    assert not set(message.split("allowed: ")[1].split(", ")) & set(OPERATORS_KEYS)
+    with pytest.raises(AdaSparkConfigError, match=repr(key)):  # also where the operator names it
+        settled({key: value}, {key: value})
+    assert getattr(settled(None, {key: value}), key) == value
+
+
+def test_a_checkpoint_may_set_what_training_fixes():
+    assert settled(TRAINED_KEYS, None) == AdaSparkConfig(**TRAINED_KEYS)
+    assert settled(TRAINED_KEYS, {"dense_below": 8}).dense_below == 8
+
+
+@pytest.mark.parametrize("off", ["off", {"off": True}, {"off": True, "p_attn": 0.5}])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"order": "cube", "enabled": True},
+        {"cube": [2, 4, 4], "flops": 0.3},
+        "paper",
+        {"report_file": "x", "no such key": 1},
+    ],
+)
+def test_an_operators_off_is_stock_whatever_the_checkpoint_says(off, checkpoint):
+    assert settled(checkpoint, off) == AdaSparkConfig().override(off)
+    assert settled(checkpoint, off).cube_volume == AdaSparkConfig().cube_volume
+    assert not settled(None, off).enabled
+
+
+def test_words_of_two_sources():
+    bypass = {"compensation": "bypass", "min_cubes": 5}
+    assert settled(bypass, "paper") == AdaSparkConfig().override("paper")
+    paper = settled("paper", bypass)
+    assert (paper.importance, paper.compensation, paper.min_cubes) == ("norm", "bypass", 5)
+    assert settled("off", None) == AdaSparkConfig(enabled=False, order="raster")
+    assert settled("off", {"enabled": True}).enabled
+    assert settled({"p_attn": 0.3}, {"off": False}).p_attn == 0.3
+
+
+def test_a_wrong_value_is_told_with_its_source():
+    with pytest.raises(AdaSparkConfigError, match=r"^config\.json adaspark_config: p_attn=7"):
+        settled({"p_attn": 7}, {"p_attn": 0.5})
+    with pytest.raises(AdaSparkConfigError, match=r"^--additional-config adaspark: p_attn=7"):
+        settled({"p_attn": 0.5}, {"p_attn": 7})
 
 
 def test_a_request_may_change_a_cubes_shape_but_not_its_volume():
@@ -215,6 +272,24 @@ def test_a_budget_and_the_p_it_replaces():
     assert server.override({"min_cubes": 2}).flops == 0.5
     assert AdaSparkConfig(p_attn=0.3).override({"flops": 0.4}).flops == 0.4
     assert AdaSparkConfig().override(server.to_dict()) == server
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "counts"),
+    [
+        ({"flops": 0.4}, {"p_attn": 0.3}, {"p_attn": 0.3, "flops": None}),
+        ({"flops": 0.4}, {"selection": "top_k"}, {"selection": "top_k", "flops": None}),
+        ({"flops": 0.4}, {"selection": "top_p"}, {"flops": 0.4}),
+        ({"p_attn": 0.3, "p_ffn": 0.2}, {"flops": 0.4}, {"flops": 0.4}),
+        ({"selection": "uniform", "keep": 0.1}, {"flops": 0.4}, {"selection": "top_p"}),
+        ({"selection": "uniform"}, {"flops": None}, {"selection": "uniform", "flops": None}),
+        ({"flops": 0.4}, "paper", {"flops": 0.4, "min_cubes": 1}),
+    ],
+)
+def test_of_two_sources_the_later_decides_on_the_budget(lower, upper, counts):
+    """Between checkpoint and operator as between server and request."""
+    for config in (settled(lower, upper), settled(None, lower).override(upper, request=True)):
+        assert {key: getattr(config, key) for key in counts} == counts
 
 
 def test_a_budget_chooses_p_so_it_needs_top_p():

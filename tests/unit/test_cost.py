@@ -51,15 +51,18 @@ def clips(tmp_path_factory):
 @pytest.mark.parametrize("fps", [0.1, 1, 2, 2.5, 24, 30])
 @pytest.mark.parametrize("limit", [2, 6, 768, 2000])
 def test_samples_as_many_frames_as_the_loader(fps, limit):
+    """vLLM's, with a higher limit than its own."""
+    from vllm.multimodal.video import Qwen2VLVideoBackend
     from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
-    from vllm_adaspark.video import VideoLoader
+    class Unlimited(Qwen2VLVideoBackend):
+        _MAX_FRAMES = 1 << 20
 
     sampling = Sampling(fps=fps, max_frames=limit, min_frames=min(4, limit))
     rng = np.random.default_rng(0)
     for frames in [2, 3, 5, 451, *rng.integers(2, 20_000, 60).tolist()]:
         for source_fps in (30.0, 23.976, 8.0):
-            taken = VideoLoader.compute_frames_index_to_sample(
+            taken = Unlimited.compute_frames_index_to_sample(
                 VideoSourceMetadata(frames, source_fps, frames / source_fps),
                 VideoTargetMetadata(-1, fps, 300),
                 max_frames=limit,
@@ -88,7 +91,7 @@ def test_a_single_frame_is_no_video():
 def test_counts_the_tokens_the_real_processor_makes(clips, name, rules):
     from transformers import Qwen2VLVideoProcessor
 
-    from vllm_adaspark.video import VideoLoader
+    from vllm_adaspark.video.load import VideoLoader
 
     data = clips[name].read_bytes()
     frames, _ = VideoLoader.load_bytes(data, fps=2)

@@ -110,7 +110,7 @@ def test_blocks_are_compact_wherever_the_video_starts(grid):
     spreads = [block_spread(grid, (4, 4, 4), 64, phase=int(phase)) for phase in phases]
     raster = block_spread(grid, (4, 4, 4), 64, phase=int(phases[0]), order="raster")
     assert min(spreads) >= IDEAL
-    assert np.mean(spreads) < 4.95  # design: 4.1 to 4.9
+    assert np.mean(spreads) < 4.95
     assert max(spreads) < 5.3
     assert raster > 2 * max(spreads)
 

@@ -7,7 +7,8 @@ import pytest
 
 PURE = (
     "config",
-    "tags",
+    "requests",
+    "runtime",
     "cubes",
     "selection",
     "reference",
@@ -20,6 +21,8 @@ PURE = (
     "ledger",
     "cost",
     "picture",
+    "video.decode",
+    "video.sampling",
     "tracing.trace",
     "tracing.reader",
     "analysis.measure",

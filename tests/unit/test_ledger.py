@@ -15,15 +15,16 @@ from vllm_adaspark import observing as observing_module
 from vllm_adaspark.accounting import ModelShape, count_step
 from vllm_adaspark.attention.plan import DENSE, StepPlan
 from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import BlockTags, StepRows
+from vllm_adaspark.attention.state import StepRows
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
 from vllm_adaspark.observing import observing
+from vllm_adaspark.reports import told_settings
 from vllm_adaspark.request_ids import search_name, unnumbered
-from vllm_adaspark.tags import tag_word
+from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
-VIDEO = (tag_word(AdaSparkConfig()), 4, 4, 4, 0, 0, 0)
+SETTINGS = told_settings(Request(AdaSparkConfig(), np.ones(9, bool)))
 
 
 @pytest.fixture
@@ -44,13 +45,13 @@ def requests(ledger: Ledger) -> dict[tuple, int]:
 
 
 def test_a_requests_life(ledger) -> None:
-    ledger.admit("a", VIDEO)
+    ledger.admit("a", SETTINGS)
     run(ledger, ("a", 10, 32))
     run(ledger, ("a", 1, 42), ("b", 5, 0))
     (a, b) = ledger.report()["requests"]
     assert (a["request_id"], a["finished"]) == ("a", False)
     assert (a["counts"]["tokens"], a["counts"]["cached_tokens"]) == (11, 32)
-    assert a["counts"]["video"] == list(VIDEO) and b["counts"]["video"] == []
+    assert a["counts"]["settings"] == SETTINGS and b["counts"]["settings"] is None
     assert ledger.finish("a").tokens == 11
     assert requests(ledger)[("dense", "few_cubes")] == 1
     assert sum(requests(ledger).values()) == 1, "b still runs"
@@ -61,11 +62,11 @@ def test_a_requests_life(ledger) -> None:
 
 
 def test_a_request_that_never_ran(ledger) -> None:
-    ledger.admit("a", VIDEO)
+    ledger.admit("a", SETTINGS)
     assert ledger.finish("a") is None
     assert not any(requests(ledger).values())
     run(ledger, ("a", 3, 0))  # the id comes again, without a video
-    assert ledger.report()["requests"][0]["counts"]["video"] == []
+    assert ledger.report()["requests"][0]["counts"]["settings"] is None
 
 
 def test_all_that_is_sent_is_plain(ledger) -> None:
@@ -182,9 +183,9 @@ def sparse_plan() -> tuple[StepRows, StepPlan]:
     """A step over 12 cubes and a question, after its layers have run."""
     video, text = 12 * 64, 20
     rows = StepRows(np.array([0, video + text]), np.array([video + text]), np.arange(16)[None])
-    words = np.repeat([VIDEO[0], 0], [video, text])
+    request = Request(AdaSparkConfig(), np.repeat([True, False], [video, text]))
     plan = build_plan(
-        rows, words, BlockTags(16, 64), dense_below=2, cube_queries=8, device=torch.device("cpu")
+        rows, [request], 64, dense_below=2, cube_queries=8, device=torch.device("cpu")
     )
     tiles = len(plan.attention.tiles)
     plan.attention.scratch.take("room", (1000,), torch.float32, torch.device("cpu"))
@@ -263,7 +264,7 @@ def test_histogram() -> None:
 
 
 def test_densities_of_a_finished_request(ledger) -> None:
-    ledger.admit("a", VIDEO)
+    ledger.admit("a", SETTINGS)
     run(ledger, ("a", 96, 0), ("text", 10, 0))
     account = ledger._running["a"]
     account.cubes_seen, account.video_tokens = 100.0, 96

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 from vllm_adaspark.accounting import Account, ModelShape, StepCounts
-from vllm_adaspark.config import ORDERS, AdaSparkConfig
+from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.reports import (
     merge_engines,
     merge_ranks,
     merge_reports,
     mode_of,
-    settings_of,
+    part_of_model,
+    told_settings,
     usage,
 )
-from vllm_adaspark.tags import tag_word
+from vllm_adaspark.requests import Request
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=4, head_size=2, intermediate=16)
 LAYERS = range(4)
@@ -26,12 +27,11 @@ HEADS = 4
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")
 
 
-def video(**settings) -> tuple[int, ...]:
-    """What the processor attaches to a video: models.processing.VideoSettings."""
+def video(**settings) -> dict:
+    """What a request with such settings tells; its budget, if any, can be kept."""
     config = AdaSparkConfig().override(settings)
-    flops = round(config.flops * 1000) if config.flops else 0
-    order = ORDERS.index(config.order)
-    return (tag_word(config), *config.cube, order, int(config.trace), flops)
+    budget = (config.flops, 0.3) if config.flops and config.enabled else (None, None)
+    return told_settings(Request(config, np.ones(9, bool), *budget))
 
 
 def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Account]:
@@ -75,7 +75,7 @@ def test_ranks_together_are_the_whole(ranks) -> None:
     (whole,) = rank_accounts(WHOLE)
     parts = [account.to_counts() for account in rank_accounts(ranks)]
     merged = merge_ranks(json.loads(json.dumps(parts)))
-    assert merged.layers == LAYERS and merged.video == whole.video
+    assert merged.layers == LAYERS and merged.settings == whole.settings
     for name in PER_LAYER:
         np.testing.assert_allclose(getattr(merged, name), getattr(whole, name))
     got, want = merged.report(), whole.report()
@@ -105,6 +105,14 @@ def test_engines_are_added() -> None:
     assert total.tokens == 272 and total.fallback_tokens["cut_cube"] == 10
     np.testing.assert_allclose(total.pairs, one[0].pairs + two[0].pairs)
     assert one[0].tokens == 136, "merging changes no source"
+
+
+def test_what_the_account_of_one_rank_counts() -> None:
+    assert part_of_model(range(28), 28, ranks=1) is None
+    assert part_of_model(range(14, 28), 28, ranks=1) == "layers 14 to 27 of 28"
+    assert part_of_model(range(1), 2, ranks=4) == (
+        "layers 0 to 0 of 2 and the choices of tensor-parallel rank 0 of 4"
+    )
 
 
 def rank_report(account: Account, *names: str) -> dict:
@@ -141,7 +149,7 @@ def test_usage_leaves_the_layers_out() -> None:
 # -- mode ---------------------------------------------------------------------------------------
 
 
-def account(video: tuple[int, ...], choices: int = 0, **fallback_tokens: int) -> Account:
+def account(video: dict | None, choices: int = 0, **fallback_tokens: int) -> Account:
     made = Account(SHAPE, LAYERS, video)
     made.choices = choices
     made.fallback_tokens |= fallback_tokens
@@ -153,7 +161,7 @@ def account(video: tuple[int, ...], choices: int = 0, **fallback_tokens: int) ->
     [
         (account(video(), choices=1), ("sparse", None)),
         (account(video(flops=0.5), choices=1), ("sparse", None)),
-        (account(()), ("dense", "no_video")),
+        (account(None), ("dense", "no_video")),
         (account(video(p_attn=1, p_ffn=1)), ("dense", "off")),
         (account(video(enabled=False)), ("dense", "off")),
         (account(video(off=True)), ("dense", "off")),
@@ -187,14 +195,24 @@ def test_mode(request_account, mode) -> None:
     ],
 )
 def test_settings_are_those_of_the_request(settings) -> None:
-    told = settings_of(video(**settings))
+    told = video(**settings)
+    budget = told.pop("budget")
     want = AdaSparkConfig().override(settings)
     for key, value in told.items():
         assert value == (list(want.cube) if key == "cube" else getattr(want, key)), key
     assert settings.keys() <= told.keys()
     assert ("p_attn" in told) == (want.flops is None and want.selection == "top_p")
     assert ("keep" in told) == (want.selection != "top_p")
+    assert (budget is None) == (want.flops is None)
 
 
-def test_no_video_has_no_settings() -> None:
-    assert settings_of(()) is None
+def test_an_account_says_whether_its_budget_is_kept() -> None:
+    config = AdaSparkConfig(flops=0.4)
+    for least, kept in ((0.3, True), (0.4, True), (0.41, False)):
+        told = told_settings(Request(config, np.ones(9, bool), 0.2, least))
+        answer = usage(account(told, choices=1))
+        assert answer["budget"] == {"flops": 0.4, "smallest": least, "kept": kept}
+        assert answer["settings"]["flops"] == 0.4 and "budget" not in answer["settings"]
+    assert usage(account(video(), choices=1))["budget"] is None
+    no_video = usage(account(None))
+    assert no_video["settings"] is None and no_video["budget"] is None

@@ -7,6 +7,7 @@ import torch
 from vllm_adaspark.config import SELECTIONS, AdaSparkConfig
 from vllm_adaspark.reference_choice import choose, choose_under_budget
 from vllm_adaspark.selection import (
+    BUDGET,
     TOP_K,
     TOP_P,
     UNIFORM,
@@ -17,7 +18,6 @@ from vllm_adaspark.selection import (
     under_budget,
     uniform,
 )
-from vllm_adaspark.tags import BUDGET
 
 
 def one_row(rule, probs, share, min_keep=1, valid=None):
@@ -98,6 +98,14 @@ def test_top_k_by_hand(share, kept):
 )
 def test_uniform_by_hand(share, kept):
     assert one_row(uniform, [0.1] * 10, share) == kept
+
+
+@pytest.mark.parametrize("number", [1, 2, 7, 10, 64, 101])
+def test_uniform_keeps_the_numbers_that_the_docs_say(number):
+    for kept in range(1, number + 1):
+        told = [-(-(j + 1) * number // kept) - 1 for j in range(kept)]
+        assert one_row(uniform, [1 / number] * number, 0.001, min_keep=kept) == told
+        assert told[-1] == number - 1
 
 
 def test_share_times_count_is_not_rounded_up_by_floating_point():
@@ -200,10 +208,10 @@ def test_top_p_mass_is_reached_and_smallest():
     assert (least >= most_left_out).all()
 
 
-def budget_groups(rows, share, valid):
-    """One group over ``rows [groups, rows]``, each keeping ``share`` of its valid entries."""
-    heads = valid.shape[1]
-    keep = valid[torch.tensor(rows)].sum(dim=(1, 2, 3)).numpy() * share / heads
+def budget_groups(rows, share, valid, least):
+    """One group over ``rows [groups, rows]``, each row keeping ``share`` or ``least`` entries."""
+    entries = valid[torch.tensor(rows), 0].sum(-1)  # [groups, rows], the same for each head
+    keep = torch.maximum(share * entries, entries.clamp(max=least)).sum(1).numpy()
     return (BudgetGroups.of(np.array(rows), keep, valid.device),)
 
 
@@ -219,7 +227,9 @@ def test_a_budget_equals_the_loops_exactly_with_ties(seed):
     least = torch.randint(1, 3, (1, 1), generator=generator).expand(12, heads)
     share = float(torch.randint(1, 8, (), generator=generator)) / 8
     together, each = list(range(5)), [[5], [6], [7]]
-    groups = budget_groups([together], share, valid) + budget_groups(each, share, valid)
+    at_least = int(least[0, 0])
+    groups = budget_groups([together], share, valid, at_least)
+    groups += budget_groups(each, share, valid, at_least)
     kept = under_budget(probs, valid, least, groups)
     assert not kept[8:].any()  # rows of no group
     for group in [together, *each]:
@@ -228,7 +238,7 @@ def test_a_budget_equals_the_loops_exactly_with_ties(seed):
         if not rows:
             continue
         asked = [probs[tile, head][valid[tile, head]] for tile, head in rows]
-        expected, _ = choose_under_budget(asked, share, int(least[0, 0]))
+        expected, _ = choose_under_budget(asked, share, at_least)
         for (tile, head), want in zip(rows, expected, strict=True):
             assert torch.equal(kept[tile, head][valid[tile, head]], want), (tile, head)
 

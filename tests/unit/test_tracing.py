@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from vllm_adaspark.attention.planner import build_plan
-from vllm_adaspark.attention.state import BlockTags, StepRows
+from vllm_adaspark.attention.state import StepRows
 from vllm_adaspark.config import AdaSparkConfig
 from vllm_adaspark.cubes import cube_order
-from vllm_adaspark.tags import tag_word
+from vllm_adaspark.requests import Request
 from vllm_adaspark.tracing import reader
 from vllm_adaspark.tracing.frames import (
     MAX_WAITING,
@@ -37,7 +37,7 @@ KV_HEADS = 2
 BEFORE, GRID, AFTER = 10, (8, 8, 9), 7  # text, video, question
 VIDEO = Video(BEFORE, GRID, (4, 4, 4), "cube", 1.0)
 PROMPT = BEFORE + VIDEO.length + AFTER
-WORD = tag_word(AdaSparkConfig(p_attn=0.5, p_ffn=0.5))
+CONFIG = AdaSparkConfig(p_attn=0.5, p_ffn=0.5)
 SIZES = Sizes(layers=len(LAYERS), kv_heads=KV_HEADS, block_size=SIZE, step_tokens=PROMPT)
 
 
@@ -61,7 +61,6 @@ class Recorder:
         self.rng = np.random.default_rng(seed)
         self.trace = new_trace(layers=layers)
         self.layers, self.dense_layer = layers, dense_layer
-        self.blocks = BlockTags(64, SIZE)
         end = PROMPT + 20
         # [layers, heads, tokens, blocks], [layers, video tokens]
         self.attended = np.zeros((len(layers), KV_HEADS, end, -(-end // SIZE)), bool)
@@ -83,11 +82,11 @@ class Recorder:
             seq_lens=np.array([others, end]),
             block_table=np.stack([np.full(32, 60), np.arange(32)]),
         )
-        is_video = (np.arange(start, end) >= BEFORE) & (np.arange(start, end) < VIDEO.end)
-        words = np.append(0, np.where(is_video, WORD, 0))
+        is_video = (np.arange(PROMPT) >= BEFORE) & (np.arange(PROMPT) < VIDEO.end)
         plan = build_plan(
-            rows, words, self.blocks, dense_below=2, cube_queries=16, device=torch.device("cpu")
-        )
+            rows, [None, Request(CONFIG, is_video)], SIZE,
+            dense_below=2, cube_queries=16, device=torch.device("cpu"),
+        )  # fmt: skip
         step = StepTrace()
         chosen, active = self._choose(plan, step)
         chunk = chunk_of(row, rows, plan, step.to_host(self.layers), SIZE)
@@ -730,7 +729,7 @@ def test_every_file_of_the_page_is_served_and_packaged() -> None:
         assert any(fnmatch(f"viewer/{name}", pattern) for pattern in patterns), name
 
 
-# -- routes, over workers that do not answer as they should ---------------------------------------
+# -- routes, over workers that do not answer as they should -------------------------------------
 
 
 def answers(ask, path: str, accounts: bool = True, tokenizer: object = None):

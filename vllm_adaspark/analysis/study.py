@@ -52,7 +52,7 @@ def study(
     selection = []
     for share in shares:
         step(f"sparse, p = {share:g}")
-        output = run(llm, prompt, {"p_attn": share, "p_ffn": share})
+        output = run(llm, prompt, {"enabled": True, "p_attn": share, "p_ffn": share})
         selection.append(_selection(llm, output.request_id, share))
         if len(selection) == 1:
             ids = torch.tensor(output.prompt_token_ids)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -20,6 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from .heads import HeadRanks
 from .plan import AttentionPlan
 from .score import choose_cubes
 from .state import KeySums, StepRows
@@ -68,7 +70,7 @@ def _host_rows(common: CommonAttentionMetadata) -> StepRows:
     return StepRows(
         query_start=common.query_start_loc_cpu.numpy().astype("int64"),
         seq_lens=seq_lens.numpy().astype("int64"),
-        block_table=None,  # on the device; fetched by the runtime once there are videos
+        block_table=None,  # the runtime has it from the scheduler, for steps with video
     )
 
 
@@ -140,7 +142,10 @@ class SparseImpl:
         scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
         with step.selection.running(query.device):
             by_head = query.unflatten(1, (kv_cache.shape[1], -1)).transpose(0, 1)
-            chosen = choose_cubes(by_head, self._key_sums, plan, scale, layer.adaspark_layer)
+            chosen = choose_cubes(
+                by_head, self._key_sums, plan, scale, layer.adaspark_layer,
+                layer.adaspark.head_ranks,
+            )  # fmt: skip
             batch = build_tables(chosen, plan, kv_cache.shape[2])
         step.kept_blocks[layer.adaspark_layer] = batch.kept_blocks
         if step.trace is not None:
@@ -188,6 +193,19 @@ class SparseImpl:
             block_table=batch.block_table,
             scheduler_metadata=None,
         )
+
+
+def head_ranks(kv_heads: int) -> HeadRanks | None:
+    """The ranks that share a model of so many KV heads; None for a single rank."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    return HeadRanks(
+        rank=group.rank_in_group,
+        ranks=group.world_size,
+        kv_heads=kv_heads,
+        gather=lambda tensor: group.all_gather(tensor, dim=0),
+    )
 
 
 def virtual_cache(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ into *query tiles*, of three kinds:
   them, spread over it, are asked (config.cube_queries), all of them attend to what these choose.
 * ``TEXT``: one token that is not video: question, answer, decode.  It chooses for itself, so its
   choice does not depend on which text shares its step (chunked prefill, preemption, prefix hits),
-  save that a request's text runs dense in a chunk with more than planner.MAX_TEXT_TILES of them.
+  save that a request's text runs dense in a chunk with more than MAX_TEXT_TILES of them.
 * ``DENSE``: a run of tokens that attend to everything: those before or without cubes, of requests
   with p >= 1, and video tokens whose cube is not whole in this step.  A chunk edge inside a cube
   may thus only make more be computed.
@@ -31,8 +31,12 @@ from .state import KeyWrites
 
 DENSE, VIDEO, TEXT = range(3)
 
+# A text token costs a kernel as much as a decode token.  Past so many of them in one request's
+# chunk, attending densely in one tile is cheaper than choosing for each.
+MAX_TEXT_TILES = 1024
+
 # Why tokens ran dense though their settings are sparse: a chunk edge cuts their cube; their KV
-# block also holds text, so it is no cube; their text is longer than planner.MAX_TEXT_TILES.
+# block also holds text, so it is no cube; their text is longer than MAX_TEXT_TILES.
 FALLBACKS = ("cut_cube", "mixed_block", "long_text")
 
 
@@ -45,7 +49,7 @@ class Tiles:
     length: np.ndarray  # [tiles] tokens
     block: np.ndarray  # [tiles] logical index of the last block it touches
     kind: np.ndarray  # [tiles] DENSE, VIDEO or TEXT
-    asked: np.ndarray  # [tiles] tokens whose probabilities decide; 0 for DENSE
+    asked: np.ndarray  # [tiles] tokens whose probabilities decide; 0 for DENSE and for uniform
     tail_gap: np.ndarray  # [tiles] slots of the last block after the tile's last token
     candidates: np.ndarray  # [tiles, blocks] bool, all false for DENSE
 
@@ -118,7 +122,7 @@ class FFNPlan:
     budget: tuple[BudgetGroups, ...]  # over these
     dense_layers: torch.Tensor  # [cubes] int64
     row: np.ndarray  # [cubes], host
-    extra: np.ndarray  # [cubes], host: FFN evaluations that compensation costs, 0 or 1
+    extra: np.ndarray  # [cubes], host: FFN evaluations, 0 or 1, for what skips, if anything does
     dense_layers_range: tuple[int, int]
 
 

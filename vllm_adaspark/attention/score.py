@@ -7,8 +7,12 @@ matrix products in the model's dtype, as in attention itself: rounding averages 
 queries, and bf16 products are four times as fast.  A TEXT tile's logits are fp32; probabilities
 always are.
 
-:func:`cube_logits` is the one place that says how well a cube matches a query; replace it to try
-another score (design, section 5).
+Under tensor parallelism a rank scores with the query heads it holds; what others must contribute to
+its choice comes from them (heads.py), so that the choice does not depend on how many ranks there
+are.
+
+How well a cube matches a query is said in two places: :func:`cube_logits` on a CPU, and the kernels
+in ``kernels/score.py`` on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from bisect import bisect_left
 import torch
 
 from .. import selection
-from ..kernels import use_triton
+from ..kernels import scores_heads_of, use_triton
+from .heads import HeadRanks
 from .plan import VIDEO, AttentionPlan, ScoreJob
 from .scratch import Scratch
 from .state import KeySums
@@ -29,7 +34,12 @@ SLAB_LOGITS = 1 << 21
 
 
 def choose_cubes(
-    query: torch.Tensor, key_sums: KeySums, plan: AttentionPlan, scale: float, layer: int
+    query: torch.Tensor,
+    key_sums: KeySums,
+    plan: AttentionPlan,
+    scale: float,
+    layer: int,
+    ranks: HeadRanks | None = None,
 ) -> torch.Tensor:
     """The cubes each sparse tile keeps.
 
@@ -39,14 +49,15 @@ def choose_cubes(
         plan: the step's plan.
         scale: softmax scale, 1 / sqrt(head_size).
         layer: layer index; rows whose first ``dense_layers`` include it keep every candidate.
+        ranks: the tensor-parallel ranks that hold the model's other heads; None for a single rank.
 
     Returns:
         ``[sparse, kv_heads, blocks]`` bool, a subset of ``plan.candidates``.
     """
-    kv_heads, _, group, _ = query.shape
+    kv_heads, _, group, head_size = query.shape
     sparse, blocks = plan.candidates.shape
     probs = torch.zeros(sparse, kv_heads, blocks, device=query.device)
-    fused = use_triton(query) and query.shape[-1].bit_count() == 1  # a power of two
+    fused = use_triton(query) and scores_heads_of(head_size)
     for job in plan.jobs:
         if fused:
             _score_fused(probs, query, key_sums, plan, job, scale)
@@ -66,12 +77,17 @@ def choose_cubes(
                 width = int(job.own_block[rows, items].max())
                 score(probs, asking, means[:, :, :width], plan, job, rows, items)
 
+    own = slice(None)
+    if ranks is not None:
+        # A budget's p is one for all KV heads of the model.
+        probs, own = ranks.complete(probs, all_heads=bool(plan.budget))
     candidates = plan.candidates.unsqueeze(1).expand_as(probs)
     rule, share, least = (
-        setting.unsqueeze(1).expand(sparse, kv_heads)
+        setting.unsqueeze(1).expand(probs.shape[:2])
         for setting in (plan.rule, plan.share, plan.min_cubes)
     )
     chosen = selection.select(probs, candidates, rule, share, least, plan.rules, plan.budget)
+    chosen, candidates = chosen[:, own], candidates[:, own]
     if layer < plan.dense_layers_range[1]:
         chosen = torch.where((plan.dense_layers > layer)[:, None, None], candidates, chosen)
     return chosen

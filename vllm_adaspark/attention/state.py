@@ -1,9 +1,9 @@
-"""What each physical KV block is: a complete video cube, under which settings, with which mean key.
+"""The step's rows, and the sums of keys that are kept for each physical KV block.
 
-State is keyed by physical block and written when a block's tokens are written.  Prefix caching,
-chunked prefill and preemption then need nothing more: a cached block keeps its state, a block
-filled over several steps accumulates it, and a block that is handed out again starts afresh at its
-first token.  Tags live on the host, where the plan is made; key sums live on the device.
+Sums are keyed by physical block and written when a block's tokens are written.  Prefix caching,
+chunked prefill and preemption then need nothing more: a cached block keeps its sums, a block filled
+over several steps accumulates them, and a block that is handed out again starts afresh at its first
+token.  Which blocks are cubes is no state at all: it follows from the request (requests.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class StepRows:
     Attributes:
         query_start: ``[rows + 1]`` first token of each row in the step; empty rows are padding.
         seq_lens: ``[rows]`` tokens of each request once this step is done.
-        block_table: ``[rows, blocks]`` physical block of each logical block; None until a plan
-            needs it.
+        block_table: ``[rows, blocks]`` physical block of each logical block; None in steps whose
+            requests have no video.
     """
 
     query_start: np.ndarray
@@ -49,35 +49,6 @@ class StepRows:
         """``[tokens]`` position of each token of the step in its request."""
         first = self.computed - self.query_start[:-1]
         return np.arange(len(self.token_row)) + first[self.token_row]
-
-
-class BlockTags:
-    """Which physical blocks are complete video cubes, and the tag word they carry.  Host only."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.is_cube = np.zeros(num_blocks, bool)
-        self.word = np.zeros(num_blocks, np.int64)
-        self._video_slots = np.zeros((num_blocks, block_size), bool)
-
-    def write(self, rows: StepRows, words: np.ndarray) -> None:
-        """Record the tokens this step writes.
-
-        Args:
-            rows: the step's requests.
-            words: ``[tokens]`` tag words, 0 for text (see tags.py).
-        """
-        nth_block, offset = np.divmod(rows.token_position, self.block_size)
-        block = rows.block_table[rows.token_row, nth_block]
-
-        fresh = block[offset == 0]
-        self._video_slots[fresh] = False
-        self.word[fresh] = 0
-        video = words != 0
-        self._video_slots[block, offset] = video
-        self.word[block[video]] = words[video]
-        touched = np.unique(block)
-        self.is_cube[touched] = self._video_slots[touched].all(axis=1)
 
 
 class KeySums:

@@ -13,8 +13,10 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
+from .redact import redact_text
 
 PROGRAM = "vllm-adaspark"
 COMMANDS = {
@@ -34,11 +36,18 @@ class CommandError(Exception):
     """Something failed: its message goes to stderr, the exit code is 1."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose messages show no keys."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact_text(message))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {name: text for name, text in COMMANDS.items() if _exists(name)}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Qwen2.5-VL on vLLM with AdaSpark: long video at a fraction of the FLOPs.",
         epilog=f"'{PROGRAM} COMMAND --help' tells more of each.",
@@ -60,17 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     module = importlib.import_module(f"{__name__}.{chosen}")
     module.add_parser(subparsers)
-    if getattr(module, "PASSES_ON", False):  # what it does not know is for vLLM
-        args, args.rest = parser.parse_known_args(argv)
-    else:
-        args = parser.parse_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and not getattr(module, "PASSES_ON", False):  # to vLLM
+        own = subparsers.choices[chosen]
+        own.error(_unrecognized(args.rest, own))
     try:
         return module.run(args)
     except UsageError as error:
-        print(f"{PROGRAM} {chosen}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM} {chosen}: error: {redact_text(str(error))}", file=sys.stderr)
         return 2
     except CommandError as error:
-        print(f"{PROGRAM} {chosen}: {error}", file=sys.stderr)
+        print(f"{PROGRAM} {chosen}: {redact_text(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -78,6 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exists(name: str) -> bool:
     return importlib.util.find_spec(f"{__name__}.{name}") is not None
+
+
+def _unrecognized(words: list[str], parser: argparse.ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    close = [m for name in options for m in difflib.get_close_matches(name, known, n=1)]
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"unrecognized arguments: {' '.join(words)}{hint}"
 
 
 def _unknown(word: str, commands: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import CommandError, UsageError
-from .settings import add_rules, add_sampling, checked, given_rules
+from .settings import add_rules, add_sampling, checked, given_rules, refuse_misspelt
 
 PASSES_ON = True  # unknown options are vLLM's
 
@@ -57,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--queries {args.queries}: expected 1 or more")
     if not args.question.strip():
         raise UsageError("--question is empty")
+    refuse_misspelt(args.rest)
     settings = given_rules(args)
-    config = checked(settings)
+    checked(settings)
     try:
         plots.require_matplotlib()
     except plots.MatplotlibMissing as error:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {args.out}: {error.strerror}") from None
-    numbers, pictures = _analyze(args, shares, settings, config)
+    numbers, pictures = _analyze(args, shares, settings)
 
     from ..analysis import report
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _analyze(
-    args: argparse.Namespace, shares: list[float], settings: dict[str, Any], config: Any
+    args: argparse.Namespace, shares: list[float], settings: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Path]]:
     """The numbers, and the picture that needs the engine."""
     from ..analysis.probe import ProbeError
@@ -89,6 +90,7 @@ def _analyze(
 
     data = media.read_video(args.video)
     model = media.find_model(args.model, args.revision)
+    config = checked(settings, checkpoint=model.settings)
     sampling = media.sampling(args)
     text_tokens = 64 + len(args.question.encode())  # at the most
     video = media.probe(data, args.video)

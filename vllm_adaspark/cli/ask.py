@@ -5,12 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from . import CommandError, UsageError
-from .settings import add_sampling, add_settings, checked, given_settings, request_settings
+from .settings import (
+    add_sampling,
+    add_settings,
+    checked,
+    given_settings,
+    refuse_misspelt,
+    request_settings,
+)
 
 PASSES_ON = True  # unknown options are vLLM's
 
@@ -50,14 +58,18 @@ def run(args: argparse.Namespace) -> int:
     from .inspect import fitting_cost
     from .progress import Progress
 
+    refuse_misspelt(args.rest)
     settings = given_settings(args)
-    config = checked(settings)
+    checked(settings)
     sampling = media.sampling(args)
+    model = media.find_model(args.model, args.revision)
+    config = checked(settings, checkpoint=model.settings)
     _check(args, config)
     # All that can be refused is refused before the engine starts.
     data = _read(args.video, quiet=args.json)
     video = media.probe(data, args.video)
-    model = media.find_model(args.model, args.revision)
+    for remark in video.remarks:
+        print(f"VIDEO: {remark}", file=sys.stderr)
     cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
 
     from . import offline

@@ -193,6 +193,12 @@ def allow_list(names: list[str] | None) -> Finding:
 
 def _media() -> Iterator[Finding]:
     try:
+        import av
+
+        yield Finding("av", OK, f"{av.__version__}: reads videos")
+    except ImportError as error:
+        yield Finding("av", BROKEN, f"cannot be imported: {_short(error)}", "pip install av")
+    try:
         import cv2
 
         readable = "FFMPEG" in {cv2.videoio_registry.getBackendName(b) for b in _stream_readers()}

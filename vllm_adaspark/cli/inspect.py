@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from . import media
 
     sampling = media.sampling(args)
-    config = checked(given_settings(args))
+    checked(given_settings(args))
     for name in ("text_tokens", "answer_tokens"):
         if getattr(args, name) < 1:
             raise UsageError(
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         video = media.probe(media.read_video(args.video), args.video)
     model = media.find_model(args.model)
+    config = checked(given_settings(args), checkpoint=model.settings)
     try:
         cost = costs.cost(
             model,
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         about = {"frames": video.frames, "fps": video.fps, "seconds": video.seconds}
         about["size"] = [video.width, video.height]
+        if video.remarks:
+            about["remarks"] = list(video.remarks)
         settings = config.to_dict()
         report = {"model": model.name, "video": about, "settings": settings, "flags": flags}
         print(json.dumps(report | {"cost": cost.to_dict()}, indent=2))
@@ -150,6 +153,7 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
             f"{_clock(video.seconds)}, {video.width}x{video.height}, {video.frames:,} frames at "
             f"{video.fps:.4g} per second",
         ),
+        *(("", f"note: {remark}") for remark in video.remarks),
         (
             "sampled",
             f"{cost.frames:,} frames of {wide}x{high} (one every "

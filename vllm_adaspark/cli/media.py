@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import io
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cost import MAX_FPS, MAX_FRAMES, PAIR, PRESETS, CostError, Model, Sampling, Video, read_model
+from ..cost import PRESETS, CostError, Model, Sampling, Video, read_model
+from ..video import decode
+from ..video.container import VideoError, scan
+from ..video.sampling import MAX_FPS, MAX_FRAMES, PAIR, most_frames
 from . import CommandError, UsageError
 
 FETCH_SECONDS = 60
@@ -96,38 +98,35 @@ def _fetch(url: str, progress: Callable[[int, int | None], None] | None) -> byte
 
 
 def probe(data: bytes, source: str) -> Video:
-    """Frames, rate and size, as vLLM's OpenCV reader counts them.
+    """Frames, rate and size, after decoding a first and a last frame.
 
     Raises:
-        UsageError: not a video.
+        UsageError: not a video, or one that cannot be decoded.
     """
-    import cv2
-
     shown = source if len(source) < 100 else source[:97] + "..."
     if not data:
         raise UsageError(f"VIDEO {shown!r}: empty, 0 bytes")
-    # Closed by its destructor: release() of a reader of a stream crashes in OpenCV 5.0.
-    reader = cv2.VideoCapture(io.BytesIO(data), cv2.CAP_FFMPEG, [])
-    if not reader.isOpened():
-        raise UsageError(f"VIDEO {shown!r}: not a video, or its format is not supported")
-    frames, fps = int(reader.get(cv2.CAP_PROP_FRAME_COUNT)), reader.get(cv2.CAP_PROP_FPS)
-    # An edit list may hide frames that the header counts; the end of the stream tells.
-    if frames > 0 and reader.set(cv2.CAP_PROP_POS_AVI_RATIO, 1.0):
-        visible = int(reader.get(cv2.CAP_PROP_POS_FRAMES))
-        if not reader.grab() and 0 < visible < frames - 1:
-            frames = visible
-    width = int(reader.get(cv2.CAP_PROP_FRAME_WIDTH))
-    height = int(reader.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    if not width or not height:
-        raise UsageError(
-            f"VIDEO {shown!r}: none of its {frames} frames could be decoded: the file is damaged, "
-            "or its codec is not supported"
+    try:
+        contents = scan(data)
+        picture, first, last = decode.ends(data, contents)
+    except VideoError as error:
+        raise UsageError(f"VIDEO {shown!r}: {error}") from None
+    remarks = [contents.cut_short] if contents.cut_short else []
+    if last - first + 1 < contents.frames:
+        remarks.append(
+            f"of {contents.frames} frames only {first} to {last} can be decoded: the file is "
+            "damaged, and what cannot be read is left out"
         )
-    if frames < 1 or not fps > 0:
-        raise UsageError(
-            f"VIDEO {shown!r}: its length is unknown ({frames} frames, {fps:g} per second)"
-        )
-    return Video(frames, fps, width, height)
+    if not contents.constant:
+        remarks.append("its frames come at a variable rate: they are taken at even times")
+    return Video(
+        frames=last - first + 1,
+        fps=contents.fps,
+        width=picture.shape[1],
+        height=picture.shape[0],
+        most_frames=most_frames(contents),
+        remarks=tuple(remarks),
+    )
 
 
 def find_model(name: str, revision: str | None = None) -> Model:

@@ -56,6 +56,8 @@ def engine_options(model: str, rest: list[str]) -> Any:
         options = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *rest]))
     except ValueError as error:
         raise UsageError(f"vLLM's options: {error}") from None
+    except Exception as error:  # the model is looked up on its hub
+        raise CommandError(f"--model {model!r} could not be fetched: {error}") from None
     video = (options.media_io_kwargs or {}).get("video", {})
     for name in ("fps", "max_frames", "min_frames"):
         if name in video:
@@ -126,24 +128,26 @@ def decode(data: bytes, sampling: Sampling, options: Any, progress: Progress) ->
     """
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    from ..video import LOADER
+    from ..video.load import LOADER, VideoLoader, check_server_options
+    from ..video.sampling import Options
 
-    chosen = dict((options.media_io_kwargs or {}).get("video", {}))
-    loader = type(VIDEO_LOADER_REGISTRY.load(chosen.pop("video_backend", LOADER)))
-
-    class Watched(loader):
-        @classmethod
-        def read_frames(cls, cap, frame_idx, *args, **kwargs):
-            progress.to(0, max(frame_idx) + 1)
-            return super().read_frames(_WatchedReader(cap, progress), frame_idx, *args, **kwargs)
-
+    chosen = dict((options.media_io_kwargs or {}).get("video") or {})
+    chosen["video_backend"] = chosen.get("video_backend") or LOADER
     frames = {
         "fps": sampling.fps,
         "max_frames": sampling.max_frames,
         "min_frames": sampling.min_frames,
     }
+
+    def decoded(packets: int, of: int) -> None:
+        progress.to(packets, of)
+
     try:
-        return Watched.load_bytes(data, **{**frames, **chosen})
+        check_server_options(chosen)
+        loader = VIDEO_LOADER_REGISTRY.load(chosen.pop("video_backend"))
+        if isinstance(loader, VideoLoader):
+            return loader.load(data, Options(**frames), decoded)
+        return loader.load_bytes(data, **{**frames, **chosen})
     except ValueError as error:
         raise CommandError(f"VIDEO: {error}") from None
 
@@ -158,20 +162,6 @@ def video_prompt(llm: Any, question: str, frames: Any, max_pixels: int | None) -
     if max_pixels is not None:
         prompt["mm_processor_kwargs"] = {"max_pixels": max_pixels}
     return prompt
-
-
-class _WatchedReader:
-    """OpenCV's reader, telling of each frame it goes over."""
-
-    def __init__(self, reader: Any, progress: Progress) -> None:
-        self._reader, self._progress = reader, progress
-
-    def grab(self) -> bool:
-        self._progress.to(self._progress.at + 1)
-        return self._reader.grab()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reader, name)
 
 
 @dataclass

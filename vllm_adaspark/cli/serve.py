@@ -1,7 +1,8 @@
 """``vllm-adaspark serve``: ``vllm serve`` with our architecture and settings filled in.
 
-It adds arguments, prints the command it makes of them, and becomes it: signals and exit code are
-vLLM's own.  What cannot work is refused before vLLM's seconds of start-up.
+It adds arguments, prints the command it makes of them, with keys and tokens as ``***``, and becomes
+it: signals and exit code are vLLM's own.  What cannot work is refused before vLLM's seconds of
+start-up.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import ARCHITECTURE
-from ..config import SHORT_FOR, AdaSparkConfig
+from ..config import (
+    CHECKPOINT_KEY,
+    SHORT_FOR,
+    AdaSparkConfig,
+    AdaSparkConfigError,
+    operator_settings,
+)
 from . import PROGRAM, CommandError, UsageError
-from .settings import add_settings, checked, given_settings, misspelt
+from .redact import redact_arguments
+from .settings import add_settings, checked, given_settings, refuse_misspelt
 from .vllm_options import from_config_file, json_object, merge, take_json, value_of
 
 PASSES_ON = True  # unknown options are vLLM's
@@ -75,7 +83,11 @@ def add_parser(subparsers: Any) -> None:
         help="usage.adaspark in answers, metrics, and the viewer at /adaspark/ (default: on); "
         f"names {HTTP_PLUGIN} in VLLM_PLUGINS",
     )
-    group.add_argument("--print", action="store_true", help="print the command, start nothing")
+    group.add_argument(
+        "--print",
+        action="store_true",
+        help="print the command, with keys and tokens as ***; start nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     arguments, added = command(args)
     program, shown = _executable()
     line = [f"{key}={shlex.quote(value)}" for key, value in added.items()]
-    print(" ".join([*line, shlex.join([*shown, *arguments])]), flush=True)
+    shown = [*shown, *redact_arguments(arguments)]
+    print(" ".join([*line, shlex.join(shown)]), flush=True)
     if args.print:
         return 0
     try:
@@ -98,14 +111,14 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     Raises:
         UsageError: something that cannot be used, or that does not go together.
     """
-    if wrong := misspelt(args.rest):
-        raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
+    refuse_misspelt(args.rest)
     file = from_config_file(args.rest)
-    model = args.rest[0] if args.rest else None
-    if (model is None or model.startswith("-")) and not (
-        value_of(args.rest, "--model") or "--model" in file
-    ):
+    given = args.rest[0] if args.rest and not args.rest[0].startswith("-") else None
+    model = given or value_of(args.rest, "--model") or file.get("--model")
+    if not model:
         raise UsageError(f"no MODEL given; e.g. {PROGRAM} serve Qwen/Qwen2.5-VL-7B-Instruct")
+    if not args.print:  # which may be meant for another machine
+        _refuse_missing(str(model))
 
     overrides, rest = _json_option(args.rest, "--hf-overrides", file)
     additional, rest = _json_option(rest, "--additional-config", file)
@@ -115,13 +128,17 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
             f"--hf-overrides architectures={named!r}: it must be [{ARCHITECTURE!r}], which is "
             "filled in if it is left out"
         )
-    settings = additional.get(PLUGIN) or {}
+    try:
+        settings = operator_settings(additional) or {}
+    except AdaSparkConfigError as error:
+        raise UsageError(str(error)) from None
     if isinstance(settings, str) and settings in SHORT_FOR:
         settings = {settings: True}
     if not isinstance(settings, dict):
         raise UsageError(f"--additional-config {PLUGIN}={settings!r}: expected an object")
     settings = settings | given_settings(args)
-    config = checked(settings, f"--additional-config {PLUGIN}")
+    checkpoint = overrides.get(CHECKPOINT_KEY, _checkpoint_settings(str(model)))
+    config = checked(settings, f"--additional-config {PLUGIN}", checkpoint)
     _refuse_conflicts(rest, file, config)
 
     arguments = ["serve", *rest]
@@ -134,6 +151,24 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if args.request_settings and value_of(rest, trusting) is None:
         arguments.append(trusting)
     return arguments, _plugins(args.http)
+
+
+def _refuse_missing(model: str) -> None:
+    """Refuse a path that is no checkpoint; vLLM would take it for a name on the hub."""
+    folder = Path(model)
+    if not folder.exists() and model.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"MODEL {model!r}: no such folder")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UsageError(f"MODEL {model!r}: no config.json in it; give a Qwen2.5-VL checkpoint")
+
+
+def _checkpoint_settings(model: str) -> Any:
+    """``adaspark_config`` of a checkpoint that is a folder here; None where only vLLM will know."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config.get(CHECKPOINT_KEY) if isinstance(config, dict) else None
 
 
 def _json_option(

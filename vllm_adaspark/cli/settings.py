@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
-from ..config import AdaSparkConfig, AdaSparkConfigError
+from ..config import AdaSparkConfig, AdaSparkConfigError, check_cube_volume, settled
 from . import UsageError
 
 
@@ -80,13 +80,20 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def refuse_misspelt(arguments: list[str]) -> None:
+    """Refuse what is nearly an option of ours, before vLLM is started to do so in its own words."""
+    if wrong := misspelt(arguments):
+        raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
+
+
 def misspelt(arguments: list[str]) -> tuple[str, str] | None:
     """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
     ours = [_flag(spec.name) for spec in fields(AdaSparkConfig) if spec.name != "enabled"]
+    ours += ["--paper", "--request-settings"]
     for argument in arguments:
         name = argument.partition("=")[0]
         close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if argument.startswith("--") and close:
+        if argument.startswith("--") and close and close[0] != name:
             return name, close[0]
     return None
 
@@ -97,14 +104,18 @@ def request_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in server}
 
 
-def checked(settings: dict[str, Any], source: str = "settings") -> AdaSparkConfig:
-    """The config that these settings make.
+def checked(
+    settings: dict[str, Any], source: str = "settings", checkpoint: Any = None
+) -> AdaSparkConfig:
+    """The config that these settings make, laid over those of a checkpoint's config.json.
 
     Raises:
         UsageError: AdaSparkConfig refuses them.
     """
     try:
-        return AdaSparkConfig().override(settings, source=source)
+        config = settled(checkpoint, settings, source=source)
+        check_cube_volume(config)
+        return config
     except AdaSparkConfigError as error:
         raise UsageError(str(error)) from None
 

@@ -58,7 +58,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UsageError(f"{option} {text!r}: expected a JSON object, e.g. '{{\"key\": 1}}'")
+        raise UsageError(f"{option} {text!r}: expected a JSON object, e.g. '{{\"name\": 1}}'")
     return value
 
 

@@ -23,9 +23,27 @@ def use_triton(tensor: torch.Tensor) -> bool:
     twins there too, and for CPU tensors under Triton's interpreter (``TRITON_INTERPRET=1``, set
     before Triton is imported), as the tests run it.
     """
-    if tensor.device.type == "cuda":
+    return _triton_on(tensor.device.type)
+
+
+def scores_heads_of(head_size: int) -> bool:
+    """Whether the score kernels take heads of this size: a power of two that fits in a program."""
+    return 16 <= head_size <= 256 and head_size.bit_count() == 1
+
+
+def score_products(device_type: str, head_size: int) -> int:
+    """How many times the score of a (query, cube) pair is computed on such a device.
+
+    Once in PyTorch, which keeps all scores.  Twice in the Triton kernels, which keep none: see
+    ``kernels/score.py``.  FLOPs are charged accordingly.
+    """
+    return 2 if _triton_on(device_type) and scores_heads_of(head_size) else 1
+
+
+def _triton_on(device_type: str) -> bool:
+    if device_type == "cuda":
         return os.environ.get("VLLM_ADASPARK_TRITON") != "0" and _installed()
-    return tensor.device.type == "cpu" and interpreted() and _installed()
+    return device_type == "cpu" and interpreted() and _installed()
 
 
 def interpreted() -> bool:

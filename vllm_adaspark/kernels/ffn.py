@@ -10,11 +10,12 @@ product needs its size.  What there is to choose from:
   beyond the last end are not computed.  It is that only for bf16 on compute capability 9 and 10;
   elsewhere PyTorch copies the ends to the host, so nothing would be won.
 
-Every buffer has the same rows: the centroids of all cubes where any are wanted, then a row per
-token of the step, those that run first.  The elementwise kernels skip the rows beyond the count as
-the product does; those hold garbage which nothing reads.  Other GPUs, other dtypes and quantized
-weights keep the twin, ``ffn.py``'s ``sparse_ffn``, and its wait.  The price under tensor
-parallelism: the all-reduce has at least as many rows as the dense one.
+Every buffer has the same rows: one per *item*, those that run first.  Items are the tokens of the
+step and then, where any are wanted, the cubes' centroids; a centroid runs where a token skips.  The
+elementwise kernels skip the rows beyond the count as the product does; those hold garbage which
+nothing reads.  Other GPUs, other dtypes and quantized weights keep the twin, ``token_ffn.py``'s
+``sparse_ffn``, and its wait.  The price under tensor parallelism: the all-reduce has at least as
+many rows as the dense one.
 """
 
 from __future__ import annotations
@@ -76,18 +77,18 @@ def _token_squares(
 
 
 def active_first(runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A stable partition of the tokens: those that run, then the others, each in order.
+    """A stable partition of the items: those that run, then the others, each in order.
 
     Args:
-        runs: ``[tokens]`` bool.
+        runs: ``[items]`` bool, contiguous.
 
     Returns:
-        ``order [tokens]`` int32, the token at each place; ``place [tokens]`` int32, its inverse;
-        ``count [1]`` int32, the tokens that run.
+        ``order [items]`` int32, the item at each place; ``place [items]`` int32, its inverse;
+        ``count [1]`` int32, the items that run.
     """
     order, place = torch.empty(2, len(runs), dtype=torch.int32, device=runs.device)
     count = torch.empty(1, dtype=torch.int32, device=runs.device)
-    # One program: a step has thousands of tokens, a few turns of the loops.
+    # One program: a step has thousands of items, a few turns of the loops.
     _active_first[(1,)](
         runs.view(torch.uint8), order, place, count, len(runs),
         CHUNK=min(4096, triton.next_power_of_2(len(runs))), num_warps=8,
@@ -96,20 +97,20 @@ def active_first(runs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 @triton.jit
-def _active_first(runs, order, place, count, tokens, CHUNK: tl.constexpr):
+def _active_first(runs, order, place, count, items, CHUNK: tl.constexpr):
     total = tl.full([], 0, tl.int32)
-    for first in range(0, tokens, CHUNK):
-        token = first + tl.arange(0, CHUNK)
-        total += tl.sum(tl.load(runs + token, mask=token < tokens, other=0).to(tl.int32), 0)
-    before = tl.full([], 0, tl.int32)  # tokens that run in earlier chunks
-    for first in range(0, tokens, CHUNK):
-        token = first + tl.arange(0, CHUNK)
-        inside = token < tokens
-        run = tl.load(runs + token, mask=inside, other=0).to(tl.int32)
+    for first in range(0, items, CHUNK):
+        item = first + tl.arange(0, CHUNK)
+        total += tl.sum(tl.load(runs + item, mask=item < items, other=0).to(tl.int32), 0)
+    before = tl.full([], 0, tl.int32)  # items that run in earlier chunks
+    for first in range(0, items, CHUNK):
+        item = first + tl.arange(0, CHUNK)
+        inside = item < items
+        run = tl.load(runs + item, mask=inside, other=0).to(tl.int32)
         running = before + tl.cumsum(run, 0) - run
-        at = tl.where(run != 0, running, total + token - running)
-        tl.store(order + at, token, mask=inside)
-        tl.store(place + token, at, mask=inside)
+        at = tl.where(run != 0, running, total + item - running)
+        tl.store(order + at, item, mask=inside)
+        tl.store(place + item, at, mask=inside)
         before += tl.sum(run, 0)
     tl.store(count, total)
 
@@ -137,7 +138,7 @@ def sparse_swiglu(
     plan: FFNPlan,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """``ffn.sparse_ffn`` of a SwiGLU FFN, all sizes on the host known beforehand.
+    """``token_ffn.sparse_ffn`` of a SwiGLU FFN, all sizes on the host known beforehand.
 
     Args:
         x: ``[tokens, hidden]`` FFN input, contiguous.
@@ -150,16 +151,17 @@ def sparse_swiglu(
     Returns:
         ``[tokens, hidden]``.
     """
-    runs = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    runs[plan.tokens] = active
-    order, place, count = active_first(runs)
     centroids = len(plan.tokens) if CENTROID in plan.compensations else 0
-    inputs = gather_inputs(x, order, count, active, plan.tokens, centroids)
-    rows = count + centroids
-    y = _grouped(silu_and_mul(_grouped(inputs, gate_up, rows), rows), down, rows)
+    runs = torch.ones(len(x) + centroids, dtype=torch.bool, device=x.device)
+    runs[plan.tokens] = active
+    if centroids:
+        runs[len(x) :] = (plan.compensation == CENTROID) & ~active.all(1)
+    order, place, count = active_first(runs)
+    inputs = gather_inputs(x, order, place, count, active, plan.tokens)
+    y = _grouped(silu_and_mul(_grouped(inputs, gate_up, count), count), down, count)
     if reduce is not None:
         y = reduce(y)
-    return scatter_outputs(y, place, count, active, plan.tokens, plan.compensation, centroids)
+    return scatter_outputs(y, place, count, active, plan.tokens, plan.compensation, len(x))
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -170,37 +172,43 @@ def _grouped(x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch
 def gather_inputs(
     x: torch.Tensor,
     order: torch.Tensor,
+    place: torch.Tensor,
     count: torch.Tensor,
     active: torch.Tensor,
     tokens: torch.Tensor,
-    centroids: int,
 ) -> torch.Tensor:
-    """What the FFN runs on, ``[centroids + tokens, hidden]``; rows beyond the count are undefined.
+    """What the FFN runs on, ``[items, hidden]``; rows beyond the count are undefined.
 
     Args:
         x: ``[tokens, hidden]`` contiguous.
-        order, count: from :func:`active_first`.
+        order, place, count: from :func:`active_first`; items are the tokens and, if there are more
+            items than tokens, the cubes' centroids: the means of their skipped tokens.
         active, tokens: ``[cubes, block_size]``.
-        centroids: the number of cubes, so that the rows begin with the means of the cubes' skipped
-            tokens (0 where none is skipped), or 0.
     """
-    hidden, size = x.shape[1], tokens.shape[1]
-    out = x.new_empty(centroids + len(x), hidden)
-    if centroids:
+    in_step, hidden = x.shape
+    cubes, size = tokens.shape
+    out = x.new_empty(len(order), hidden)
+    if len(order) > in_step:
         columns = 4096 // size  # what a program's registers hold
-        _centroids[centroids, triton.cdiv(hidden, columns)](
-            x, active.view(torch.uint8), tokens, out, hidden,
+        _centroids[cubes, triton.cdiv(hidden, columns)](
+            x, active.view(torch.uint8), tokens, place, count, out, in_step, hidden,
             SIZE=size, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
-    _gather[(len(x),)](
-        x, order, count, out[centroids:], hidden, COLUMNS=_columns(hidden), num_warps=4
+    _gather[(len(order),)](
+        x, order, count, out, in_step, hidden, COLUMNS=_columns(hidden), num_warps=4
     )
     return out
 
 
 @triton.jit
-def _centroids(x, active, tokens, out, hidden, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+def _centroids(
+    x, active, tokens, place, count, out, in_step, hidden,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     cube = tl.program_id(0)
+    at = tl.load(place + in_step + cube)
+    if at >= tl.load(count):
+        return
     nth = tl.arange(0, SIZE)
     skipped = tl.load(active + cube * SIZE + nth) == 0
     token = tl.load(tokens + cube * SIZE + nth).to(tl.int64)
@@ -212,16 +220,19 @@ def _centroids(x, active, tokens, out, hidden, SIZE: tl.constexpr, COLUMNS: tl.c
         other=0.0,
     ).to(tl.float32)
     mean = tl.sum(value, 0) / tl.maximum(tl.sum(skipped.to(tl.int32), 0), 1).to(tl.float32)
-    target = out + cube.to(tl.int64) * hidden + column
+    target = out + at.to(tl.int64) * hidden + column
     tl.store(target, mean.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gather(x, order, count, out, hidden, COLUMNS: tl.constexpr):
+def _gather(x, order, count, out, in_step, hidden, COLUMNS: tl.constexpr):
     row = tl.program_id(0)
     if row >= tl.load(count):
         return
-    source = x + tl.load(order + row).to(tl.int64) * hidden
+    item = tl.load(order + row)
+    if item >= in_step:  # a centroid, which _centroids writes
+        return
+    source = x + item.to(tl.int64) * hidden
     for first in range(0, hidden, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         inside = column < hidden
@@ -263,28 +274,27 @@ def scatter_outputs(
     active: torch.Tensor,
     tokens: torch.Tensor,
     compensation: torch.Tensor,
-    centroids: int,
+    in_step: int,
 ) -> torch.Tensor:
     """Outputs back to their tokens, and what skipped tokens get instead.
 
     Args:
-        y: ``[centroids + tokens, hidden]``, outputs of the rows of :func:`gather_inputs`.
+        y: ``[items, hidden]``, outputs of the rows of :func:`gather_inputs`.
         place, count: from :func:`active_first`.
         active, tokens: ``[cubes, block_size]``.
         compensation: ``[cubes]`` int64, index into config.COMPENSATIONS.
-        centroids: as there.
+        in_step: tokens of the step.
 
     Returns:
         ``[tokens, hidden]``.
     """
     hidden, size = y.shape[1], tokens.shape[1]
-    out = y.new_empty(len(place), hidden)
-    ran = y[centroids:]
-    _scatter[(len(place),)](ran, place, count, out, hidden, COLUMNS=_columns(hidden), num_warps=4)
+    out = y.new_empty(in_step, hidden)
+    _scatter[(in_step,)](y, place, count, out, hidden, COLUMNS=_columns(hidden), num_warps=4)
     columns = 4096 // size  # what a program's registers hold
     _compensate[len(tokens), triton.cdiv(hidden, columns)](
-        y, ran, place, active.view(torch.uint8), tokens, compensation, out, hidden,
-        SIZE=size, COLUMNS=columns, HAS_CENTROIDS=centroids > 0, CENTROID_CODE=CENTROID,
+        y, place, active.view(torch.uint8), tokens, compensation, out, in_step, hidden,
+        SIZE=size, COLUMNS=columns, HAS_CENTROIDS=len(place) > in_step, CENTROID_CODE=CENTROID,
         MEAN_CODE=MEAN, num_warps=4,
     )  # fmt: skip
     return out
@@ -305,7 +315,7 @@ def _scatter(y, place, count, out, hidden, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _compensate(
-    centroid_y, y, place, active, tokens, compensation, out, hidden,
+    y, place, active, tokens, compensation, out, in_step, hidden,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, HAS_CENTROIDS: tl.constexpr,
     CENTROID_CODE: tl.constexpr, MEAN_CODE: tl.constexpr,
 ):  # fmt: skip
@@ -324,7 +334,7 @@ def _compensate(
     fill = tl.sum(value.to(tl.float32), 0) / number
     if HAS_CENTROIDS:
         own = tl.load(
-            centroid_y + cube.to(tl.int64) * hidden + column,
+            y + tl.load(place + in_step + cube).to(tl.int64) * hidden + column,
             mask=column < tl.where(code == CENTROID_CODE, hidden, 0),
             other=0.0,
         )

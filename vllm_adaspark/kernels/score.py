@@ -1,9 +1,10 @@
 """Cube probabilities: scores, softmax and pooling in two passes.
 
-A VIDEO tile's queries (its tokens times the GQA group) each have a softmax over the cubes before
-them, and the tile wants the mean of those.  A query's softmax is known only after all its logits,
-so the mean needs them twice: kept (448 queries of 4096 cubes are 7 MB a tile and KV head) or
-computed again.  A second product with the mean keys costs less than writing and reading them, so:
+A VIDEO tile's queries (the tokens asked times the GQA group) each have a softmax over the cubes
+before them, and the tile wants the mean of those.  A query's softmax is known only after all its
+logits, so the mean needs them twice: kept (56 queries of 4096 cubes are 0.9 MB a tile and KV head)
+or computed again.  A second product with the mean keys takes less time than writing and reading
+them, so each score is computed twice, and charged twice (``kernels.score_products``):
 
 1. a program per block of queries goes over the cubes and leaves the log-sum-exp of each query;
 2. a program per block of cubes goes over the queries and sums ``exp(logit - log-sum-exp)``.
@@ -19,9 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import interpreted
+from . import interpreted, scores_heads_of
 
 LOG2_E = 1.4426950408889634
+
+# A block of queries and the blocks of mean keys in flight share a program's memory.  So many bytes
+# are what the smallest GPUs with bf16 products have (compute capability 8.6 and 8.9: 99 KB).
+SHARED_BYTES = 96 << 10
 
 
 def cube_means(
@@ -103,11 +108,11 @@ def pool_probabilities(
         extra: ``[kv_heads, width]`` fp32 added to the logits of each cube, or None.
     """
     kv_heads, in_step, group, head_size = query.shape
-    if head_size < 16 or head_size & (head_size - 1):
-        raise ValueError(f"head_size={head_size}: the kernel wants a power of two, 16 at least")
+    if not scores_heads_of(head_size):
+        raise ValueError(f"head_size={head_size}: the kernel wants a power of two from 16 to 256")
     tiles, width = len(tile_of), means.shape[1]
     lse = torch.empty(kv_heads, tiles, tile_size * group, device=query.device)
-    rows, columns = 64, min(128, max(16, triton.next_power_of_2(width)))
+    rows, columns, stages = block_shape(head_size, query.element_size(), width)
     shared = dict(
         HEAD_SIZE=head_size,
         QUERIES=tile_size * group,
@@ -117,7 +122,7 @@ def pool_probabilities(
         HAS_EXTRA=extra is not None,
         WIDEN=interpreted(),  # the interpreter has no bf16 products
         num_warps=4,
-        num_stages=2,
+        num_stages=stages,
     )
     valid, factor = candidates.view(torch.uint8), scale * sharpness * LOG2_E
     extra = means if extra is None else extra  # any pointer: it is not read
@@ -129,6 +134,17 @@ def pool_probabilities(
         query, means, extra, valid, tile_of, tokens, limit, lse, probs,
         in_step, width, candidates.shape[1], factor, **shared,
     )  # fmt: skip
+
+
+def block_shape(head_size: int, element_bytes: int, width: int) -> tuple[int, int, int]:
+    """Queries and cubes in a block, and stages of the pipeline, so that all fit in SHARED_BYTES."""
+    rows, columns, stages = 64, min(128, max(16, triton.next_power_of_2(width))), 2
+    while (rows + stages * columns) * head_size * element_bytes > SHARED_BYTES:
+        if columns > 16:
+            columns //= 2
+        else:
+            rows //= 2
+    return rows, columns, stages
 
 
 @triton.jit
@@ -257,8 +273,8 @@ def token_probabilities(
     _token_probabilities[tokens.numel(), kv_heads](
         query, key_sums, row_blocks, candidates.view(torch.uint8), row, tile_of, tokens, limit,
         probs, in_step, candidates.shape[1], per_row, scale * sharpness * LOG2_E / block_size,
-        HEAD_SIZE=head_size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), COLUMNS=32,
-        num_warps=8, num_stages=2,
+        HEAD_SIZE=head_size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+        COLUMNS=32 if head_size <= 128 else 16, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 

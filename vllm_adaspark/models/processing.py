@@ -1,93 +1,46 @@
-"""A request's ``adaspark`` settings: validated and attached to its videos, before the model runs.
+"""A request's settings and media: validated and attached to its videos, before the model runs.
 
 This runs where vLLM preprocesses requests: in the API server's process, or offline in the caller's.
+Errors raised here are HTTP 400.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from transformers import BatchFeature
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
 )
-from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig
+from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.platforms import current_platform
 
 from ..accounting import ModelShape
-from ..budget import PromptCost, prompt_cost
-from ..config import COMPENSATIONS, ORDERS, SHARE_STEPS, AdaSparkConfig, AdaSparkConfigError
-from ..tags import MAX_POSITION, tag_word, unpack
+from ..budget import prompt_cost
+from ..config import AdaSparkConfig, AdaSparkConfigError
+from ..requests import FIELD, mask_of, pack_settings
+from .checks import (
+    Grid,
+    check_embeddings,
+    check_positions,
+    check_processor_kwargs,
+    position_limit,
+)
+from .sent_items import sent_items
 
 REQUEST_KEY = "adaspark"  # in mm_processor_kwargs
-FIELD = "adaspark_video"  # per video, to the model: the seven integers of VideoSettings
-
-
-class VideoSettings(NamedTuple):
-    """What the model and the worker must know about a video."""
-
-    word: int  # see tags.py
-    t: int  # the cube's shape
-    h: int
-    w: int
-    order: int  # index into config.ORDERS
-    trace: int  # 1: record what is chosen
-    flops: int  # budget in thousandths of the dense FLOPs, 0 for none
-
-    @classmethod
-    def of(cls, config: AdaSparkConfig) -> VideoSettings:
-        budget = round((config.flops or 0) * SHARE_STEPS) if config.enabled else 0
-        order = ORDERS.index(config.order)
-        return cls(tag_word(config), *config.cube, order, int(config.trace), budget)
-
-    @classmethod
-    def from_feature(cls, feature: MultiModalFeatureSpec) -> VideoSettings:
-        """Those the processor attached to a video."""
-        return cls(*feature.data[FIELD].data.tolist())
+LONGEST_CAUSE = 300  # characters of a message of Hugging Face's
+GRIDS = 100_000  # images and videos whose grid is remembered; vLLM's cache holds fewer
 
 
 def resolved_config(hf_config: Any) -> AdaSparkConfig:
     """Server and checkpoint settings, as startup.StartupCheck left them on the model's config."""
     return AdaSparkConfig().override(getattr(hf_config, "adaspark_resolved", None))
-
-
-def language_model_shape(text_config: Any) -> ModelShape:
-    """Sizes of a layer, from a checkpoint's text config."""
-    heads = text_config.num_attention_heads
-    return ModelShape(
-        hidden=text_config.hidden_size,
-        heads=heads,
-        kv_heads=text_config.num_key_value_heads,
-        head_size=text_config.hidden_size // heads,
-        intermediate=text_config.intermediate_size,
-    )
-
-
-def budget_cost(
-    hf_config: Any,
-    config: AdaSparkConfig,
-    word: int,
-    tokens: int,
-    places: list[tuple[int, int]],
-) -> PromptCost:
-    """What a prompt of so many tokens costs, its videos at ``places`` (offset, length)."""
-    text = hf_config.get_text_config()
-    settings = unpack(torch.tensor(word))
-    return prompt_cost(
-        language_model_shape(text),
-        text.num_hidden_layers,
-        tokens,
-        places,
-        block_size=config.cube_volume,
-        dense_below=config.dense_below,
-        dense_layers=int(settings.dense_layers),
-        sparse_text=bool(settings.sparse_text),
-        compensation=COMPENSATIONS[settings.compensation],
-        cube_queries=config.cube_queries,
-    )
 
 
 class AdaSparkProcessingInfo(Qwen2_5_VLProcessingInfo):
@@ -99,6 +52,38 @@ class AdaSparkProcessingInfo(Qwen2_5_VLProcessingInfo):
     def get_image_processor(self, **kwargs: object):
         return super().get_image_processor(**_without_ours(kwargs))
 
+    def get_data_parser(self):
+        config = self.get_hf_config()
+        return CheckingDataParser(
+            config.vision_config.spatial_merge_size,
+            config.get_text_config().hidden_size,
+            video_needs_metadata=True,
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
+
+
+class CheckingDataParser(Qwen2VLMultiModalDataParser):
+    """Stock, but embeddings sent in place of images or videos must fit their grid."""
+
+    def __init__(self, spatial_merge_size: int, hidden: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(spatial_merge_size, *args, **kwargs)
+        self._hidden = hidden
+
+    def _parse_image_data(self, data: Any):
+        self._check(data, "image")
+        return super()._parse_image_data(data)
+
+    def _parse_video_data(self, data: Any):
+        self._check(data, "video")
+        return super()._parse_video_data(data)
+
+    def _check(self, data: Any, modality: str) -> None:
+        if isinstance(data, dict):
+            check_embeddings(data, modality, self._spatial_merge_size, self._hidden)
+        elif data is not None and self.is_embeddings(data):
+            check_embeddings({f"{modality}_embeds": data}, modality, self._spatial_merge_size, 0)
+
 
 class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
     """Validates a request's ``adaspark`` settings and attaches them to its videos.
@@ -107,29 +92,21 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
     with different settings never share cached video blocks.
     """
 
-    def apply(self, inputs, timing_ctx):
-        # Errors raised here are HTTP 400.
-        config = self._settings(inputs.hf_processor_mm_kwargs)
-        processed = super().apply(inputs, timing_ctx)
-        named = inputs.hf_processor_mm_kwargs.get(REQUEST_KEY)
-        if config.enabled and isinstance(named, Mapping) and named.get("flops") is not None:
-            self._check_budget(config, processed)
-        return processed
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._grids: OrderedDict[str, Grid] = OrderedDict()  # by hash: cached items have no data
 
-    def _check_budget(self, config: AdaSparkConfig, processed: Any) -> None:
-        """Refuse a budget that the request itself asks for and that cannot be met."""
-        places = [(at.offset, at.length) for at in processed["mm_placeholders"].get("video", [])]
-        if not places:
-            return
-        tokens = len(processed["prompt_token_ids"])
-        hf_config = self.info.get_hf_config()
-        cost = budget_cost(hf_config, config, tag_word(config), tokens, places)
-        if config.flops < cost.least:
-            raise AdaSparkConfigError(
-                f"mm_processor_kwargs.{REQUEST_KEY}: flops={config.flops} cannot be met: of this "
-                f"request's {tokens} tokens, what always runs (projections, text) takes more; "
-                f"the smallest budget that can is {math.ceil(cost.least * 100) / 100}"
-            )
+    def apply(self, inputs, timing_ctx):
+        kwargs = inputs.hf_processor_mm_kwargs
+        check_processor_kwargs(kwargs, REQUEST_KEY)
+        config = self._settings(kwargs)
+        with sent_items.preparing() as prepared:
+            processed = super().apply(inputs, timing_ctx)
+            self._check_prompt(processed)
+            if config.enabled and config.flops is not None:
+                self._check_budget(config, kwargs, processed)
+            prepared.ok = not self._will_be_refused(processed)
+        return processed
 
     def _settings(self, mm_kwargs: Mapping[str, object]) -> AdaSparkConfig:
         server = resolved_config(self.info.get_hf_config())
@@ -137,29 +114,103 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
             mm_kwargs.get(REQUEST_KEY), source=f"mm_processor_kwargs.{REQUEST_KEY}", request=True
         )
 
+    # -- checks of the whole prompt -----------------------------------------------------------
+
+    def _will_be_refused(self, processed: Any) -> bool:
+        """Whether vLLM will find the prompt too long, which it looks at later."""
+        return len(processed["prompt_token_ids"]) >= self.info.ctx.model_config.max_model_len
+
+    def _check_prompt(self, processed: Any) -> None:
+        """Refuse a prompt whose time positions would run past the model's."""
+        media = [
+            (place.length, self._grid(item, modality, mm_hash))
+            for modality, places in processed["mm_placeholders"].items()
+            for place, item, mm_hash in zip(
+                places,
+                processed["mm_kwargs"][modality],
+                processed["mm_hashes"][modality],
+                strict=True,
+            )
+        ]
+        tokens = len(processed["prompt_token_ids"])
+        limit = position_limit(self.info.get_hf_config().get_text_config())
+        check_positions(tokens, media, self.info.ctx.model_config.max_model_len, limit)
+
+    def _check_budget(
+        self, config: AdaSparkConfig, mm_kwargs: Mapping[str, Any], processed: Any
+    ) -> None:
+        """Refuse a budget that the request itself asks for and that its prompt cannot keep."""
+        named = mm_kwargs.get(REQUEST_KEY)
+        videos = processed["mm_placeholders"].get("video")
+        if not videos or not isinstance(named, Mapping) or named.get("flops") is None:
+            return
+        tokens = len(processed["prompt_token_ids"])
+        text = self.info.get_hf_config().get_text_config()
+        is_video = mask_of(tokens, videos)
+        cost = prompt_cost(
+            ModelShape.of(text, current_platform.device_type),
+            text.num_hidden_layers,
+            is_video,
+            config,
+        )
+        if config.flops < cost.least:
+            raise AdaSparkConfigError(
+                f"mm_processor_kwargs.{REQUEST_KEY}: flops={config.flops} cannot be met: of this "
+                f"request's {tokens} tokens, what always runs (projections, text, "
+                f"min_cubes={config.min_cubes}) takes more; the smallest budget that can is "
+                f"{math.ceil(cost.least * 100) / 100}"
+            )
+
+    # -- grids: what the checks need to know of an image or video ---------------------------------
+
+    def _grid(self, item: Any, modality: str, mm_hash: str) -> Grid:
+        grid = self._grids.get(mm_hash)
+        return self._note_grid(item, modality, mm_hash) if grid is None else grid
+
+    def _note_grid(self, item: Any, modality: str, mm_hash: str) -> Grid:
+        vision = self.info.get_hf_config().vision_config
+        merge = vision.spatial_merge_size
+        t, h, w = item[f"{modality}_grid_thw"].data.tolist()
+        seconds = item.get("second_per_grid_ts") if modality == "video" else None
+        apart = 1.0 if seconds is None else float(seconds.data)
+        if not math.isfinite(apart) or apart < 0:
+            raise ValueError(f"the frames of a video are {apart} s apart; check its frame rate")
+        per_frame = apart * getattr(vision, "tokens_per_second", 1.0)
+        grid = self._grids[mm_hash] = Grid(t, h // merge, w // merge, per_frame)
+        if len(self._grids) > GRIDS:
+            self._grids.popitem(last=False)
+        return grid
+
+    # -- from processed media to what the engine gets ---------------------------------------------
+
+    def _merge_mm_kwargs(
+        self, cache, mm_hashes, mm_is_cached, mm_missing_kwargs, mm_missing_prompt_updates
+    ):
+        """As stock: puts new items into the cache, and from here on may leave out their data."""
+        for modality, hashes in mm_hashes.items():
+            new = iter(mm_missing_kwargs.get(modality, []))
+            for mm_hash, is_cached in zip(hashes, mm_is_cached[modality], strict=True):
+                if not is_cached:
+                    self._note_grid(next(new), modality, mm_hash)
+                    sent_items.add(cache, mm_hash)
+        return super()._merge_mm_kwargs(
+            cache, mm_hashes, mm_is_cached, mm_missing_kwargs, mm_missing_prompt_updates
+        )
+
     def _call_hf_processor(self, hf_data, hf_kwargs) -> BatchFeature:
-        return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+        try:
+            return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+        except ValueError as error:  # vLLM's, with all pixels of the request in its message
+            cause = str(error.__cause__ or error)[:LONGEST_CAUSE]
+            raise ValueError(f"these images or videos cannot be processed: {cause}") from error
 
     def _postprocess_hf_mm_data(self, mm_inputs, hf_processor_mm_kwargs, processed_data):
         data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
         grids = data.get("video_grid_thw")
         if grids is not None and len(grids):
-            self._check_duration(grids, data.get("second_per_grid_ts"))
-            packed = VideoSettings.of(self._settings(hf_processor_mm_kwargs))
-            data[FIELD] = torch.tensor([packed] * len(grids), dtype=torch.int64)
+            packed = pack_settings(self._settings(hf_processor_mm_kwargs))
+            data[FIELD] = packed.expand(len(grids), -1)
         return data
-
-    def _check_duration(self, grids: torch.Tensor, seconds: Any) -> None:
-        """Refuse a video whose time positions would not fit beside the tags."""
-        per_second = getattr(self.info.get_hf_config().vision_config, "tokens_per_second", 1.0)
-        for index, (frames, *_) in enumerate(torch.as_tensor(grids).tolist()):
-            step = float(seconds[index]) if seconds is not None else 1.0
-            if frames * step * per_second > MAX_POSITION // 2:
-                raise ValueError(
-                    f"video {index} spans {frames * step:.0f} s, more than the "
-                    f"{MAX_POSITION // 2 / per_second:.0f} s whose time positions fit; "
-                    "check its frame rate, or send a shorter part of it"
-                )
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

@@ -23,6 +23,7 @@ from vllm.model_executor.models.qwen2 import (
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index, maybe_prefix
 
 from ..attention.adapters import adapter_for
+from ..attention.backend import head_ranks
 from ..ffn import SparseMLP
 from ..runtime import Runtime
 
@@ -123,6 +124,7 @@ class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
     def share(self, runtime: Runtime) -> None:
-        """Hand the runtime to this rank's layers."""
+        """Hand the runtime to this rank's layers, and the other ranks to the runtime."""
+        runtime.head_ranks = head_ranks(self.config.num_key_value_heads)
         for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
             layer.share(runtime)

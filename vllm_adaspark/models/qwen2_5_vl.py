@@ -1,12 +1,13 @@
-"""Qwen2.5-VL with AdaSpark: cube order, tags, bounded-memory video encoding, sparse layers.
+"""Qwen2.5-VL with AdaSpark: cube order, bounded-memory video encoding, sparse layers.
 
 Chosen by ``--hf-overrides '{"architectures": ["AdaSparkQwen2_5_VLForConditionalGeneration"]}'``;
 stock weights of every size load unchanged.  Three things happen to a video on its way:
 
 * the processor validates the request's settings and attaches them to each video;
 * after the vision tower the video's embeddings are put into cube order;
-* its M-RoPE positions are put into the same order and carry the settings as tags (tags.py), which
-  ``forward`` strips again before the layers run.
+* its M-RoPE positions, which are the stock model's, are put into the same order.
+
+At the top of ``forward`` the step is planned, from what the worker knows of its requests.
 """
 
 from __future__ import annotations
@@ -30,18 +31,11 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from .. import LANGUAGE_MODEL
-from ..config import ORDERS, SHARE_STEPS
+from ..config import AdaSparkConfig
 from ..cubes import cube_order
+from ..requests import FIELD, settings_of, unpack_settings, videos_of
 from ..runtime import Runtime
-from ..tags import add_tags, split_tags, with_shares
-from .processing import (
-    FIELD,
-    AdaSparkProcessingInfo,
-    AdaSparkProcessor,
-    VideoSettings,
-    budget_cost,
-    resolved_config,
-)
+from .processing import AdaSparkProcessingInfo, AdaSparkProcessor, resolved_config
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -82,12 +76,6 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
 
         self.runtime = Runtime(resolved_config(config))
         self.language_model.share(self.runtime)
-        # CUDA graphs read positions from a fixed address; one column more than is ever used keeps
-        # slices non-contiguous, as in vLLM's own buffer, so torch.compile sees the same strides.
-        tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.register_buffer(
-            "plain_positions", torch.zeros(3, tokens + 1, dtype=torch.int64), persistent=False
-        )
 
     # -- from video to embeddings ---------------------------------------------------------------
 
@@ -110,7 +98,7 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         for video, grid, packed in zip(
             videos, video_input["video_grid_thw"].tolist(), self._video_settings, strict=True
         ):
-            walk = _walk(grid, VideoSettings(*packed.tolist()), merge)
+            walk = _walk(grid, unpack_settings(packed), merge)
             ordered.append(video if walk is None else video[walk.to(video.device)])
         return tuple(ordered)
 
@@ -149,34 +137,21 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         config = super().get_encoder_cudagraph_config()
         return replace(config, modalities=[m for m in config.modalities if m != "video"])
 
-    # -- from positions to tags and back --------------------------------------------------------
+    # -- positions and the step's plan -----------------------------------------------------------
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Stock positions ``[3, tokens]``; each video's in cube order and tagged."""
+        """Stock positions ``[3, tokens]``, those of each video in the order of its tokens."""
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
-        positions = positions.clone()
         merge = self.config.vision_config.spatial_merge_size
-        videos = [feature for feature in mm_features if feature.modality == "video"]
-        places = [(f.mm_position.offset, f.mm_position.length) for f in videos]
-        for feature, (start, length) in zip(videos, places, strict=True):
-            tokens = slice(start, start + length)
-            settings = VideoSettings.from_feature(feature)
-            walk = _walk(feature.data["video_grid_thw"].data.tolist(), settings, merge)
+        for video in videos_of(mm_features):
+            walk = _walk(video.data["video_grid_thw"].data.tolist(), settings_of(video), merge)
             if walk is not None:
+                start = video.mm_position.offset
+                tokens = slice(start, start + video.mm_position.length)
                 positions[:, tokens] = positions[:, tokens][:, walk]
-            add_tags(positions, self._word(settings, len(input_tokens), places), tokens)
-            self.runtime.expect_video()
         return positions, delta
-
-    def _word(self, settings: VideoSettings, tokens: int, places: list[tuple[int, int]]) -> int:
-        """A video's tag word; with a budget, its shares follow from the whole prompt."""
-        if not settings.flops:
-            return settings.word
-        cost = budget_cost(self.config, self.runtime.config, settings.word, tokens, places)
-        share = cost.share(settings.flops / SHARE_STEPS)
-        return with_shares(settings.word, share, share)
 
     def forward(
         self,
@@ -186,29 +161,27 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: object,
     ) -> torch.Tensor | IntermediateTensors:
-        """As stock.  Plans the step, then runs the layers on plain positions."""
-        positions, words = split_tags(positions, self.plain_positions[:, : positions.shape[1]])
-        self._begin_step(words)
+        """As stock, once the step is planned."""
+        self._begin_step(positions.device)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
-    def _begin_step(self, words: torch.Tensor) -> None:
+    def _begin_step(self, device: torch.device) -> None:
         metadata = get_forward_context().attn_metadata
-        if not metadata:  # a profiling run
-            self.runtime.begin_step(None, words)
-            return
-        name, of_layer = next(iter(metadata.items()))
-        num_blocks, _, block_size, _ = get_forward_context().no_compile_layers[name].kv_cache.shape
-        self.runtime.begin_step(
-            of_layer.adaspark_rows, words, of_layer.block_table, num_blocks, block_size
-        )
+        rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
+        self.runtime.begin_step(rows, device)
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """Model runner V2 asks for this; runner V1 does not."""
+        from .model_state import AdaSparkModelState
+
+        return AdaSparkModelState
 
 
-def _walk(grid: list[int], settings: VideoSettings, merge: int) -> torch.Tensor | None:
+def _walk(grid: list[int], config: AdaSparkConfig, merge: int) -> torch.Tensor | None:
     """Cube order of a video with patch grid ``[t, h, w]``; None for raster order."""
-    order = ORDERS[settings.order]
-    if order == "raster":
+    if config.order == "raster":
         return None
     t, h, w = grid
-    cube = (settings.t, settings.h, settings.w)
-    walk = cube_order((t, h // merge, w // merge), cube, order)
+    walk = cube_order((t, h // merge, w // merge), config.cube, config.order)
     return torch.from_numpy(walk.copy())

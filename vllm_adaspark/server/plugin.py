@@ -27,6 +27,7 @@ class AdaSparkHttp:
         usage.attach(app)
         metrics.attach(app)
         traces.attach(app)
+        app.add_middleware(refusals.TakeBackMedia)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         refusals.expose(engine_client.vllm_config.model_config.served_model_name)

@@ -6,6 +6,7 @@ counter that adds up over API-server processes and shares its family with the wo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from prometheus_client import Counter
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from ..config import AdaSparkConfigError
+from ..models.sent_items import sent_items
 
 REQUESTS = "vllm_adaspark:requests"
 REQUESTS_HELP = "Requests that ended, by mode and, where they were not sparse, by reason."
@@ -26,6 +28,38 @@ _SETTINGS = ("mm_processor_kwargs",)
 _TOO_LONG = ("maximum context length", "maximum model length", "reduce the input")
 # Code that reads media: what it raises is about them.
 _MEDIA_MODULES = ("vllm.multimodal.media", "vllm.multimodal.video", "vllm_adaspark.video")
+
+
+class TakeBackMedia:
+    """ASGI middleware: what a request cached that never reached the engine is taken back.
+
+    A request counts as such if it is answered with an error, in its stream or instead of one, or
+    is not answered to the end, because its client left.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        began, answered, failed = time.monotonic(), False, False
+
+        async def watched(message: Any) -> None:
+            nonlocal answered, failed
+            if message["type"] == "http.response.start":
+                failed = message["status"] >= 400
+            elif message["type"] == "http.response.body":
+                failed |= message.get("body", b"").startswith(b'data: {"error":')
+                answered = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            if failed or not answered:
+                sent_items.forget_since(began)
 
 
 def expose(model_name: str) -> None:

@@ -21,8 +21,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.logger import init_logger
 
 from .. import reports
-from ..accounting import Account
-from ..models.processing import language_model_shape
+from ..accounting import Account, ModelShape
 from ..observing import observing
 from .engine import ask_workers
 from .refusals import count_error, count_refusal
@@ -145,7 +144,7 @@ def text_account(state: Any, usage: dict[str, Any], cached: int) -> dict[str, An
         cached: how many of its prompt's came from the prefix cache.
     """
     text_config = state.vllm_config.model_config.hf_text_config
-    account = Account(language_model_shape(text_config), range(text_config.num_hidden_layers))
+    account = Account(ModelShape.of(text_config), range(text_config.num_hidden_layers))
     context = usage["prompt_tokens"] + max(usage["completion_tokens"], 1) - 1  # none reads the last
     account.cached_tokens, account.tokens = cached, context - cached
     account.dense_pairs = float((cached + 1 + context) * account.tokens / 2)  # causal

@@ -24,11 +24,10 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..attention.plan import StepPlan
 from ..attention.state import StepRows
-from ..config import ORDERS
-from ..models.processing import VideoSettings
 from ..observing import observing
-from ..reports import settings_of
+from ..reports import told_settings
 from ..request_ids import search_name
+from ..requests import settings_of, videos_of
 from ..runtime import Runtime
 from .frames import FrameMaker, Frames, PatchShape
 from .step import StepTrace, chunk_of, counted_bytes
@@ -119,13 +118,13 @@ class Tracer:
                     trace.add_answer(tokens)
 
     def _start(self, request: Any) -> None:
-        videos = [f for f in request.mm_features or () if f.modality == "video"]
+        videos = videos_of(request.mm_features)
         if (
             not self.store.limit
             or request.req_id in self.store.running  # resumed after preemption
             or request.prompt_token_ids is None
             or request.sampling_params is None
-            or not any(VideoSettings.from_feature(video).trace for video in videos)
+            or not any(settings_of(video).trace for video in videos)
             or self._is_traced_search(request.req_id)
         ):
             return
@@ -135,7 +134,7 @@ class Tracer:
             started=time.time(),
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
             videos=[_video(feature, self._shape.merge) for feature in videos],
-            settings=settings_of(VideoSettings.from_feature(videos[0])),
+            settings=told_settings(self._runtime.requests[request.req_id]),
             block_size=self._sizes.block_size,
             layers=self._layers,
             stop_ids=_stop_ids(request.sampling_params),
@@ -173,14 +172,14 @@ def _stop_ids(sampling: Any) -> frozenset[int]:
 
 
 def _video(feature: Any, merge: int) -> Video:
-    settings = VideoSettings.from_feature(feature)
+    config = settings_of(feature)
     frames, rows, columns = feature.data["video_grid_thw"].data.tolist()
     seconds = feature.data.get("second_per_grid_ts")
     return Video(
         offset=feature.mm_position.offset,
         grid=(frames, rows // merge, columns // merge),
-        cube=(settings.t, settings.h, settings.w),
-        order=ORDERS[settings.order],
+        cube=config.cube,
+        order=config.order,
         seconds=float(seconds.data) if seconds is not None and seconds.data is not None else None,
     )
 
@@ -217,18 +216,16 @@ class TracingWorker:
                 keeps_frames=get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank,
             )
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        tracer = self._tracer
-        if tracer is None:
-            return super().execute_model(scheduler_output)
+    def _before_step(self, scheduler_output: Any) -> None:
+        super()._before_step(scheduler_output)
         with observing("traces before a step"):
-            for trace in tracer.before_step(scheduler_output):
+            for trace in self._tracer.before_step(scheduler_output):
                 trace.usage = self.adaspark_usage(trace.request_id)
-        output = super().execute_model(scheduler_output)
-        if scheduler_output.total_num_scheduled_tokens > 0:
-            with observing("traces after a step"):
-                tracer.after_step(self._request_ids)
-        return output
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        with observing("traces after a step"):
+            self._tracer.after_step(self._request_ids)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)

@@ -21,16 +21,17 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
-from ..config import CUBE_VOLUMES, AdaSparkConfig, AdaSparkConfigError
+from ..config import (
+    CHECKPOINT_KEY,
+    AdaSparkConfig,
+    AdaSparkConfigError,
+    check_cube_volume,
+    settled,
+)
 from .attention import NAME, adaspark_attention
 from .ffn import sparse_mlp
 from .packing import pack
 from .prompt import read_prompts
-
-CHECKPOINT_KEY = "adaspark_config"  # in config.json, as startup.py reads it
-# A server's keys that decide what is computed, and requests' keys that do not.
-ALSO_TRAINED = ("dense_below", "cube_queries")
-NOT_TRAINED = ("enabled", "trace")
 
 AttentionInterface.register(NAME, adaspark_attention)
 
@@ -72,7 +73,7 @@ def enable_sparse_training(
                 f"config=None, and the model's config.json has no {CHECKPOINT_KEY}: pass an "
                 "AdaSparkConfig"
             )
-        config = AdaSparkConfig().override(settings, source=f"config.json {CHECKPOINT_KEY}")
+        config = settled(settings, None)
     _check(model, config)
 
     disable_sparse_training(model)
@@ -106,8 +107,8 @@ def disable_sparse_training(model: Qwen2_5_VLForConditionalGeneration) -> None:
 
 def checkpoint_settings(config: AdaSparkConfig) -> dict[str, Any]:
     """What a checkpoint says of ``config``: how it was trained, nothing of a server's business."""
-    requests = {spec.name for spec in dataclasses.fields(config) if spec.metadata["request"]}
-    kept = requests.difference(NOT_TRAINED).union(ALSO_TRAINED)
+    may = {spec.name for spec in dataclasses.fields(config) if spec.metadata["checkpoint"]}
+    kept = may - {"enabled"}  # training is never dense
     return {key: value for key, value in config.to_dict().items() if key in kept}
 
 
@@ -121,11 +122,7 @@ def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) ->
             "enabled=False: there is nothing sparse to train; leave it out, or call "
             "disable_sparse_training"
         )
-    if config.cube_volume not in CUBE_VOLUMES:
-        raise AdaSparkConfigError(
-            f"cube={list(config.cube)} holds {config.cube_volume} tokens, which no server takes; "
-            f"allowed volumes: {', '.join(map(str, CUBE_VOLUMES))}, e.g. [4, 4, 4]"
-        )
+    check_cube_volume(config)
     if any(kind != "full_attention" for kind in model.config.text_config.layer_types):
         raise AdaSparkConfigError(
             "use_sliding_window in the model's config is not supported; set it to false"

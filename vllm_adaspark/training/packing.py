@@ -17,10 +17,10 @@ import torch
 from ..accounting import ModelShape
 from ..attention.plan import StepPlan
 from ..attention.planner import build_plan
-from ..attention.state import BlockTags, StepRows
+from ..attention.state import StepRows
 from ..budget import prompt_cost
 from ..config import AdaSparkConfig
-from ..tags import tag_word, with_shares
+from ..requests import Request
 from .prompt import Prompt
 
 
@@ -78,7 +78,7 @@ def pack(
     lengths = [len(prompt.columns) for prompt in prompts]
     table = np.zeros((len(prompts), -(-max(lengths) // size)), np.int64)
     put = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=device)
-    query_start, words, positions, take, keys, blocks = [0], [], [], [], [], 0
+    query_start, positions, take, keys, blocks = [0], [], [], [], 0
     for row, (leader, shared) in enumerate(_shared(embeddings, prompts, columns, size)):
         first, end = query_start[-1], query_start[-1] + lengths[row] - shared
         query_start.append(end)
@@ -86,7 +86,6 @@ def pack(
         keys.append(torch.cat([keys[leader][:shared], own]) if shared else own)
         put[row, columns[row]] = keys[row]
         take.append(row * embeddings.shape[1] + columns[row][shared:])
-        words.append(prompts[row].is_video[shared:] * _word(prompts[row], text_config, config))
         positions.append(prompts[row].positions[:, shared:])
 
         whole, of_row = shared // size, -(-lengths[row] // size)
@@ -96,8 +95,8 @@ def pack(
     rows = StepRows(np.array(query_start), np.array(lengths), table)
     plan = build_plan(
         rows,
-        np.concatenate(words),
-        BlockTags(blocks, size),
+        [_request(prompt, text_config, config) for prompt in prompts],
+        size,
         dense_below=config.dense_below,
         cube_queries=config.cube_queries,
         device=device,
@@ -130,29 +129,12 @@ def _shared(
     return result
 
 
-def _word(prompt: Prompt, text_config, config: AdaSparkConfig) -> int:
-    """The tags of the sequence's videos; with a budget, its shares follow from all its tokens."""
-    word = tag_word(config)
-    if config.flops is None or not prompt.videos:
-        return word
-    heads = text_config.num_attention_heads
-    cost = prompt_cost(
-        ModelShape(
-            hidden=text_config.hidden_size,
-            heads=heads,
-            kv_heads=text_config.num_key_value_heads,
-            head_size=text_config.hidden_size // heads,
-            intermediate=text_config.intermediate_size,
-        ),
-        text_config.num_hidden_layers,
-        len(prompt.columns),
-        prompt.videos,
-        block_size=config.cube_volume,
-        dense_below=config.dense_below,
-        dense_layers=config.dense_layers,
-        sparse_text=config.text_queries == "sparse",
-        compensation=config.compensation,
-        cube_queries=config.cube_queries,
-    )
-    share = cost.share(config.flops)
-    return with_shares(word, share, share)
+def _request(prompt: Prompt, text_config, config: AdaSparkConfig) -> Request | None:
+    """What a server would know of a sequence; with a budget, a share that its tokens allow."""
+    if not prompt.videos:
+        return None
+    if config.flops is None:
+        return Request(config, prompt.is_video)
+    shape = ModelShape.of(text_config)
+    cost = prompt_cost(shape, text_config.num_hidden_layers, prompt.is_video, config)
+    return Request(config, prompt.is_video, cost.share(config.flops), cost.least)

@@ -1,0 +1,204 @@
+"""What each request asked for and where its videos lie: the facts that a step's plan is made from.
+
+vLLM's scheduler tells every worker, on the host, which requests are new, which tokens run and which
+KV blocks a request owns.  :class:`RequestTable` keeps what plans need of that, on every tensor- and
+pipeline-parallel rank alike: a request's settings, which tokens of its prompt are video, and its
+blocks.  Nothing is read back from a device, and token positions stay those of the stock model.
+
+The settings come with the request's videos: the processor attaches them to each video as a small
+tensor (:func:`pack_settings`), because tensors are all that vLLM carries for a multimodal item.
+All videos of a request share them.  This module needs no vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .config import COMPENSATIONS, IMPORTANCES, OFF, SELECTIONS, AdaSparkConfig
+from .selection import BUDGET
+
+FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
+
+
+def pack_settings(config: AdaSparkConfig) -> torch.Tensor:
+    """``config`` as a tensor ``[bytes]`` (uint8, JSON) that travels with a video."""
+    return torch.tensor(list(json.dumps(config.to_dict()).encode()), dtype=torch.uint8)
+
+
+def unpack_settings(packed: torch.Tensor) -> AdaSparkConfig:
+    """The settings that :func:`pack_settings` packed."""
+    return AdaSparkConfig().override(json.loads(bytes(packed.tolist())))
+
+
+def settings_of(feature: Any) -> AdaSparkConfig:
+    """The settings that the processor attached to a video (a ``MultiModalFeatureSpec``).
+
+    A video that came past the processor, preprocessed by somebody else, has none: it runs dense.
+    """
+    packed = feature.data.get(FIELD)
+    return unpack_settings(packed.data) if packed is not None else AdaSparkConfig().override(OFF)
+
+
+def videos_of(features: Iterable[Any] | None) -> list[Any]:
+    """The videos among a request's multimodal features, in the order of the prompt."""
+    return [feature for feature in features or () if feature.modality == "video"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request with video.
+
+    Attributes:
+        config: its settings.
+        is_video: ``[prompt tokens]`` bool.
+        share: with a budget, the share of cubes and FFN tokens to keep (see budget.py).
+        least_budget: with a budget, the smallest one that this prompt can keep.
+    """
+
+    config: AdaSparkConfig
+    is_video: np.ndarray
+    share: float | None = None
+    least_budget: float | None = None
+
+    @cached_property
+    def is_cube(self) -> np.ndarray:
+        """``[blocks]`` bool: which whole KV blocks of the prompt hold nothing but video."""
+        size = self.config.cube_volume
+        whole = len(self.is_video) // size
+        return self.is_video[: whole * size].reshape(whole, size).all(axis=1)
+
+    @cached_property
+    def settings(self) -> RowSettings:
+        """What the plan needs of the settings, as plain numbers."""
+        config = self.config
+        rule = SELECTIONS.index(config.selection)
+        attention = config.p_attn if config.selection == "top_p" else config.keep
+        ffn = config.p_ffn
+        if self.share is not None:
+            attention, ffn, rule = self.share, self.share, BUDGET
+        if not config.enabled:
+            attention = ffn = 1.0
+        return RowSettings(
+            attention_share=attention,
+            ffn_share=ffn,
+            importance=IMPORTANCES.index(config.importance),
+            compensation=COMPENSATIONS.index(config.compensation),
+            rule=rule,
+            sparse_text=config.text_queries == "sparse",
+            min_cubes=config.min_cubes,
+            dense_layers=config.dense_layers,
+        )
+
+
+class RowSettings(NamedTuple):
+    """The settings of one request, or arrays ``[rows]`` of those of a step's requests.
+
+    Shares are above 0 and at most 1; at 1 nothing is left out.
+    """
+
+    attention_share: Any
+    ffn_share: Any
+    importance: Any  # index into config.IMPORTANCES
+    compensation: Any  # index into config.COMPENSATIONS
+    rule: Any  # index into config.SELECTIONS, or selection.BUDGET
+    sparse_text: Any  # bool
+    min_cubes: Any
+    dense_layers: Any
+
+    @classmethod
+    def of_rows(cls, requests: Sequence[Request | None]) -> RowSettings:
+        """Arrays ``[rows]``; a row without video leaves nothing out."""
+        rows = [_NOTHING_LEFT_OUT if r is None else r.settings for r in requests]
+        return cls(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+_NOTHING_LEFT_OUT = RowSettings(1.0, 1.0, 0, 0, 0, False, 1, 0)
+
+
+@dataclass
+class _Known:
+    """A request the scheduler has told of: its facts, None without video, and its blocks."""
+
+    request: Request | None
+    blocks: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    number: int = 0  # of blocks; the array has spare places
+
+    def add(self, blocks: Sequence[int]) -> None:
+        end = self.number + len(blocks)
+        if end > len(self.blocks):
+            grown = np.zeros(max(end, 2 * len(self.blocks)), np.int32)
+            grown[: self.number] = self.blocks[: self.number]
+            self.blocks = grown
+        self.blocks[self.number : end] = blocks
+        self.number = end
+
+
+class RequestTable:
+    """The requests of a worker, kept up to date by what the scheduler tells before every step.
+
+    Args:
+        describe: makes the facts of a new request with video from vLLM's ``NewRequestData``.
+    """
+
+    def __init__(self, describe: Callable[[Any], Request]) -> None:
+        self._describe = describe
+        self._known: dict[str, _Known] = {}
+
+    def update(self, scheduler_output: Any) -> None:
+        """Take in a ``SchedulerOutput``, before its step runs."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._known.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            has_video = bool(videos_of(new.mm_features))
+            known = _Known(self._describe(new) if has_video else None)
+            known.add(new.block_ids[0])
+            self._known[new.req_id] = known
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            known = self._known[request_id]
+            if request_id in cached.resumed_req_ids:
+                known.number = 0  # preempted before, so all of its blocks are new
+            if blocks is not None:
+                known.add(blocks[0])
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._known
+
+    def __getitem__(self, request_id: str) -> Request | None:
+        """The facts of a request; None if it has no video."""
+        return self._known[request_id].request
+
+    def rows(self, request_ids: Sequence[str]) -> list[Request | None]:
+        """The facts of a step's requests, in row order."""
+        return [self._known[request_id].request for request_id in request_ids]
+
+    def block_table(self, request_ids: Sequence[str], padding: int = 0) -> np.ndarray:
+        """``[rows + padding, blocks]`` int32 physical blocks; 0 where there is none."""
+        known = [self._known[request_id] for request_id in request_ids]
+        width = max((k.number for k in known), default=0)
+        table = np.zeros((len(known) + padding, width), np.int32)
+        for row, k in enumerate(known):
+            table[row, : k.number] = k.blocks[: k.number]
+        return table
+
+
+def mask_of(tokens: int, places: Iterable[Any]) -> np.ndarray:
+    """``[tokens]`` bool: which tokens of a prompt lie in ``places``.
+
+    Args:
+        tokens: of the prompt.
+        places: vLLM's ``PlaceholderRange`` of each video; its ``is_embed`` leaves tokens out, so a
+            video may lie in several spans.
+    """
+    mask = np.zeros(tokens, bool)
+    for place in places:
+        span = mask[place.offset : place.offset + place.length]
+        span[:] = True if place.is_embed is None else np.asarray(place.is_embed, bool)
+    return mask

@@ -1,0 +1,132 @@
+"""Lists of JPEGs (``data:video/jpeg;base64,...,...``) by the same rules as files, and clear errors.
+
+vLLM 0.32 decodes these lists in VideoMediaIO, past every video loader: it keeps the first 32
+frames, drops the rest without a word and checks no option.  Its one seam is the registry of media
+connectors, where startup.StartupCheck puts ours in the place of the default one.  Ours is vLLM's,
+except for videos that one of our loaders reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+from vllm.multimodal.media.base import MediaIO, MediaWithBytes
+from vllm.multimodal.media.video import VideoMediaIO
+
+from .container import VideoError
+from .load import UNSET_NUM_FRAMES, VideoLoader, check_backend
+from .sampling import MAX_FRAMES, ONE_FRAME, PAIR, Options, at_constant_rate, refuse
+
+DEFAULT = "http"  # vLLM's name for its own, which VLLM_MEDIA_CONNECTOR may replace by another
+LIST_FPS = 1.0  # vLLM's, for a list that comes without
+# What a client may say of the video that its list was taken from, as in vLLM.
+LIST_OPTIONS = ("frames_indices", "total_num_frames", "duration", "do_sample_frames")
+
+
+def use_connector() -> None:
+    """Serve this process's media by our connector, unless VLLM_MEDIA_CONNECTOR names another."""
+    MEDIA_CONNECTOR_REGISTRY.register(DEFAULT)(AdaSparkConnector)
+
+
+class AdaSparkConnector(MediaConnector):
+    """vLLM's, with our lists of JPEGs, and errors of the client's that are 400 instead of 500."""
+
+    def fetch_video(self, video_url: str, **options: Any):
+        self._check_backend()
+        return super().fetch_video(video_url, **options)
+
+    async def fetch_video_async(self, video_url: str, **options: Any):
+        self._check_backend()
+        return await super().fetch_video_async(video_url, **options)
+
+    def _check_backend(self) -> None:
+        check_backend(self.media_io_kwargs.get("video", {}))
+
+    def _load_data_url(self, url: str, media_io: MediaIO):
+        if isinstance(media_io, VideoMediaIO) and isinstance(media_io.video_loader, VideoLoader):
+            media_io = _VideoMediaIO(media_io)
+        return super()._load_data_url(url, media_io)
+
+    def _load_file_url(self, url_spec: Any, media_io: MediaIO):
+        try:
+            return super()._load_file_url(url_spec, media_io)
+        except OSError as error:
+            raise ValueError(f"file://{url_spec.path}: {error.strerror or error}") from None
+
+
+class _VideoMediaIO(MediaIO):
+    """Data URLs of videos: lists of JPEGs by our rules, all else by vLLM's class."""
+
+    def __init__(self, stock: VideoMediaIO) -> None:
+        self._stock = stock
+
+    def load_base64(self, media_type: str, data: str):
+        if media_type.lower() != "video/jpeg":
+            return self._stock.load_base64(media_type, data)
+        stock = self._stock
+        if stock.num_frames not in UNSET_NUM_FRAMES:
+            refuse("num_frames", stock.num_frames, "all frames of a list are used; use max_frames")
+        parts = data.split(",")
+        taken, metadata = _taken(len(parts), stock.kwargs)
+        pictures = [np.asarray(_picture(stock.image_io, parts[at], at)) for at in taken]
+        odd = next((at for at, one in enumerate(pictures) if one.shape != pictures[0].shape), None)
+        if odd is not None:
+            height, width = pictures[odd].shape[:2]
+            raise VideoError(
+                f"data:video/jpeg: frame {taken[odd]} is {width}x{height} and the first is "
+                f"{pictures[0].shape[1]}x{pictures[0].shape[0]}; send frames of one size"
+            )
+        return MediaWithBytes((np.stack(pictures), metadata), data.encode())
+
+    def load_bytes(self, data: bytes):
+        return self._stock.load_bytes(data)
+
+    def load_file(self, filepath: Path):
+        return self._stock.load_file(filepath)
+
+
+def _taken(sent: int, options: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """(places in the list of the frames that are used, metadata).
+
+    All are used unless ``max_frames`` allows fewer.  ``fps`` is the rate of the video that the
+    client took its frames from; ``frames_indices`` and ``total_num_frames`` say which of its frames
+    they are, and without them the list is the whole video.
+    """
+    checked = Options.checked(options, also=LIST_OPTIONS)
+    most = checked.max_frames if "max_frames" in options else MAX_FRAMES
+    if sent < PAIR:
+        raise VideoError(f"data:video/jpeg: a list of {sent} frame(s) is no video; {ONE_FRAME}")
+    indices = options.get("frames_indices", list(range(sent)))
+    whole = isinstance(indices, list) and all(type(index) is int for index in indices)
+    if not whole or indices != sorted(indices) or min(indices, default=0) < 0:
+        refuse("frames_indices", indices, "expected whole numbers, ascending")
+    if len(indices) != sent:
+        refuse("frames_indices", indices, f"expected {sent} numbers, one a frame of the list")
+    total = options.get("total_num_frames", max(sent, indices[-1] + 1))
+    if type(total) is not int or total <= indices[-1]:
+        refuse("total_num_frames", total, f"expected a whole number, above {indices[-1]}")
+    fps = float(options.get("fps", LIST_FPS))
+    duration = options.get("duration", total / fps)
+    if type(duration) not in (int, float) or not 0 <= duration < float("inf"):
+        refuse("duration", duration, "expected seconds")
+    taken = list(range(sent))
+    if sent > most:
+        taken = at_constant_rate(sent, most // PAIR * PAIR)
+    return taken, {
+        "total_num_frames": total,
+        "fps": fps,
+        "duration": duration,
+        "video_backend": "jpeg_sequence",
+        "frames_indices": [indices[at] for at in taken],
+        "do_sample_frames": options.get("do_sample_frames", False),
+    }
+
+
+def _picture(image_io: Any, data: str, at: int) -> Any:
+    try:
+        return image_io.load_base64("image/jpeg", data).media.convert("RGB")
+    except ValueError as error:
+        raise VideoError(f"data:video/jpeg: frame {at} is not a base64 picture: {error}") from None
