@@ -62,7 +62,7 @@ class Contents:
             return None
         return (
             f"the container claims {claimed:.1f} s of video, and the file holds "
-            f"{self.seconds:.1f} s ({self.frames} frames): it was cut off, or only its sound goes on"
+            f"{self.seconds:.1f} s ({self.frames} frames): it was cut off, or its sound is longer"
         )
 
 
