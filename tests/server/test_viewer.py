@@ -206,10 +206,13 @@ def all_traces(viewed) -> list[dict]:
     return json.loads(fetch(viewed, "/v1/adaspark/traces")[2])["traces"]
 
 
-def forget_all_but(viewed, trace: dict) -> None:
-    for other in all_traces(viewed):
-        if other["id"] != trace["id"]:
-            fetch(viewed, f"/v1/adaspark/traces/{other['id']}", method="DELETE")
+@pytest.fixture
+def forgotten(viewed):
+    """After the test: only the traces that were there before.  Needs no browser."""
+    before = {each["id"] for each in all_traces(viewed)}
+    yield
+    for other in {each["id"] for each in all_traces(viewed)} - before:
+        fetch(viewed, f"/v1/adaspark/traces/{other}", method="DELETE")
 
 
 def readable(viewed, trace_id: str) -> dict:
@@ -222,7 +225,7 @@ def readable(viewed, trace_id: str) -> dict:
     return json.loads(body)
 
 
-def test_trace_of_a_request_that_was_left(viewed, media, trace) -> None:
+def test_trace_of_a_request_that_was_left(viewed, media, forgotten) -> None:
     """Its client closes the stream; the trace is of what ran until then."""
     video = {"type": "video_url", "video_url": {"url": (media / "clip.mp4").as_uri()}}
     stream = viewed.client.chat.completions.create(
@@ -244,10 +247,9 @@ def test_trace_of_a_request_that_was_left(viewed, media, trace) -> None:
     whole = readable(viewed, left["id"])
     assert whole["finished"] and whole["answer_tokens"] < 3000
     assert whole["usage"]["mode"] == "sparse" and whole["truncated"] is None
-    forget_all_but(viewed, trace)
 
 
-def test_traces_of_several_answers_and_of_beams(viewed, media, trace) -> None:
+def test_traces_of_several_answers_and_of_beams(viewed, media, forgotten) -> None:
     """n answers have a trace each, a beam search has one, of its first request."""
     video = {"type": "video_url", "video_url": {"url": (media / "clip.mp4").as_uri()}}
     for n, beams, expected in ((2, False, 2), (2, True, 1)):
@@ -268,7 +270,6 @@ def test_traces_of_several_answers_and_of_beams(viewed, media, trace) -> None:
         assert found["id"] in [each["id"] for each in mine]
         assert reply.usage.adaspark["mode"] == "sparse"
         readable(viewed, found["id"])
-    forget_all_but(viewed, trace)
 
 
 UNKNOWN = "0123456789abcdef"

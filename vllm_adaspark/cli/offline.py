@@ -56,7 +56,7 @@ def engine_options(model: str, rest: list[str]) -> Any:
         options = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *rest]))
     except ValueError as error:
         raise UsageError(f"vLLM's options: {error}") from None
-    except Exception as error:  # the model is looked up on its hub
+    except OSError as error:  # the model is looked up on its hub
         raise CommandError(f"--model {model!r} could not be fetched: {error}") from None
     video = (options.media_io_kwargs or {}).get("video", {})
     for name in ("fps", "max_frames", "min_frames"):

@@ -15,7 +15,7 @@ from hashlib import blake2s
 
 import numpy as np
 
-from ..methods.adaspark.planner import MAX_TEXT_TILES
+from ..paged.plan import MAX_TEXT_TILES
 from .trace import Trace
 
 CHUNK_BYTES = 1024  # of a chunk's Python objects
