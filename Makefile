@@ -35,10 +35,10 @@ demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what 
 
 test: venv ## run all tests; fetches Chromium, promtool, kubectl and lmms-eval if it may
 	@deploy/test/tools.sh $(VENV)/bin
-	$(RUN) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadscope $(ARGS)
 
 test-unit: venv ## run the tests that start no engine and no server
-	$(RUN) -m pytest -n 2 --dist loadgroup -m "not engine and not server" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadscope -m "not engine and not server" $(ARGS)
 
 fidelity: venv ## compare the tile rule with the paper's per-token rule: table and picture
 	$(RUN) benchmarks/fidelity.py $(ARGS)

@@ -21,13 +21,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: the tests of a module, and all on the shared server, stay in one process.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """With pytest-xdist, the tests of a module, and all on the shared server, stay in one process.
 
     They share engines and servers, which take longer to start than to answer.
     """
-    for item in items:
-        shared = "served" in getattr(item, "fixturenames", ())
-        group = "shared server" if shared else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    on_shared_server = {
+        f"tests/server/{path.name}"
+        for path in (ROOT / "tests" / "server").glob("test_*.py")
+        if "served: Served" in path.read_text()
+    }
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return "the shared server" if module in on_shared_server else module
+
+    return ByModule(config, log)

@@ -282,7 +282,7 @@ def scatter_outputs(
         y: ``[items, hidden]``, outputs of the rows of :func:`gather_inputs`.
         place, count: from :func:`active_first`.
         active, tokens: ``[cubes, block_size]``.
-        compensation: ``[cubes]`` int64, index into config.COMPENSATIONS.
+        compensation: ``[cubes]`` int64, index into settings.COMPENSATIONS.
         in_step: tokens of the step.
 
     Returns:

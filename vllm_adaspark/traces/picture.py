@@ -53,7 +53,7 @@ def save_heatmap(
     """Draw a trace.
 
     Args:
-        trace: from ``tracing.reader.read_offline`` or ``read_http``.
+        trace: from ``traces.reader.read_offline`` or ``read_http``.
         path: PNG to write.
         source: a key of ``trace["heat"]``: whose attention is shown.
         frames: how many frames at the most.

@@ -137,7 +137,7 @@ def select(
     Args:
         probs: ``[..., n]``, zero where not ``valid``.
         valid: ``[..., n]`` bool, the entries there are.
-        rule: ``[...]`` index into ``config.SELECTIONS``, or BUDGET.
+        rule: ``[...]`` index into ``settings.SELECTIONS``, or BUDGET.
         share, min_keep: ``[...]``, see :func:`top_p`.
         rules: the rules that occur, so that the others cost nothing.
         groups: of the rows whose rule is BUDGET, see :func:`under_budget`.

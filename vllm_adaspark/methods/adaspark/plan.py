@@ -63,9 +63,9 @@ class FFNPlan:
 
     tokens: torch.Tensor  # [cubes, block_size] int64, index into the step
     share: torch.Tensor  # [cubes] fp32
-    importance: torch.Tensor  # [cubes] int64, index into config.IMPORTANCES
+    importance: torch.Tensor  # [cubes] int64, index into settings.IMPORTANCES
     importances: tuple[int, ...]  # those that occur
-    compensation: torch.Tensor  # [cubes] int64, index into config.COMPENSATIONS
+    compensation: torch.Tensor  # [cubes] int64, index into settings.COMPENSATIONS
     compensations: tuple[int, ...]  # those that occur
     by_budget: torch.Tensor  # [cubes] bool: of a request with a budget
     budget: tuple[BudgetGroups, ...]  # over these

@@ -2,7 +2,7 @@
 
 The score is the paper's: ``P = softmax_j(q . mean_key_j / sqrt(d))`` over the candidate cubes, per
 token and head, averaged over the heads of a GQA group.  A VIDEO tile also averages P over some of
-its tokens (config.cube_queries); every tile chooses once per KV head.  A VIDEO tile's logits are
+its tokens (settings.cube_queries); every tile chooses once per KV head.  A VIDEO tile's logits are
 matrix products in the model's dtype, as in attention itself: rounding averages out over many
 queries, and bf16 products are four times as fast.  A TEXT tile's logits are fp32; probabilities
 always are.
