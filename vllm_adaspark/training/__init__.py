@@ -3,7 +3,7 @@
 The paper fine-tunes with both sparsities on.  :func:`enable_sparse_training` does that to a model
 that is trained with any loop: what a forward pass computes is what the plugin computes for the same
 prompt in one chunk, and it can be differentiated.  The same code decides: the plan, the scores and
-the choice are those of ``vllm_adaspark.paged``, run over a made-up block table.
+the choice are those of ``methods.adaspark``, run over a made-up block table.
 
 Read in this order: ``prompt`` (where the videos of a batch are, their order and positions),
 ``packing`` (a padded batch to the tokens of a step, and back), ``attention`` and ``ffn`` (what a
