@@ -18,7 +18,7 @@ def test_a_toy_method_is_served_counted_and_traced(checkpoint) -> None:
     with engine(checkpoint, {"window": WINDOW}, method=METHOD) as llm:
         sparse, everything = (ask(llm, [prompt])[0] for prompt in prompts)
         windowed, whole = last_reports(llm, 2)
-        # In chunks, beside each other, and from the prefix cache: the same.
+        # Beside each other, and from the prefix cache: the same.
         again = ask(llm, prompts)
         (off,) = ask(llm, [video_prompt(video) | {"mm_processor_kwargs": {"adaspark": "off"}}])
         (traces,) = llm.collective_rpc("adaspark_traces")

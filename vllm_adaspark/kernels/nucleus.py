@@ -4,7 +4,7 @@ An entry is kept when the mass ranked before it is below the share, or its rank 
 Both grow as entries get smaller, so the kept entries are those above one value, and of those equal
 to it the first few.  The bits of a non-negative float, read as an integer, order like the float;
 31 halvings of that range find the value exactly, each a comparison and two sums over a row
-in registers.  The twin is ``selection.top_p``.
+in registers.  The twin is ``choose.top_p``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def takes(probs: torch.Tensor) -> bool:
 def top_p(
     probs: torch.Tensor, valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor
 ) -> torch.Tensor:
-    """As ``selection.top_p``: same arguments, shapes, ties and result.
+    """As ``choose.top_p``: same arguments, shapes, ties and result.
 
     For probabilities that it :func:`takes`.  Nothing is copied: broadcast (expanded) arguments are
     read as they are.
@@ -34,7 +34,7 @@ def top_p(
     if not takes(probs):
         raise ValueError(
             f"probs of dtype {probs.dtype} and shape {tuple(shape)}: the kernel takes float32, "
-            f"three dimensions at most and {MAX_ENTRIES} entries; use selection.top_p"
+            f"three dimensions at most and {MAX_ENTRIES} entries; use choose.top_p"
         )
     kept = torch.empty(shape, dtype=torch.bool, device=probs.device)
     if not kept.numel():

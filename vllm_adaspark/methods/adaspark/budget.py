@@ -5,7 +5,7 @@ that a mixed block or the first layers keep dense) and a part that may be left o
 how much both may cost together.  From it follows one *share*, the same for attention and FFN: a
 query tile with ``c`` preceding cubes may keep ``max(share * c, min(min_cubes, c))`` of them, and a
 cube's FFN runs that share of its tokens, at least one.  *Which* cubes and tokens that are is found
-in each layer: selection.under_budget finds the p that keeps so many of them in all tiles together.
+in each layer: choose.under_budget finds the p that keeps so many of them in all tiles together.
 
 The share follows from the request's own prompt, as if no token of it were cached, so it is the same
 whatever the prefix cache holds.  Counted is the prompt: generated tokens, whose projections always
