@@ -20,7 +20,7 @@ from vllm_adaspark.analysis.measure import Prompt
 from vllm_adaspark.analysis.study import StudyError, _queries
 from vllm_adaspark.cli import main
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.video import VideoLoader
+from vllm_adaspark.video.load import VideoLoader
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("matplotlib")

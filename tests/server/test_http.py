@@ -48,7 +48,7 @@ def open_stream(served: Served, clip: Path, max_tokens: int):
 
 
 def test_streaming_comes_in_pieces(served: Served, media: Path) -> None:
-    stream = open_stream(served, media / "clip.mp4", max_tokens=16)
+    stream = open_stream(served, media / "clip.mp4", max_tokens=64)
     chunks = list(stream)
     served.answered.append(chunks[0].id)
     assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks if chunk.choices) > 4

@@ -560,11 +560,14 @@ def test_refusals_of_several_api_servers_are_added(tmp_path) -> None:
 
 def test_an_api_key_guards_answers_and_not_metrics(monkeypatch) -> None:
     """vLLM's whole application with our plugin in it, as a server with --api-key builds it."""
+    import vllm.plugins
     from starlette.testclient import TestClient
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # vLLM loads plugins once in a process; here it must not be these that engines of later tests get.
+    monkeypatch.setattr(vllm.plugins, "plugins_loaded", True)
     monkeypatch.setenv("VLLM_PLUGINS", "adaspark_http")
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--api-key", "secret"])
     app = build_app(args, ("generate",))

@@ -32,6 +32,7 @@ FIELDS = {
     "selection_seconds",
     "planning_seconds",
     "settings",
+    "budget",
 }
 
 

@@ -57,7 +57,7 @@ def viewed(media, tmp_path_factory):
     with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=env) as server:
         server.wait_until_ready(START_SECONDS)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, timeout=60, max_retries=0)
-        yield Served(server, client, folder / "none.jsonl")
+        yield Served(server, client, folder / "none.jsonl", None)
 
 
 @pytest.fixture(scope="module")
