@@ -566,7 +566,7 @@ def test_an_api_key_guards_answers_and_not_metrics(monkeypatch) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    # vLLM loads plugins once in a process; here it must not be these that engines of later tests get.
+    # vLLM loads plugins once in a process: those of later tests must not be these.
     monkeypatch.setattr(vllm.plugins, "plugins_loaded", True)
     monkeypatch.setenv("VLLM_PLUGINS", "adaspark_http")
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--api-key", "secret"])
