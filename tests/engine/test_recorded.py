@@ -1,0 +1,75 @@
+"""The engine does what it did when ``recorded.json`` was made: answers, counts and choices.
+
+On a machine that rounds as the recording's did (CPU features, threads, versions), log-probabilities
+agree to 1e-5 and choices exactly.  Elsewhere other kernels add in another order, and what is a near
+tie may be chosen otherwise: there log-probabilities agree to 1e-3 and counts to 0.5 %.
+
+``recorded_cases.py`` has the cases, and says how to record them anew.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine.recorded_cases import GROUPS, RECORDED, absent, machine, run
+
+pytestmark = pytest.mark.engine
+
+WANTED = json.loads(RECORDED.read_text())
+EXACT = machine() == WANTED["machine"]
+CLOSE = 1e-5 if EXACT else 1e-3  # of log-probabilities in float32
+COUNTS = 0 if EXACT else 5e-3  # of counts, relative
+CASES = [(group, case) for group in GROUPS for case in GROUPS[group].cases]
+
+
+def test_every_case_is_recorded() -> None:
+    assert {name: set(group.cases) for name, group in GROUPS.items()} == {
+        name: set(cases) for name, cases in WANTED.items() if name != "machine"
+    }
+    assert sum(isinstance(WANTED[group][case], list) for group, case in CASES) >= 60
+
+
+@pytest.fixture(scope="module")
+def answered(request, checkpoint) -> dict:
+    """What all cases of a group, which share an engine, do now."""
+    return run(GROUPS[request.param], checkpoint)
+
+
+def params() -> list:
+    """Per case, its group (pytest keeps the cases of one group together) and its name."""
+    made = []
+    for group, case in CASES:
+        why = absent(GROUPS[group], machine()["cpu"])
+        if not why and not isinstance(WANTED[group][case], list):
+            why = f"not recorded: {WANTED[group][case]}"
+        skip = pytest.mark.skip(reason=why or "")
+        made.append(pytest.param(group, case, id=f"{group}-{case}", marks=[skip] if why else []))
+    return made
+
+
+@pytest.mark.parametrize(("answered", "case"), params(), indirect=["answered"])
+def test_as_recorded(request, answered, case) -> None:
+    wanted = WANTED[request.node.callspec.params["answered"]][case]
+    for got, want in zip(answered[case], wanted, strict=True):
+        same_words = logprobs_agree(got, want)
+        assert (got["cached"], got["tokens"]) == (want["cached"], want["tokens"])
+        if EXACT:
+            assert same_words and got["choices"] == want["choices"]
+        for count in ("flops_ratio", "cubes_attended", "ffn_active") if same_words else ():
+            assert got[count] == pytest.approx(want[count], rel=COUNTS, abs=0), count
+
+
+def logprobs_agree(got: dict, want: dict) -> bool:
+    """Compares log-probabilities, up to the first word that differs; whether there was none."""
+    for token, was, mine, theirs in zip(
+        got["ids"], want["ids"], got["logprobs"], want["logprobs"], strict=True
+    ):
+        common = mine.keys() & theirs.keys()
+        assert {str(token), str(was)} <= common
+        for word in common:
+            assert mine[word] == pytest.approx(theirs[word], rel=0, abs=CLOSE), word
+        if token != was:  # a near tie, which only other rounding may decide otherwise
+            return False
+    return True
