@@ -215,7 +215,7 @@ def test_decord_is_asked_for_but_not_installed(checkpoint, monkeypatch) -> None:
 
 def test_settings_travel_on_the_models_config(checkpoint) -> None:
     config = start(checkpoint, SPARSE)
-    resolved = config.model_config.hf_config.adaspark_resolved
+    resolved = config.model_config.hf_config.adaspark_resolved["settings"]
     assert AdaSparkConfig().override(resolved) == AdaSparkConfig().override(SPARSE)
 
 
@@ -237,7 +237,7 @@ def own_settings(checkpoint, tmp_path):
 def test_the_operator_overrides_the_checkpoint(own_settings) -> None:
     checkpoint = own_settings({"p_attn": 0.7, "p_ffn": 0.3, "cube": [2, 4, 4]})
     config = start(checkpoint, {"p_attn": 0.5})
-    resolved = config.model_config.hf_config.adaspark_resolved
+    resolved = config.model_config.hf_config.adaspark_resolved["settings"]
     assert (resolved["p_attn"], resolved["p_ffn"]) == (0.5, 0.3)
     assert config.cache_config.block_size == 32  # of the checkpoint's cube
     assert start(checkpoint, {"cube": [8, 4, 4]}).cache_config.block_size == 128
@@ -249,7 +249,7 @@ def test_the_operator_overrides_the_checkpoint(own_settings) -> None:
 def test_off_is_the_stock_model_whatever_the_checkpoint_says(own_settings, off) -> None:
     said = {"order": "cube", "enabled": True, "cube": [2, 4, 4], "p_atn": 0.5, "report_file": "x"}
     config = start(own_settings(said), off)
-    resolved = config.model_config.hf_config.adaspark_resolved
+    resolved = config.model_config.hf_config.adaspark_resolved["settings"]
     assert AdaSparkConfig().override(resolved) == AdaSparkConfig(enabled=False, order="raster")
     assert config.cache_config.block_size == 64
 
@@ -260,10 +260,10 @@ def test_a_checkpoint_that_says_off_is_told(own_settings, monkeypatch) -> None:
     told = []
     monkeypatch.setattr(startup.logger, "warning", lambda text, *args: told.append(text % args))
     checkpoint = own_settings("off")
-    assert not start(checkpoint).model_config.hf_config.adaspark_resolved["enabled"]
+    assert not start(checkpoint).model_config.hf_config.adaspark_resolved["settings"]["enabled"]
     assert any("dense, since config.json adaspark_config says so" in text for text in told)
     on = start(checkpoint, {"enabled": True})
-    assert on.model_config.hf_config.adaspark_resolved["enabled"]
+    assert on.model_config.hf_config.adaspark_resolved["settings"]["enabled"]
 
 
 @pytest.mark.parametrize(
