@@ -10,6 +10,8 @@ tie may be chosen otherwise: there log-probabilities agree to 1e-3 and counts to
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 
@@ -32,13 +34,13 @@ def test_every_case_is_recorded() -> None:
 
 
 @pytest.fixture(scope="module")
-def answered(request, checkpoint) -> dict:
-    """What all cases of a group, which share an engine, do now."""
-    return run(GROUPS[request.param], checkpoint)
+def answers(checkpoint) -> Callable[[str], dict]:
+    """What all cases of a group do now; they share an engine, so they are asked together."""
+    return cache(lambda group: run(GROUPS[group], checkpoint))
 
 
 def params() -> list:
-    """Per case, its group (pytest keeps the cases of one group together) and its name."""
+    """Each case's group and name, and why it is skipped if it is."""
     made = []
     for group, case in CASES:
         why = absent(GROUPS[group], machine()["cpu"])
@@ -49,10 +51,9 @@ def params() -> list:
     return made
 
 
-@pytest.mark.parametrize(("answered", "case"), params(), indirect=["answered"])
-def test_as_recorded(request, answered, case) -> None:
-    wanted = WANTED[request.node.callspec.params["answered"]][case]
-    for got, want in zip(answered[case], wanted, strict=True):
+@pytest.mark.parametrize(("group", "case"), params())
+def test_as_recorded(answers, group, case) -> None:
+    for got, want in zip(answers(group)[case], WANTED[group][case], strict=True):
         same_words = logprobs_agree(got, want)
         assert (got["cached"], got["tokens"]) == (want["cached"], want["tokens"])
         if EXACT:
