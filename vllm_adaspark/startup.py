@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from .methods.base import load
 from .settings import (
     CHECKPOINT_KEY,
     METHOD_KEY,
@@ -39,6 +38,8 @@ class StartupCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Settle settings and block size; raise SettingsError on what cannot work."""
+        from .methods.base import load  # a stock server has no use for it
+
         name = (vllm_config.additional_config or {}).get(METHOD_KEY, "adaspark")
         config = settle(vllm_config, load(name).settings_class)
         _settle_block_size(vllm_config, config)

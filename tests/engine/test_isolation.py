@@ -15,12 +15,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 # What registering brings; everything else belongs to a server with our architecture.
-AT_MOST = {
-    "vllm_adaspark",
-    "vllm_adaspark.methods.adaspark.settings",
-    "vllm_adaspark.startup",
-    "vllm_adaspark.requests",
-}
+AT_MOST = {"vllm_adaspark", "vllm_adaspark.settings", "vllm_adaspark.startup"}
 OURS = """
 def ours():
     return sorted(name for name in sys.modules if name.partition(".")[0] == "vllm_adaspark")
