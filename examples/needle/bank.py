@@ -83,8 +83,11 @@ def make(model, seed: int, grid, variants: int, distractors: int, clips: int) ->
 @torch.no_grad()
 def _encode(model, frames: np.ndarray, grid, at_once: int = 64) -> torch.Tensor:
     device = model.device
+    # A CPU without AVX-512 computes bfloat16 many times slower than float32.
+    native = device.type != "cpu" or torch.cpu._is_avx512_supported()
+    dtype = torch.bfloat16 if native else torch.float32
     parts = []
     for first in range(0, len(frames), 2 * at_once):
         inputs = forward.pixels(frames[first : first + 2 * at_once])
-        parts.append(forward.vision(model, inputs.to(device, torch.bfloat16), grid))
+        parts.append(forward.vision(model, inputs.to(device, dtype), grid).bfloat16())
     return torch.cat(parts)
