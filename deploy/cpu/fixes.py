@@ -87,16 +87,28 @@ def remove_if_broken(distribution: str) -> None:
 
 
 def check() -> None:
-    """End with an error unless vLLM's CPU build now imports and takes this for a CPU platform."""
+    """End with an error unless vLLM's CPU build now imports and takes this for a CPU platform.
+
+    vLLM itself chooses which of its libraries to load: `vllm._C` is the one for CPUs with AMX or
+    AVX-512 BF16, and its import ends the process on a CPU without them.
+    """
     script = (
-        "import torchvision, vllm._C\n"
+        "import torch, torchvision\n"
         "from vllm import LLM\n"
         "from vllm.platforms import current_platform\n"
         "assert current_platform.is_cpu(), f'platform is {current_platform}, not the CPU'\n"
+        "current_platform.import_kernels()\n"
+        "assert hasattr(torch.ops._C, 'rms_norm'), 'no kernels of vLLM could be loaded'\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{done.stdout}{done.stderr}\nvLLM's CPU build cannot be used; see above")
+        ended = (
+            f"exit status {done.returncode}"
+            if done.returncode > 0
+            else (f"ended by signal {-done.returncode}: is this CPU too old for it?")
+        )
+        said = f"{done.stdout}{done.stderr}"
+        sys.exit(f"{said}\nvLLM's CPU build cannot be used ({ended}); see above")
     print(f"ok: vllm {installed_version('vllm')} imports and runs on the CPU", flush=True)
 
 
