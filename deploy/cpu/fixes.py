@@ -102,11 +102,9 @@ def check() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     if done.returncode:
-        ended = (
-            f"exit status {done.returncode}"
-            if done.returncode > 0
-            else (f"ended by signal {-done.returncode}: is this CPU too old for it?")
-        )
+        ended = f"exit status {done.returncode}"
+        if done.returncode < 0:
+            ended = f"ended by signal {-done.returncode}: is this CPU too old for it?"
         said = f"{done.stdout}{done.stderr}"
         sys.exit(f"{said}\nvLLM's CPU build cannot be used ({ended}); see above")
     print(f"ok: vllm {installed_version('vllm')} imports and runs on the CPU", flush=True)

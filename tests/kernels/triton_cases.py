@@ -95,20 +95,28 @@ def test_score_pools_probabilities(group, size, width, dtype, with_extra) -> Non
     assert (probs[[2, 4]] == -1).all(), "rows of other tiles are not the kernel's"
 
 
+def pooled_one_tile(
+    query: torch.Tensor, means: torch.Tensor, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's and the naive probabilities [cubes] of one head's only tile, at scale 1."""
+    size, width = query.shape[1], means.shape[1]
+    probs = torch.zeros(1, 1, width)
+    score.pool_probabilities(
+        probs, query, means, candidates, torch.tensor([0]), torch.arange(size),
+        torch.tensor([width], dtype=torch.int32), size, 1.0,
+    )  # fmt: skip
+    return probs[0, 0], naive_probabilities(query[0], means[0], candidates[0], 1.0)
+
+
 def test_score_survives_large_logits_and_late_candidates() -> None:
     size, d, width = 32, 16, 300
     query = torch.full((1, size, 1, d), 40.0)
     means = torch.randn(1, width, d)
     candidates = torch.zeros(1, width, dtype=torch.bool)
     candidates[0, 290:] = True  # none in the first blocks of columns
-    probs = torch.zeros(1, 1, width)
-    score.pool_probabilities(
-        probs, query, means, candidates, torch.tensor([0]), torch.arange(size),
-        torch.tensor([width], dtype=torch.int32), size, 1.0,
-    )  # fmt: skip
-    want = naive_probabilities(query[0], means[0], candidates[0], 1.0)
-    assert torch.allclose(probs[0, 0].double(), want, atol=1e-5)
-    assert abs(float(probs.sum()) - 1) < 1e-5
+    got, want = pooled_one_tile(query, means, candidates)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+    assert abs(float(got.sum()) - 1) < 1e-5
 
 
 def test_score_takes_4096_cubes() -> None:
@@ -116,13 +124,8 @@ def test_score_takes_4096_cubes() -> None:
     size, d, width = 32, 16, 4096
     query, means = torch.randn(1, size, 1, d), torch.randn(1, width, d)
     candidates = torch.ones(1, width, dtype=torch.bool)
-    probs = torch.zeros(1, 1, width)
-    score.pool_probabilities(
-        probs, query, means, candidates, torch.tensor([0]), torch.arange(size),
-        torch.tensor([width], dtype=torch.int32), size, 1.0,
-    )  # fmt: skip
-    want = naive_probabilities(query[0], means[0], candidates[0], 1.0)
-    assert relative_rms(probs[0, 0], want) < 1e-5
+    got, want = pooled_one_tile(query, means, candidates)
+    assert relative_rms(got, want) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,13 +188,8 @@ def test_score_takes_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     size, group, d, width = 32, 5, 16, 300
     query, means = torch.randn(1, size, group, d), torch.randn(1, width, d)
     candidates = torch.rand(1, width) > 0.3
-    probs = torch.zeros(1, 1, width)
-    score.pool_probabilities(
-        probs, query, means, candidates, torch.tensor([0]), torch.arange(size),
-        torch.tensor([width], dtype=torch.int32), size, 1.0,
-    )  # fmt: skip
-    want = naive_probabilities(query[0], means[0], candidates[0], 1.0)
-    assert relative_rms(probs[0, 0], want) < 1e-5
+    got, want = pooled_one_tile(query, means, candidates)
+    assert relative_rms(got, want) < 1e-5
 
 
 # Nucleus

@@ -13,7 +13,7 @@ import pytest
 import variable_rate
 import video as demo_video  # examples/demo
 from server import VllmServer  # examples/demo
-from serving import SETTINGS, Served
+from serving import SERVER_ENV, SETTINGS, Served
 from transformers import AutoConfig
 
 from vllm_adaspark import ARCHITECTURE
@@ -82,13 +82,7 @@ def served(media, tmp_path_factory):
         "--enable-server-load-tracking",
         "--enable-mm-embeds",
     ]
-    # Not what engine tests set for engines inside the test process.
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_PLUGINS": "adaspark,adaspark_http",
-    }
-    with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=env) as server:
+    with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=SERVER_ENV) as server:
         server.wait_until_ready(START_SECONDS)
         client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0
@@ -127,12 +121,7 @@ def needle_url(tmp_path_factory):
         *("--max-num-batched-tokens", "2048"),
         "--enforce-eager",
     ]
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_PLUGINS": "adaspark,adaspark_http",
-    }
     log = tmp_path_factory.mktemp("needle") / "server.log"
-    with VllmServer(variable_rate.CHECKPOINT, *arguments, log=log, env=env) as server:
+    with VllmServer(variable_rate.CHECKPOINT, *arguments, log=log, env=SERVER_ENV) as server:
         server.wait_until_ready(START_SECONDS)
         yield f"{server.url}/v1"

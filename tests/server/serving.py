@@ -14,6 +14,12 @@ import openai
 from server import VllmServer  # examples/demo
 
 REPORT_SECONDS = 10
+# Not what engine tests set for engines inside the test process.
+SERVER_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_PLUGINS": "adaspark,adaspark_http",
+}
 SETTINGS = {"p_attn": 0.6, "p_ffn": 0.5, "min_cubes": 1, "dense_below": 2}
 
 

@@ -16,7 +16,7 @@ import pytest
 from browser import Page, find_browser
 from PIL import Image
 from server import VllmServer  # examples/demo
-from serving import Served, mm
+from serving import SERVER_ENV, Served, mm
 
 from vllm_adaspark import ARCHITECTURE
 from vllm_adaspark.traces import reader
@@ -49,12 +49,7 @@ def viewed(media, tmp_path_factory):
         *("--api-key", KEY),
         "--enforce-eager",
     ]
-    env = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_PLUGINS": "adaspark,adaspark_http",
-    }
-    with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=env) as server:
+    with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=SERVER_ENV) as server:
         server.wait_until_ready(START_SECONDS)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, timeout=60, max_retries=0)
         yield Served(server, client, folder / "none.jsonl", None)
