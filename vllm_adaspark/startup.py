@@ -41,10 +41,12 @@ class StartupCheck(VerifyAndUpdateConfig):
         from .methods.base import load  # a stock server has no use for it
 
         name = (vllm_config.additional_config or {}).get(METHOD_KEY, "adaspark")
-        config = settle(vllm_config, load(name).settings_class)
+        method = load(name)
+        config = settle(vllm_config, method.settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
-        _split_graphs_at_ffn(vllm_config)
+        method.check_server(config, vllm_config)
+        _split_graphs_at_our_ops(vllm_config)
         _use_our_worker(vllm_config)
         _use_video_loader(vllm_config)
         # The request processor and the model see the model's config, not ours: it travels there.
@@ -186,11 +188,11 @@ def _not_the_processors(mm_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
-    """Keep the FFN op, whose sizes depend on the data, out of piecewise CUDA graphs."""
+def _split_graphs_at_our_ops(vllm_config: VllmConfig) -> None:
+    """Keep our ops, whose work depends on the step's plan, out of piecewise CUDA graphs."""
     from vllm.platforms import current_platform
 
-    from .models.sparse_mlp import OP_NAME
+    from .models import hidden_attention, sparse_mlp
 
     compilation = vllm_config.compilation_config
     if not current_platform.is_cuda_alike():
@@ -201,8 +203,9 @@ def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
             "vllm::unified_kv_cache_update",
             "vllm::unified_mla_kv_cache_update",
         ]
-    if OP_NAME not in compilation.splitting_ops:
-        compilation.splitting_ops.append(OP_NAME)
+    for op in (sparse_mlp.OP_NAME, hidden_attention.OP_NAME):
+        if op not in compilation.splitting_ops:
+            compilation.splitting_ops.append(op)
 
 
 def _use_our_worker(vllm_config: VllmConfig) -> None:

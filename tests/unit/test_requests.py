@@ -14,7 +14,14 @@ from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest, RowSettings
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import RequestTable, mask_of, pack_settings, unpack_settings
+from vllm_adaspark.requests import (
+    Prompt,
+    RequestTable,
+    mask_of,
+    pack_settings,
+    unpack_settings,
+    videos_of,
+)
 from vllm_adaspark.step import Runtime
 
 VIDEO = SimpleNamespace(modality="video")
@@ -41,10 +48,12 @@ def told(*fresh, finished=(), cached=(), resumed=()) -> SimpleNamespace:
 
 @pytest.fixture
 def table() -> RequestTable:
-    return RequestTable(lambda request: f"facts of {request.req_id}")
+    return RequestTable(
+        lambda request: f"facts of {request.req_id}" if videos_of(request.mm_features) else None
+    )
 
 
-def test_facts_are_made_once_and_only_for_videos(table) -> None:
+def test_facts_are_made_once(table) -> None:
     table.update(told(new("v", [1], IMAGE, VIDEO), new("i", [2], IMAGE), new("t", [3])))
     assert table.rows(["t", "v", "i"]) == [None, "facts of v", None]
     assert "v" in table and "x" not in table
@@ -84,6 +93,20 @@ def test_a_video_may_lie_in_several_spans() -> None:
         SimpleNamespace(offset=6, length=2, is_embed=None),
     ]
     assert mask_of(9, places).nonzero()[0].tolist() == [1, 2, 4, 6, 7]
+
+
+def test_a_prompt_tells_images_from_videos() -> None:
+    places = {"image": (2, 3), "video": (6, 2)}
+    features = [
+        SimpleNamespace(
+            modality=kind, mm_position=SimpleNamespace(offset=at, length=n, is_embed=None)
+        )
+        for kind, (at, n) in places.items()
+    ]
+    prompt = Prompt.from_features(10, features)
+    assert prompt.of(("video",)).nonzero()[0].tolist() == [6, 7]
+    assert prompt.of(("image",)).nonzero()[0].tolist() == [2, 3, 4]
+    assert prompt.of(("video", "image")).sum() == 5 and not Prompt(10, {}).of(("video",)).any()
 
 
 def test_cubes_are_the_blocks_of_nothing_but_video() -> None:
@@ -130,7 +153,7 @@ def test_a_plan_reads_nothing_back_from_the_device() -> None:
     plan = build_plan(
         rows, requests, 32, dense_below=1, cube_queries=8, device=torch.device("meta")
     )
-    assert plan.attention is not None and plan.ffn is not None and not plan.key_writes.empty
+    assert plan.attention is not None and plan.ffn is not None and not plan.sum_writes.empty
     assert plan.attention.blocks.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         plan.attention.blocks.tolist()  # the counter-test
@@ -173,5 +196,5 @@ def test_dense_settings_sum_no_keys() -> None:
         plan = build_plan(
             rows, [request], 32, dense_below=1, cube_queries=8, device=torch.device("cpu")
         )
-        assert plan.attention is None and plan.key_writes.empty
+        assert plan.attention is None and plan.sum_writes.empty
         assert (plan.ffn is None) == (settings == "off")

@@ -21,7 +21,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.platforms import current_platform
 
 from ..methods import base as methods
-from ..requests import FIELD, mask_of, pack_settings
+from ..requests import FIELD, Prompt, pack_settings
 from ..settings import SERVER_KEY, Settings
 from .checks import Grid, check_embeddings, check_positions, check_processor_kwargs, position_limit
 from .sent_items import sent_items
@@ -92,9 +92,9 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         with sent_items.preparing() as prepared:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
-            places = processed["mm_placeholders"].get("video", [])
-            is_video = mask_of(len(processed["prompt_token_ids"]), places)
-            self._method.refuse(config, kwargs.get(REQUEST_KEY), is_video)
+            tokens = len(processed["prompt_token_ids"])
+            prompt = Prompt(tokens, processed["mm_placeholders"])
+            self._method.refuse(config, kwargs.get(REQUEST_KEY), prompt)
             prepared.ok = not self._will_be_refused(processed)
         return processed
 

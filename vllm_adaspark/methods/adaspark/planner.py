@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...paged.plan import FALLBACKS, MAX_TEXT_TILES, StepPlan
-from ...paged.state import KeyWrites, StepRows
+from ...paged.state import StepRows, SumWrites
 from ...paged.tiles import (
     DENSE,
     TEXT,
@@ -72,7 +72,7 @@ def build_plan(
             rows, tokens, tiles, table, row_cubes, settings, may_choose, asking, size, device
         ),
         ffn=_ffn_plan(tokens, settings, size, device),
-        key_writes=_key_writes(tokens, settings, table, size, device),
+        sum_writes=_sum_writes(tokens, settings, table, size, device),
         video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=number),
         cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=number),
         block_size=size,
@@ -282,9 +282,9 @@ def _ffn_budget(
     return tuple(groups)
 
 
-def _key_writes(
+def _sum_writes(
     tokens: Tokens, settings: RowSettings, table: np.ndarray, size: int, device: torch.device
-) -> KeyWrites:
+) -> SumWrites:
     """Only keys that a query may have to choose by are summed."""
 
     def to(array: np.ndarray) -> torch.Tensor:
@@ -304,4 +304,4 @@ def _key_writes(
         block = table[tokens.row[part], tokens.block[part]]
         part_tokens, part_blocks = to(part), to(block)
         fresh = to(block[tokens.position[part] % size == 0])
-    return KeyWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)
+    return SumWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)
