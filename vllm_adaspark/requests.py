@@ -23,7 +23,10 @@ import torch
 
 from .settings import OFF, Settings
 
-FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
+# Of a video's and of an image's multimodal item: the settings of its request.  Two, since a field
+# belongs to one kind of item in vLLM.
+FIELD = "adaspark_video"
+FIELDS = {"video": FIELD, "image": "adaspark_image"}
 
 
 def pack_settings(settings: Any) -> torch.Tensor:
@@ -41,13 +44,13 @@ def unpack_settings(packed: torch.Tensor | None, method: type) -> Any:
 
 
 def settings_of(feature: Any, method: type) -> Any:
-    """The settings that the processor attached to a video.
+    """The settings that the processor attached to a video or an image.
 
     Args:
         feature: vLLM's ``MultiModalFeatureSpec``.
         method: the class of the method's settings.
     """
-    packed = feature.data.get(FIELD)
+    packed = feature.data.get(FIELDS[feature.modality])
     return unpack_settings(None if packed is None else packed.data, method)
 
 

@@ -38,9 +38,11 @@ class StartupCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Settle settings and block size; raise SettingsError on what cannot work."""
-        from .methods.base import load  # a stock server has no use for it
+        from .methods.base import load, method_name  # a stock server has no use for it
 
-        name = (vllm_config.additional_config or {}).get(METHOD_KEY, "adaspark")
+        name = method_name(
+            vllm_config.additional_config, vllm_config.model_config.hf_config.architectures
+        )
         method = load(name)
         config = settle(vllm_config, method.settings_class)
         _settle_block_size(vllm_config, config)
@@ -60,7 +62,7 @@ class StartupCheck(VerifyAndUpdateConfig):
 def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:
     """The checkpoint's settings, and over them the operator's."""
     operator = operator_settings(vllm_config.additional_config, settings)
-    checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
+    checkpoint = settings.of_checkpoint(vllm_config.model_config.hf_config)
     config = settings.settled(checkpoint, operator)
     if checkpoint is not None:
         logger.info(

@@ -40,13 +40,19 @@ from typing import Any, ClassVar
 
 import torch
 
+from .. import VIDEONSA_ARCHITECTURE
 from ..paged.heads import HeadRanks
 from ..paged.plan import StepPlan
 from ..paged.state import BlockSums, StepRows
 from ..requests import Prompt, Request
 from ..settings import METHOD_KEY, Settings, SettingsError
 
-BUILT_IN = {"adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark"}
+BUILT_IN = {
+    "adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark",
+    "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
+}
+# Architectures of checkpoints that were trained for one method and cannot run with another.
+OF_ARCHITECTURE = {VIDEONSA_ARCHITECTURE: "videonsa"}
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,27 @@ class Method:
     def ffn(self, plan: StepPlan, call: FFNCall) -> torch.Tensor | None:
         """The FFN's output ``[tokens, hidden]``, or None for the stock one."""
         return None
+
+
+def method_name(additional: Mapping[str, Any] | None, architectures: Sequence[str]) -> str:
+    """The method that an operator asked for, or the one that the checkpoint was trained for.
+
+    Args:
+        additional: what ``--additional-config`` says.
+        architectures: of the checkpoint's config.json.
+
+    Raises:
+        SettingsError: the checkpoint was trained for another method than the operator names.
+    """
+    asked = (additional or {}).get(METHOD_KEY)
+    trained = next((OF_ARCHITECTURE[a] for a in architectures if a in OF_ARCHITECTURE), None)
+    if asked is not None and trained is not None and asked != trained:
+        raise SettingsError(
+            f"--additional-config {METHOD_KEY}={asked!r}: a checkpoint of architecture "
+            f"{', '.join(architectures)} was trained for {trained} and has weights that no other "
+            f"method uses; leave {METHOD_KEY} out"
+        )
+    return asked or trained or "adaspark"
 
 
 def load(name: str) -> type[Method]:

@@ -6,6 +6,8 @@ and a method may add weights of its own to the attention (``Method.attention_mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
 from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
@@ -148,5 +150,14 @@ class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
     def share(self, runtime: Runtime) -> None:
         """Hand the runtime to this rank's layers, and the other ranks to the runtime."""
         runtime.head_ranks = head_ranks(self.config.num_key_value_heads)
-        for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
+        for layer in self._my_layers():
             layer.share(runtime)
+
+    def method_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The method's own modules in this rank's layers, by their name in this model."""
+        for layer in self._my_layers():
+            for name, module in layer.self_attn.attn.adaspark_modules.items():
+                yield f"model.layers.{layer.layer_index}.self_attn.{name}", module
+
+    def _my_layers(self) -> Iterable[SparseDecoderLayer]:
+        return self.model.layers[self.model.start_layer : self.model.end_layer]
