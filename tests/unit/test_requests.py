@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import method
+from harness import adaspark
 
 from vllm_adaspark.methods.adaspark.choose import BUDGET
 from vllm_adaspark.methods.adaspark.planner import build_plan
@@ -160,8 +160,10 @@ def test_a_plan_reads_nothing_back_from_the_device() -> None:
 
 
 def test_steps_without_video_have_no_plan_and_no_block_table() -> None:
-    runtime = Runtime(method(CONFIG, 4, 2, 16))
-    runtime.requests = RequestTable(lambda request: AdaSparkRequest(CONFIG, np.ones(320, bool)))
+    runtime = Runtime(adaspark(CONFIG, 4, 2, 16))
+    runtime.requests = RequestTable(
+        lambda new: AdaSparkRequest(CONFIG, np.ones(320, bool)) if new.mm_features else None
+    )
     runtime.requests.update(told(new("v", list(range(11)), VIDEO), new("t", [20])))
     rows = StepRows(np.array([0, 1]), np.array([30]), None)
     runtime.request_ids = lambda: ["t"]
@@ -179,8 +181,10 @@ def test_steps_without_video_have_no_plan_and_no_block_table() -> None:
 
 
 def test_padded_rows_of_a_cuda_graph_are_nobodys() -> None:
-    runtime = Runtime(method(CONFIG, 4, 2, 16))
-    runtime.requests = RequestTable(lambda request: AdaSparkRequest(CONFIG, np.ones(320, bool)))
+    runtime = Runtime(adaspark(CONFIG, 4, 2, 16))
+    runtime.requests = RequestTable(
+        lambda new: AdaSparkRequest(CONFIG, np.ones(320, bool)) if new.mm_features else None
+    )
     runtime.requests.update(told(new("v", list(range(1, 12)), VIDEO)))
     runtime.request_ids = lambda: ["v"]
     rows = StepRows(np.array([0, 1, 1, 1]), np.array([330, 0, 0]), None)

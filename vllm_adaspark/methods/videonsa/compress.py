@@ -23,8 +23,8 @@ SLAB = 1 << 21  # logits that are held at a time
 def compress(
     query: torch.Tensor,
     plan: BranchPlan,
-    key_sums: BlockSums,
-    value_sums: BlockSums,
+    key_sums: BlockSums | None,
+    value_sums: BlockSums | None,
     scale: float,
     head_ranks: HeadRanks | None,
 ) -> torch.Tensor:
@@ -33,7 +33,7 @@ def compress(
     Args:
         query: ``[vision, kv_heads, group, head_size]``.
         plan: the step's.
-        key_sums, value_sums: this layer's.
+        key_sums, value_sums: this layer's; None before there was any cube.
         scale: of the logits.
         head_ranks: the tensor-parallel ranks, which may share a KV head's group.
 
