@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import tiny_videonsa
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from engine.engines import (
@@ -179,3 +182,60 @@ def test_chunks(videonsa, alone, chunk) -> None:
         together = ask(llm, list(prompts().values()))
         for (name, want), got in zip(alone.items(), together, strict=True):
             assert got.difference(want) < CLOSE, name
+
+
+def test_compiled_with_old_names_and_preemption(videonsa, alone, tmp_path) -> None:
+    """Weights as transformers writes them, torch.compile, and too few KV blocks for all."""
+    path = tiny_videonsa.build(tmp_path / "old")
+    batch = [video_prompt(clip(36, seed=20 + i), question="What moves?") for i in range(4)]
+    with engine(videonsa, {}, enable_prefix_caching=False, **OURS) as llm:
+        want = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
+    options = {"num_gpu_blocks_override": 43, "max_model_len": 2048, "disable_log_stats": False}
+    options |= {"enable_prefix_caching": False, "enforce_eager": False}
+    with engine(path, {}, **options, **OURS) as llm:
+        (answer,) = ask(llm, [prompts()["question"]])
+        together = ask(llm, batch, max_tokens=100)
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+    assert answer.difference(alone["question"]) < CLOSE
+    for got, expected in zip(together, want, strict=True):
+        assert got.ids[:3] == expected.ids[:3] and got.difference(expected) < CLOSE
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path, monkeypatch) -> None:
+    """Gates are sharded; ranks that share a KV head select by the whole GQA group."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+    path = tiny_videonsa.build(tmp_path / "model", kv_heads=kv_heads)
+    asked = list(prompts().values())[:3]
+    with engine(path, {}, **OURS) as llm:
+        want = [(ask(llm, [prompt])[0], last_reports(llm)[0]) for prompt in asked]
+    with engine(path, {}, tensor_parallel_size=2, **OURS) as llm:
+        for prompt, (answer, account) in zip(asked, want, strict=True):
+            assert ask(llm, [prompt])[0].difference(answer) < CLOSE
+            (report,) = last_reports(llm)
+            assert report["flops"] == account["flops"]
+            assert report["means"] == pytest.approx(account["means"], abs=1e-4)
+
+
+def test_a_checkpoint_without_gates_is_refused(checkpoint, videonsa, tmp_path) -> None:
+    with (
+        pytest.raises(Exception, match=r"method=videonsa .* only a checkpoint trained for it has"),
+        engine(checkpoint, {}, method="videonsa"),
+    ):
+        pass
+    with (
+        pytest.raises(Exception, match=r"method='adaspark'.* was trained for videonsa"),
+        engine(videonsa, {}, method="adaspark", architecture=None),
+    ):
+        pass
+    path = shutil.copytree(videonsa, tmp_path / "less")
+    weights = load_file(path / "model.safetensors")
+    for name in [name for name in weights if ".2.self_attn.g_proj_1" in name]:
+        del weights[name]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(Exception, match=r"lacks 2 weights.*layers\.2\.self_attn\.g_proj_1\.weight"),
+        engine(path, {}, **OURS),
+    ):
+        pass
