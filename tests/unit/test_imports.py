@@ -15,6 +15,9 @@ PURE = (
     "methods.adaspark.ffn",
     "methods.adaspark.budget",
     "methods.adaspark.reference",
+    "methods.adatp.method",
+    "methods.adatp.reference",
+    "paged.depths",
     "training",
     "kernels",
     "accounts.account",
@@ -29,8 +32,8 @@ PURE = (
     "traces.picture",
     "analysis.measure",
     "analysis.plots",
-    "analysis.report",
     "cli",
+    "cli.offline",
 )
 
 BLOCK_VLLM = """
