@@ -64,6 +64,7 @@ def alone(videonsa, stock) -> dict[str, Answer]:
                 assert answer.difference(stock[name]) > CLOSE, "images are vision tokens, too"
         equals_twin(videonsa, llm)
         account_tells_branches(llm)
+        trace_has_each_tokens_blocks(llm)
         mixed_batch_equals_alone(llm, answers)
         prefix_hit_inside_a_video(llm)
         settings_per_request(llm, stock)
@@ -140,6 +141,22 @@ def account_tells_branches(llm) -> None:
     assert len({layer["means"]["gate_cmp"] for layer in report["layers"]}) == layers
 
 
+def trace_has_each_tokens_blocks(llm) -> None:
+    """A vision token's two cubes and its own; a text token's all."""
+    ask(llm, [video_prompt(clip(40, seed=9), trace=True)])
+    (listed,) = llm.collective_rpc("adaspark_traces")
+    token = 4 + 6 * 64 - 4 + 7  # in block 6, which is the sixth cube
+    (of_token,), (of_text,) = (
+        llm.collective_rpc("adaspark_trace", args=(listed[0]["id"], "heat", source))
+        for source in (f"token:{token}", "question")
+    )
+    for layer in of_token["heat"]:
+        assert sum(layer[:5]) == pytest.approx(2) and layer[5] == 1 and layer[6] is None
+    assert all(share == 1 for layer in of_text["heat"] for share in layer)
+    (meta,) = llm.collective_rpc("adaspark_trace", args=(listed[0]["id"], "meta"))
+    assert meta["truncated"] is None and meta["settings"]["block_counts"] == 3
+
+
 def mixed_batch_equals_alone(llm, answers: dict[str, Answer]) -> None:
     together = ask(llm, list(prompts().values()))
     for (name, want), got in zip(answers.items(), together, strict=True):
@@ -168,6 +185,7 @@ def settings_per_request(llm, stock) -> None:
         ({"mode": "faithful"}, r"'mode' is a server setting"),
         ({"order": "cube"}, r"'order' is a server setting"),
         ({"p_attn": 0.5}, r"unknown key 'p_attn'.*block_counts"),
+        ({"flops": 0.5}, r"flops=0.5: what VideoNSA spends follows from block_counts"),
     ):
         with pytest.raises(SettingsError, match=message):
             ask(llm, [video_prompt(video, **settings)])
