@@ -1,4 +1,4 @@
-"""Runs triton_cases.py under Triton's interpreter, on the CPU.
+"""Runs the files of Triton cases under Triton's interpreter, on the CPU.
 
 In a process of its own: Triton reads ``TRITON_INTERPRET`` as it is imported, and vLLM, which other
 tests here import, imports it too.
@@ -19,16 +19,19 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CASES = Path(__file__).with_name("triton_cases.py")
-TOPICS = ("score", "nucleus", "tables", "ffn", "switch", "layer")
+TOPICS = {
+    "triton_cases.py": ("score", "nucleus", "tables", "ffn", "switch", "layer"),
+    "triton_videonsa_cases.py": ("compress", "best", "select"),
+}
+EACH = [(file, topic) for file, topics in TOPICS.items() for topic in topics]
 
 
-@pytest.mark.parametrize("topic", TOPICS)
-def test_kernels_equal_their_twins(topic: str) -> None:
+@pytest.mark.parametrize("file, topic", EACH, ids=[topic for _, topic in EACH])
+def test_kernels_equal_their_twins(file: str, topic: str) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x"),
-            *(CASES, "-k", f"test_{topic}"),
+            *(Path(__file__).with_name(file), "-k", f"test_{topic}"),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -38,9 +41,12 @@ def test_kernels_equal_their_twins(topic: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_case_has_a_topic() -> None:
-    names = [line for line in CASES.read_text().splitlines() if line.startswith("def test_")]
-    assert names and all(name.startswith(tuple(f"def test_{t}_" for t in TOPICS)) for name in names)
+@pytest.mark.parametrize("file", TOPICS)
+def test_every_case_has_a_topic(file: str) -> None:
+    lines = Path(__file__).with_name(file).read_text().splitlines()
+    names = [line for line in lines if line.startswith("def test_")]
+    topics = tuple(f"def test_{topic}_" for topic in TOPICS[file])
+    assert names and all(name.startswith(topics) for name in names)
 
 
 def test_gpu_benchmark_check(tmp_path: Path) -> None:

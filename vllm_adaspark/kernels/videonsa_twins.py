@@ -37,19 +37,17 @@ def compress(
         longest]`` fp32: the probabilities summed over the GQA group, of mean ``begin + i`` in
         column ``i``; columns past a token's range are undefined (0 here).
     """
-    width = mean_keys.shape[1]
-    q = query[tokens].unflatten(1, (len(mean_keys), -1)).float()  # [n, kv_heads, group, d]
-    logits = torch.einsum("nhgd,hcd->nhgc", q, mean_keys) * scale
-    column = torch.arange(width, device=query.device)
-    seen = (column >= begin[:, None]) & (column < end[:, None])  # [n, width]
-    seen = seen[:, None, None]
-    # A softmax over nothing is NaN everywhere, and nothing of it is seen.
-    probs = torch.where(seen, logits.masked_fill(~seen, float("-inf")).softmax(-1), 0.0)
-    out = torch.einsum("nhgc,hcd->nhgd", probs, mean_values.float())
-    of_column = begin.long()[:, None] + torch.arange(longest, device=query.device)  # [n, longest]
-    index = of_column.clamp(max=width - 1)[:, None].expand(-1, len(mean_keys), -1)
-    importance = probs.sum(2).gather(2, index)
-    return out.flatten(1, 2), importance * (of_column < end[:, None])[:, None]
+    n, kv_heads = len(tokens), len(mean_keys)
+    q = query[tokens].unflatten(1, (kv_heads, -1)).float()  # [n, kv_heads, group, d]
+    out = torch.zeros_like(q)
+    importance = q.new_zeros(n, kv_heads, longest)
+    for nth, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        keys, values = mean_keys[:, first:last], mean_values[:, first:last].float()
+        if first < last:
+            probs = (q[nth] @ keys.transpose(1, 2) * scale).softmax(-1)  # [kv_heads, group, seen]
+            out[nth] = probs @ values
+            importance[nth, :, : last - first] = probs.sum(1)
+    return out.flatten(1, 2), importance
 
 
 def best(importance: torch.Tensor, count: torch.Tensor, places: int) -> torch.Tensor:
