@@ -22,7 +22,7 @@ from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.score import choose_cubes
 from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
-from vllm_adaspark.paged.state import KeySums, StepRows
+from vllm_adaspark.paged.state import BlockSums, StepRows
 from vllm_adaspark.paged.tables import build_tables
 
 Found = dict[str, tuple[float, float]]
@@ -73,12 +73,12 @@ def adaspark_attention(device: torch.device, small: bool) -> Found:
             rows, requests, size, dense_below=1, cube_queries=config.cube_queries, device=device
         )
         query = torch.randn(int(start[-1]), heads, d, device=device).to(dtype)
-        sums = KeySums(2 * width, kv_heads, d, size, device)
+        sums = BlockSums(2 * width, kv_heads, d, size, device)
         key = torch.randn(len(query), kv_heads, d, device=device)
         key += torch.randn(len(key) // 16 + 1, kv_heads, d, device=device).repeat_interleave(16, 0)[
             : len(key)
         ]
-        sums.write(key.to(dtype), plan.key_writes)
+        sums.write(key.to(dtype), plan.sum_writes)
         by_head = query.unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
         got = choose_cubes(by_head, sums, plan.attention, d**-0.5, 0)
         table = build_tables(got, plan.attention, size)
