@@ -58,8 +58,7 @@ def adaspark_attention(device: torch.device, small: bool) -> Found:
     heads, kv_heads, d = (4, 2, 32) if small else (28, 4, 128)
     for dtype in (torch.bfloat16, torch.float32):
         config = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)
-        size = config.cube_volume
-        cubes = 4 if small else 120
+        size, cubes = config.cube_volume, 3 if small else 120
         requests, lengths = [], (size * cubes + 40, size * cubes // 2 + 21)
         for length in lengths:
             is_video = np.zeros(length, bool)
@@ -140,7 +139,7 @@ def adaspark_ffn(device: torch.device, small: bool) -> Found:
 def videonsa(device: torch.device, small: bool) -> Found:
     """The compressed branch with its importances, the choice, and the selected branch."""
     found = {}
-    n, width, places = (9, 40, 3) if small else (80, 700, 31)
+    n, width, places = (4, 40, 3) if small else (80, 700, 31)
     d = 32 if small else 128
     for dtype, group, kv_heads in ((torch.bfloat16, 7, 4), (torch.float32, 2, 2)):
         name = str(dtype).removeprefix("torch.")

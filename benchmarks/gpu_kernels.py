@@ -101,8 +101,8 @@ def check_all(
 
 def timings(device: torch.device, small: bool) -> list[Callable[[], list[dict]]]:
     """What is timed, the most wanted first."""
-    lengths = [256] if small else [1 << n for n in (17, 16, 15)]
-    new = 128 if small else 8192
+    lengths = [192] if small else [1 << n for n in (17, 16, 15)]
+    new = 64 if small else 8192
     return [
         *(lambda tokens=tokens: videonsa_times(tokens, new, device, small) for tokens in lengths),
         lambda: ffn_times(device, small),
@@ -122,9 +122,9 @@ def videonsa_times(tokens: int, new: int, device: torch.device, small: bool) -> 
     scene = make_scene(shape, 0.1, device, seed=0)
     places, group, d = 31, shape.group, shape.head_size
     means = torch.randn(2, shape.kv_heads, shape.width, d, device=device)
-    at = torch.arange(tokens - new, tokens, device=device)
-    step_tokens = torch.arange(new, device=device)
-    begin = torch.zeros(new, dtype=torch.int32, device=device)
+    step_tokens = torch.arange(2 if small else new, device=device)  # that are vision tokens
+    at = step_tokens + tokens - new
+    begin = torch.zeros(len(at), dtype=torch.int32, device=device)
     end = (at // 64).int()
     arguments = dict(
         query=scene.query, tokens=step_tokens, mean_keys=means[0],
@@ -132,7 +132,7 @@ def videonsa_times(tokens: int, new: int, device: torch.device, small: bool) -> 
         longest=shape.width, scale=shape.scale,
     )  # fmt: skip
     slab = max(1, videonsa_compress.SLAB_IMPORTANCES // (shape.kv_heads * shape.width))
-    importance = torch.rand(new, shape.kv_heads, shape.width, device=device)
+    importance = torch.rand(len(at), shape.kv_heads, shape.width, device=device)
     _, chosen = videonsa_compress.compress_and_choose(**arguments, places=places)
     pages = torch.where(chosen < 0, -1, scene.blocks[chosen.clamp(min=0).long()])
     own, offset = scene.blocks[(at // 64)], (at % 64).int()

@@ -49,7 +49,9 @@ RANGES = [(0, end) for end in (0, 0, 1, 1, 2, 30)] + [(30, end) for end in (30, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group, kv_heads, d", [(7, 2, 16), (2, 1, 32), (1, 2, 16), (20, 1, 16)])
-def test_compress_equals_twin(group: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
+def test_videonsa_compress_equals_twin(
+    group: int, kv_heads: int, d: int, dtype: torch.dtype
+) -> None:
     arguments = means(group, kv_heads, d, dtype, RANGES)
     out, importance = videonsa_compress.compress(**arguments)
     want, want_importance = twins.compress(**arguments)
@@ -65,7 +67,9 @@ def test_compress_equals_twin(group: int, kv_heads: int, d: int, dtype: torch.dt
             assert torch.allclose(got.sum(-1), torch.tensor(float(group)), atol=1e-4)
 
 
-def test_compress_keeps_its_hands_off_other_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videonsa_compress_keeps_its_hands_off_other_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     arguments = means(2, 1, 16, torch.float32, RANGES)
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(-7))
@@ -75,7 +79,7 @@ def test_compress_keeps_its_hands_off_other_columns(monkeypatch: pytest.MonkeyPa
         assert (importance[nth, :, end - begin :] == -7).all()
 
 
-def test_compress_survives_large_logits() -> None:
+def test_videonsa_compress_survives_large_logits() -> None:
     arguments = means(2, 1, 16, torch.float32, [(0, 100)])
     arguments["query"] *= 100
     out, importance = videonsa_compress.compress(**arguments)
@@ -84,7 +88,7 @@ def test_compress_survives_large_logits() -> None:
     assert torch.allclose(importance[..., :100], want_importance[..., :100], atol=1e-4)
 
 
-def test_compress_and_choose_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videonsa_compress_and_choose_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = means(7, 2, 16, torch.float32, RANGES)
     monkeypatch.setattr(videonsa_compress, "SLAB_IMPORTANCES", 3 * 2 * arguments["longest"])
     out, chosen = videonsa_compress.compress_and_choose(**arguments, places=4)
@@ -101,20 +105,22 @@ def test_compress_and_choose_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("head_size", [16, 64, 128, 256])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("padded", [1, 8, 32])
-def test_compress_blocks_are_what_a_product_takes(head_size, element_bytes, padded) -> None:
+def test_videonsa_compress_blocks_are_what_a_product_takes(
+    head_size, element_bytes, padded
+) -> None:
     rows, columns = videonsa_compress.block_shape(head_size, padded, element_bytes)
     assert rows >= 16 and columns >= 16 and rows % padded == 0
     assert all(number.bit_count() == 1 for number in (rows, columns))
 
 
-def test_compress_refuses_a_head_size_it_cannot_tile() -> None:
+def test_videonsa_compress_refuses_a_head_size_it_cannot_tile() -> None:
     arguments = means(1, 1, 80, torch.float32, [(0, 2)])
     with pytest.raises(ValueError, match="head_size=80"):
         videonsa_compress.compress(**arguments)
 
 
 @pytest.mark.parametrize("longest, places", [(1, 5), (40, 7), (130, 31)])
-def test_best_equals_twin(longest: int, places: int) -> None:
+def test_videonsa_best_equals_twin(longest: int, places: int) -> None:
     """With ties, fewer columns than places, and what is past a token's columns full of NaN."""
     torch.manual_seed(longest)
     importance = torch.rand(6, 2, longest)
@@ -132,7 +138,7 @@ def test_best_equals_twin(longest: int, places: int) -> None:
             assert chosen[nth, head].tolist() == want + [-1] * (places - len(want))
 
 
-def test_best_of_nothing_and_of_too_much() -> None:
+def test_videonsa_best_of_nothing_and_of_too_much() -> None:
     count = torch.zeros(3, dtype=torch.int32)
     assert videonsa_compress.best(torch.zeros(3, 2, 0), count, 0).shape == (3, 2, 0)
     assert (videonsa_compress.best(torch.zeros(3, 2, 0), count, 5) == -1).all()
@@ -172,7 +178,7 @@ def pages_of(group: int, kv_heads: int, d: int, block_size: int, places: int, dt
     "group, kv_heads, d, block_size, places",
     [(7, 2, 16, 64, 3), (2, 1, 32, 16, 5), (16, 2, 16, 32, 1), (20, 1, 16, 16, 2)],
 )
-def test_select_equals_twin(group, kv_heads, d, block_size, places, dtype) -> None:
+def test_videonsa_select_equals_twin(group, kv_heads, d, block_size, places, dtype) -> None:
     arguments = pages_of(group, kv_heads, d, block_size, places, dtype)
     got, want = videonsa_select.select(**arguments), twins.select(**arguments)
     assert got.dtype == dtype and got.shape == want.shape
@@ -181,14 +187,14 @@ def test_select_equals_twin(group, kv_heads, d, block_size, places, dtype) -> No
     assert relative_rms(got, want) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_select_without_places_sees_its_own_block() -> None:
+def test_videonsa_select_without_places_sees_its_own_block() -> None:
     arguments = pages_of(2, 2, 16, 64, 1, torch.float32)
     arguments["pages"] = arguments["pages"][..., :0]
     got, want = videonsa_select.select(**arguments), twins.select(**arguments)
     assert relative_rms(got, want) < 1e-6
 
 
-def test_select_refuses_what_it_cannot_read() -> None:
+def test_videonsa_select_refuses_what_it_cannot_read() -> None:
     arguments = pages_of(2, 2, 16, 64, 1, torch.float32)
     for change, message in (
         (dict(cache=arguments["cache"].bfloat16()), "bfloat16.*float32"),
