@@ -17,6 +17,9 @@ PURE = (
     "methods.adaspark.reference",
     "methods.videonsa.faithful",
     "methods.videonsa.faithful_reference",
+    "methods.adatp.method",
+    "methods.adatp.reference",
+    "paged.depths",
     "training",
     "kernels",
     "kernels.videonsa_twins",
@@ -32,8 +35,8 @@ PURE = (
     "traces.picture",
     "analysis.measure",
     "analysis.plots",
-    "analysis.report",
     "cli",
+    "cli.offline",
 )
 
 BLOCK_VLLM = """
