@@ -1,0 +1,192 @@
+"""VideoNSA's attention of one layer: three branches and their gates, as served in paper mode.
+
+A vision token (of a video or an image) attends three times (arXiv 2510.02295, section 2.2), and its
+gates weigh the three outputs; a text token attends densely.  With blocks of BLOCK tokens, counted
+from the sequence's first token:
+
+* *compressed*: the mean keys and values of the whole vision blocks before its own block; nothing
+  where there is none;
+* *selected*: the best ``block_counts - 1`` of these blocks, and its own block causally.  A block is
+  as good as the compressed branch's probabilities for it, summed over the GQA group;
+* *window*: the last ``window_size`` tokens, its own included.
+
+A text token is written down as one whose selected branch sees all blocks and whose gates are 0, 1
+and 0.  Which blocks are selected is chosen without gradient; everything else passes it on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .attention import by_slab, masked_attention
+from .packing import Step
+
+NAME = "videonsa"  # as attn_implementation
+BLOCK = 64  # tokens
+TEMPERATURE = 0.3  # of the gates' sigmoid
+TEXT_GATES = (0.0, 1.0, 0.0)  # compressed, selected, window
+
+
+@dataclass(frozen=True)
+class NSAPlan:
+    """What the layers of a step share.
+
+    Attributes:
+        is_vision: ``[tokens]`` bool, of the step's tokens.
+        block_counts: blocks that a vision token selects, its own included.
+        window_size: tokens of the window, its own included.
+    """
+
+    is_vision: torch.Tensor
+    block_counts: int
+    window_size: int
+
+
+def videonsa_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    step: Step | None = None,
+    gates: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' AttentionInterface calls.
+
+    Args:
+        module: the layer's attention; its ``layer_idx`` counts.
+        query: ``[1, heads, tokens, d]``, rotated, the step's tokens.
+        key, value: ``[1, kv_heads, tokens, d]``.
+        attention_mask: ignored; who sees whom follows from the step.
+        step: from the language model's forward.
+        gates: ``[tokens, heads, 3]`` from the layer's forward; those of text mean nothing.
+
+    Returns:
+        ``[1, tokens, heads, d]`` and no weights.
+
+    Raises:
+        RuntimeError: there is no step: the layer was called on its own.
+    """
+    if step is None or gates is None:
+        raise RuntimeError(
+            f"attn_implementation={NAME!r} works inside a VideoNSAForConditionalGeneration, and "
+            "only through the whole model"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    return gated_attention(q, k, v, gates, step, module.layer_idx, scale, dropout)[None], None
+
+
+def gated_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: torch.Tensor,
+    step: Step,
+    layer: int,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention of the step's tokens.
+
+    Args:
+        q: ``[tokens, heads, d]``, rotated.
+        k, v: ``[tokens, kv_heads, d]``.
+        gates: ``[tokens, heads, 3]`` of the compressed, the selected and the window branch; those
+            of text mean nothing.
+        step: the forward pass, its plan an :class:`NSAPlan`; the choice is left in
+            ``step.cubes[layer]`` ``[tokens, kv_heads, blocks]``, or taken from there.
+        layer: index of the layer.
+        scale: of the logits.
+        dropout: of attention weights.
+
+    Returns:
+        ``[tokens, heads, d]``.
+    """
+    plan: NSAPlan = step.plan
+    vision = plan.is_vision
+    if layer not in step.cubes:
+        step.cubes[layer] = _choose(q, k, step, scale)
+    chosen = step.cubes[layer].transpose(0, 1)  # [kv_heads, tokens, blocks]
+    gates = torch.where(vision[:, None, None], gates, gates.new_tensor(TEXT_GATES))
+    gates = gates.unflatten(1, (k.shape[1], -1)).permute(3, 1, 2, 0)[..., None]
+    # [branches, kv_heads, group, tokens, 1]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice, keys: torch.Tensor):
+        blocks = -(-len(keys) // BLOCK)
+        selected = masked_attention(q, k, v, chosen[:, rows, :blocks], BLOCK, scale, dropout)
+        if not vision[rows].any():
+            return selected
+        seen = _visible(vision[keys], q.shape[2])
+        compressed = _compressed_probabilities(q, k, seen, scale)
+        means = _block_means(v, seen.shape[1])
+        compressed = F.dropout(compressed, dropout).to(v) @ means[:, None]
+        m, window = q.shape[2], plan.window_size
+        reach = min(len(keys), m + window - 1)  # keys that some window holds
+        window = masked_attention(
+            q, k[:, -reach:], v[:, -reach:], None, BLOCK, scale, dropout, window
+        )
+        return sum(
+            gate[:, :, rows].to(branch) * branch
+            for gate, branch in zip(gates, (compressed, selected, window), strict=True)
+        )
+
+    return by_slab(q, k, v, step, attend)
+
+
+def _choose(q: torch.Tensor, k: torch.Tensor, step: Step, scale: float) -> torch.Tensor:
+    """``[tokens, kv_heads, blocks]`` bool: the blocks each token selects.  No gradient."""
+    plan: NSAPlan = step.plan
+    kv_heads, blocks = k.shape[1], step.rows.block_table.shape[1]
+    chosen = torch.zeros(len(q), kv_heads, blocks, dtype=torch.bool, device=q.device)
+
+    def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice, keys: torch.Tensor):
+        is_vision = plan.is_vision[rows]
+        seen = _visible(plan.is_vision[keys], q.shape[2])
+        importance = _compressed_probabilities(q, k, seen, scale).sum(1)  # [kv_heads, m, whole]
+        places = min(plan.block_counts - 1, seen.shape[1])
+        best = importance.masked_fill(~seen, -1).topk(places, dim=-1).indices
+        mine = chosen[rows].transpose(0, 1)  # a view
+        mine[..., : seen.shape[1]].scatter_(-1, best, True).logical_and_(seen)
+        own = torch.arange(len(keys) - q.shape[2], len(keys), device=q.device) // BLOCK
+        mine.scatter_(-1, own[None, :, None].expand(kv_heads, -1, 1), True)
+        mine[:, ~is_vision] = True
+        return q
+
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        by_slab(q, k, k, step, choose)
+    return chosen
+
+
+def _visible(is_vision: torch.Tensor, queries: int) -> torch.Tensor:
+    """``[m, blocks]`` bool: which whole blocks hold vision alone and lie before a query's own.
+
+    Args:
+        is_vision: ``[n]`` bool, of a sequence up to its last query.
+        queries: m, how many of its tokens, the last ones, are queries.
+    """
+    blocks = len(is_vision) // BLOCK
+    whole = is_vision[: blocks * BLOCK].view(blocks, BLOCK).all(1)
+    own = torch.arange(len(is_vision) - queries, len(is_vision), device=is_vision.device) // BLOCK
+    return whole & (torch.arange(blocks, device=is_vision.device) < own[:, None])
+
+
+def _compressed_probabilities(
+    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """``[kv_heads, group, m, blocks]`` float32: of each block's mean key, 0 where none is seen."""
+    with torch.autocast(q.device.type, enabled=False):
+        means = _block_means(k, seen.shape[1]).float()
+        logits = q.float() @ means[:, None].transpose(-1, -2) * scale
+        return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
+
+
+def _block_means(states: torch.Tensor, blocks: int) -> torch.Tensor:
+    """``[kv_heads, blocks, d]`` of keys or values ``[kv_heads, n, d]``."""
+    return states[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).mean(2)
