@@ -187,7 +187,7 @@ class VLLM:
 
 
 ENGINES = {"torch": Torch, "sparse": Sparse, "vllm": VLLM}
-BRANCHES = ("compressed", "selected", "window")  # ablations of VideoNSA, with --engine sparse
+BRANCHES = ("cmp", "slc", "swa")  # ablations of VideoNSA, with --engine sparse
 
 
 def measure(engine, patches: int, videos: int, motion: str, size, ablation: str) -> list[dict]:

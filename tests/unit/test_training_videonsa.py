@@ -132,7 +132,7 @@ def test_attention_equals_the_twin(seed, monkeypatch) -> None:
 def test_all_selected_and_gates_forced_is_dense(model, folder) -> None:
     """With enough blocks, none of which holds text, the selected branch alone is dense."""
     model.config.text_config.block_counts = 99
-    force_gates(model, ["selected"])
+    force_gates(model, ["slc"])
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     enable_sparse_training(stock, AdaSparkConfig(p_attn=1.0, p_ffn=1.0, order="raster"))
     batch = inputs(model, [(20, 4, 8), 20], [(3, 6, 4), 30])
@@ -174,8 +174,8 @@ def test_each_branch_counts(model) -> None:
     for one in range(len(answers)):
         for other in range(one):
             assert (answers[one] - answers[other]).abs().max() > 1e-3, (one, other)
-    with pytest.raises(ValueError, match=r"branches=.*compressed, selected, window"):
-        force_gates(model, ["slc"])
+    with pytest.raises(ValueError, match=r"branches=.*cmp, slc, swa"):
+        force_gates(model, ["window"])
 
 
 def test_a_later_token_changes_nothing_before_it(model) -> None:

@@ -4,11 +4,11 @@ A vision token (of a video or an image) attends three times (arXiv 2510.02295, s
 gates weigh the three outputs; a text token attends densely.  With blocks of BLOCK tokens, counted
 from the sequence's first token:
 
-* *compressed*: the mean keys and values of the whole vision blocks before its own block; nothing
+* *cmp*, compressed: the mean keys and values of the whole vision blocks before its own block; nothing
   where there is none;
-* *selected*: the best ``block_counts - 1`` of these blocks, and its own block causally.  A block is
+* *slc*, selected: the best ``block_counts - 1`` of these blocks, and its own block causally.  A block is
   as good as the compressed branch's probabilities for it, summed over the GQA group;
-* *window*: the last ``window_size`` tokens, its own included.
+* *swa*, window: the last ``window_size`` tokens, its own included.
 
 A text token is written down as one whose selected branch sees all blocks and whose gates are 0, 1
 and 0.  Which blocks are selected is chosen without gradient; everything else passes it on.
@@ -27,7 +27,7 @@ from .packing import Step
 NAME = "videonsa"  # as attn_implementation
 BLOCK = 64  # tokens
 TEMPERATURE = 0.3  # of the gates' sigmoid
-TEXT_GATES = (0.0, 1.0, 0.0)  # compressed, selected, window
+TEXT_GATES = (0.0, 1.0, 0.0)  # cmp, slc, swa
 
 
 @dataclass(frozen=True)
@@ -120,21 +120,19 @@ def gated_attention(
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice, keys: torch.Tensor):
         blocks = -(-len(keys) // BLOCK)
-        selected = masked_attention(q, k, v, chosen[:, rows, :blocks], BLOCK, scale, dropout)
+        slc = masked_attention(q, k, v, chosen[:, rows, :blocks], BLOCK, scale, dropout)
         if not vision[rows].any():
-            return selected
+            return slc
         seen = _visible(vision[keys], q.shape[2])
-        compressed = _compressed_probabilities(q, k, seen, scale)
+        probabilities = _compressed_probabilities(q, k, seen, scale)
         means = _block_means(v, seen.shape[1])
-        compressed = F.dropout(compressed, dropout).to(v) @ means[:, None]
+        cmp = F.dropout(probabilities, dropout).to(v) @ means[:, None]
         m, window = q.shape[2], plan.window_size
         reach = min(len(keys), m + window - 1)  # keys that some window holds
-        window = masked_attention(
-            q, k[:, -reach:], v[:, -reach:], None, BLOCK, scale, dropout, window
-        )
+        swa = masked_attention(q, k[:, -reach:], v[:, -reach:], None, BLOCK, scale, dropout, window)
         return sum(
             gate[:, :, rows].to(branch) * branch
-            for gate, branch in zip(gates, (compressed, selected, window), strict=True)
+            for gate, branch in zip(gates, (cmp, slc, swa), strict=True)
         )
 
     return by_slab(q, k, v, step, attend)

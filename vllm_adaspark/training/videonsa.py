@@ -35,7 +35,7 @@ from .packing import Step
 from .passes import SparsePass, put_in
 from .prompt import Prompt
 
-BRANCHES = ("compressed", "selected", "window")
+BRANCHES = ("cmp", "slc", "swa")  # compressed, selected, window: see branches.py
 DEFAULTS = {"block_counts": 32, "window_size": 256}  # the paper's, in the text config
 START = (0.05, 0.95, 0.05)  # of the gates, see start_gates
 INITIAL = 0.02  # standard deviation of the gates' weights, as the released code has it
