@@ -1,13 +1,14 @@
-"""vllm-adaspark: Qwen2.5-VL in vLLM with AdaSpark's adaptive sparsity (arXiv 2604.08077).
+"""vllm-adaspark: long video in vLLM, with adaptive sparsity (AdaSpark, arXiv 2604.08077).
 
 vLLM calls :func:`register` in every process through the ``vllm.general_plugins`` entry point.
-Importing this package imports neither vLLM nor the model; that happens when a server asks for our
-architecture name.
+Importing this package imports neither vLLM nor the model; that happens when a server asks for one
+of our architectures.
 """
 
 from __future__ import annotations
 
 ARCHITECTURE = "AdaSparkQwen2_5_VLForConditionalGeneration"
+VIDEONSA_ARCHITECTURE = "VideoNSAForConditionalGeneration"  # as VideoNSA's checkpoints call it
 LANGUAGE_MODEL = "AdaSparkQwen2ForCausalLM"  # its text part; not meant to be served alone
 
 __version__ = "0.1.0"
@@ -20,10 +21,12 @@ def register() -> None:
 
     from .startup import StartupCheck
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = StartupCheck
+    for architecture in (ARCHITECTURE, VIDEONSA_ARCHITECTURE):
+        MODELS_CONFIG_MAP[architecture] = StartupCheck
     known = ModelRegistry.get_supported_archs()
     for architecture, path in (
         (ARCHITECTURE, "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL"),
+        (VIDEONSA_ARCHITECTURE, "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL"),
         (LANGUAGE_MODEL, "vllm_adaspark.models.qwen2:AdaSparkQwen2ForCausalLM"),
     ):
         if architecture not in known:

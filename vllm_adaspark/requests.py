@@ -13,7 +13,7 @@ All videos of a request share them.  This module needs no vLLM.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,10 @@ import torch
 
 from .settings import OFF, Settings
 
-FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
+# Of a video's and of an image's multimodal item: the settings of its request.  Two, since a field
+# belongs to one kind of item in vLLM.
+FIELD = "adaspark_video"
+FIELDS = {"video": FIELD, "image": "adaspark_image"}
 
 
 def pack_settings(settings: Any) -> torch.Tensor:
@@ -41,19 +44,49 @@ def unpack_settings(packed: torch.Tensor | None, method: type) -> Any:
 
 
 def settings_of(feature: Any, method: type) -> Any:
-    """The settings that the processor attached to a video.
+    """The settings that the processor attached to a video or an image.
 
     Args:
         feature: vLLM's ``MultiModalFeatureSpec``.
         method: the class of the method's settings.
     """
-    packed = feature.data.get(FIELD)
+    packed = feature.data.get(FIELDS[feature.modality])
     return unpack_settings(None if packed is None else packed.data, method)
+
+
+def media_of(features: Iterable[Any] | None, kinds: Sequence[str]) -> list[Any]:
+    """A request's multimodal features of some kinds, in the order of the prompt."""
+    return [feature for feature in features or () if feature.modality in kinds]
 
 
 def videos_of(features: Iterable[Any] | None) -> list[Any]:
     """The videos among a request's multimodal features, in the order of the prompt."""
-    return [feature for feature in features or () if feature.modality == "video"]
+    return media_of(features, ("video",))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where a prompt's videos and images lie.
+
+    Attributes:
+        places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
+        tokens: of the prompt.
+    """
+
+    tokens: int
+    places: Mapping[str, Sequence[Any]]
+
+    def of(self, kinds: Sequence[str]) -> np.ndarray:
+        """``[tokens]`` bool: which tokens belong to items of these kinds."""
+        return mask_of(self.tokens, [p for kind in kinds for p in self.places.get(kind, ())])
+
+    @classmethod
+    def from_features(cls, tokens: int, features: Iterable[Any] | None) -> Prompt:
+        """From vLLM's ``MultiModalFeatureSpec`` of a request."""
+        places: dict[str, list[Any]] = {}
+        for feature in features or ():
+            places.setdefault(feature.modality, []).append(feature.mm_position)
+        return cls(tokens, places)
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ class Request:
 
     Attributes:
         config: its settings, of the method's class.
-        is_video: ``[prompt tokens]`` bool.
+        is_video: ``[prompt tokens]`` bool; images too, for a method that has them in its ``media``.
     """
 
     config: Settings
@@ -98,10 +131,11 @@ class RequestTable:
     """The requests of a worker, kept up to date by what the scheduler tells before every step.
 
     Args:
-        describe: makes the facts of a new request with video from vLLM's ``NewRequestData``.
+        describe: makes the facts of a new request from vLLM's ``NewRequestData``; None for one
+            that is no concern of the method's.
     """
 
-    def __init__(self, describe: Callable[[Any], Request]) -> None:
+    def __init__(self, describe: Callable[[Any], Request | None]) -> None:
         self._describe = describe
         self._known: dict[str, _Known] = {}
 
@@ -110,8 +144,7 @@ class RequestTable:
         for request_id in scheduler_output.finished_req_ids:
             self._known.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            has_video = bool(videos_of(new.mm_features))
-            known = _Known(self._describe(new) if has_video else None)
+            known = _Known(self._describe(new))
             known.add(new.block_ids[0])
             self._known[new.req_id] = known
         cached = scheduler_output.scheduled_cached_reqs

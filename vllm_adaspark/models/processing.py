@@ -21,7 +21,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.platforms import current_platform
 
 from ..methods import base as methods
-from ..requests import FIELD, mask_of, pack_settings
+from ..requests import FIELDS, Prompt, pack_settings
 from ..settings import SERVER_KEY, Settings
 from .checks import Grid, check_embeddings, check_positions, check_processor_kwargs, position_limit
 from .sent_items import sent_items
@@ -74,7 +74,7 @@ class CheckingDataParser(Qwen2VLMultiModalDataParser):
 
 
 class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
-    """Validates a request's ``adaspark`` settings and attaches them to its videos.
+    """Validates a request's ``adaspark`` settings and attaches them to its videos (and images).
 
     The settings stay part of ``mm_processor_kwargs``, which enter the multimodal hash: requests
     with different settings never share cached video blocks.
@@ -92,9 +92,9 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
         with sent_items.preparing() as prepared:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
-            places = processed["mm_placeholders"].get("video", [])
-            is_video = mask_of(len(processed["prompt_token_ids"]), places)
-            self._method.refuse(config, kwargs.get(REQUEST_KEY), is_video)
+            tokens = len(processed["prompt_token_ids"])
+            prompt = Prompt(tokens, processed["mm_placeholders"])
+            self._method.refuse(config, kwargs.get(REQUEST_KEY), prompt)
             prepared.ok = not self._will_be_refused(processed)
         return processed
 
@@ -170,17 +170,19 @@ class AdaSparkProcessor(Qwen2_5_VLMultiModalProcessor):
 
     def _postprocess_hf_mm_data(self, mm_inputs, hf_processor_mm_kwargs, processed_data):
         data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
-        grids = data.get("video_grid_thw")
-        if grids is not None and len(grids):
-            packed = pack_settings(self._settings(hf_processor_mm_kwargs))
-            data[FIELD] = packed.expand(len(grids), -1)
+        packed = pack_settings(self._settings(hf_processor_mm_kwargs))
+        for kind in self._method.media:
+            grids = data.get(f"{kind}_grid_thw")
+            if grids is not None and len(grids):
+                data[FIELDS[kind]] = packed.expand(len(grids), -1)
         return data
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        fields[FIELD] = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        for kind in self._method.media:
+            fields[FIELDS[kind]] = MultiModalFieldConfig.batched(kind, keep_on_cpu=True)
         return fields
 
 
