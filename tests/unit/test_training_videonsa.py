@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from unit.training_batches import gradients, inputs
 
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.videonsa import reference
 from vllm_adaspark.settings import SettingsError
 from vllm_adaspark.training import (
     VideoNSAForConditionalGeneration,
@@ -50,46 +51,6 @@ def model(folder):
 # -- the branches --------------------------------------------------------------------------------
 
 
-def twin(q, k, v, is_vision, gates, scale, count, window):
-    """Paper mode of one sequence, token by token: outputs, and the blocks each token selected."""
-    out, chosen = torch.zeros_like(q), {}
-    blocks = is_vision[: len(q) // 64 * 64].view(-1, 64).all(1)
-    group = q.shape[1] // k.shape[1]
-    for t in range(len(q)):
-        for g in range(k.shape[1]):
-            heads = slice(g * group, (g + 1) * group)
-
-            def attend(keys, values, mine=q[t, heads]):
-                return (mine @ keys.T * scale).softmax(-1) @ values
-
-            if not is_vision[t]:
-                out[t, heads] = attend(k[: t + 1, g], v[: t + 1, g])
-                continue
-            before = [b for b in range(t // 64) if blocks[b]]
-            compressed, best = torch.zeros_like(q[t, heads]), []
-            if before:
-                keys, values = (
-                    torch.stack([x[64 * b : 64 * b + 64, g].mean(0) for b in before])
-                    for x in (k, v)
-                )
-                compressed = attend(keys, values)
-                importance = (q[t, heads] @ keys.T * scale).softmax(-1).sum(0)
-                best = [before[i] for i in importance.sort(descending=True).indices[: count - 1]]
-            chosen[t, g] = {*best, t // 64}
-            at = torch.cat([torch.arange(64 * b, 64 * b + 64) for b in sorted(chosen[t, g])])
-            at = at[at <= t]
-            near = slice(max(0, t - window + 1), t + 1)
-            out[t, heads] = sum(
-                gate[:, None] * branch
-                for gate, branch in zip(
-                    gates[t, heads].T,
-                    (compressed, attend(k[at, g], v[at, g]), attend(k[near, g], v[near, g])),
-                    strict=True,
-                )
-            )
-    return out, chosen
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_attention_equals_the_twin(seed, monkeypatch) -> None:
     monkeypatch.setattr(attention, "SLAB", 100)
@@ -114,15 +75,17 @@ def test_attention_equals_the_twin(seed, monkeypatch) -> None:
     first, compared = 0, 0
     for prompt in prompts:
         rows = slice(first, first := first + len(prompt.is_vision))
-        expected, chosen = twin(
-            q[rows], k[rows], v[rows], is_vision[rows], gates[rows], scale, count, window
-        )
-        error = (out[rows] - expected).norm() / expected.norm()
-        assert error < 1e-6, error
-        for (t, g), blocks in chosen.items():
-            got = step.cubes[0][rows][t, g].nonzero().flatten().tolist()
-            assert set(got) == blocks, (t, g)
-            compared += len(blocks) > 1
+        twin = reference.attention(
+            q[rows], k[rows], v[rows], gates[rows], is_vision[rows],
+            block_counts=count, window_size=window, scale=scale,
+        )  # fmt: skip
+        error = (out[rows] - twin.output).norm() / twin.output.norm()
+        assert error < 1e-5, error
+        for (t, kv_head), expected in twin.selected.items():
+            got = step.cubes[0][rows][t, kv_head].nonzero().flatten().tolist()
+            if expected.margin > 1e-6:
+                assert set(got) == {*expected.cubes, t // 64}, (t, kv_head)
+                compared += len(got) > 1
     assert compared > 50 or count == 1
 
 
@@ -302,7 +265,7 @@ def test_a_saved_checkpoint_is_what_it_was(model, tmp_path) -> None:
 
 def test_bad_use_is_refused(model, folder, tmp_path) -> None:
     for change in ({"block_counts": 0}, {"window_size": "256"}):
-        with pytest.raises(SettingsError, match="expected an integer of at least 1"):
+        with pytest.raises(SettingsError, match="expected an integer from 1"):
             VideoNSAForConditionalGeneration.from_pretrained(folder, **change)
     with pytest.raises(TypeError, match="sparse by itself"):
         enable_sparse_training(model, AdaSparkConfig())

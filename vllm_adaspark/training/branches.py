@@ -1,14 +1,11 @@
 """VideoNSA's attention of one layer: three branches and their gates, as served in paper mode.
 
-A vision token (of a video or an image) attends three times (arXiv 2510.02295, section 2.2), and its
-gates weigh the three outputs; a text token attends densely.  With blocks of BLOCK tokens, counted
-from the sequence's first token:
+A vision token (of a video or an image) attends three times, and its gates weigh the three outputs;
+a text token attends densely.  ``methods.videonsa.reference`` is the twin and has the rules:
 
-* *cmp*, compressed: the mean keys and values of the whole vision blocks before its own block; nothing
-  where there is none;
-* *slc*, selected: the best ``block_counts - 1`` of these blocks, and its own block causally.  A block is
-  as good as the compressed branch's probabilities for it, summed over the GQA group;
-* *swa*, window: the last ``window_size`` tokens, its own included.
+* *cmp*: the mean keys and values of the whole vision blocks before its own block;
+* *slc*: the ``block_counts - 1`` most important of these blocks, and its own block causally;
+* *swa*: the last ``window_size`` tokens, its own included.
 
 A text token is written down as one whose selected branch sees all blocks and whose gates are 0, 1
 and 0.  Which blocks are selected is chosen without gradient; everything else passes it on.
@@ -21,12 +18,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..methods.videonsa.compress import most_important
+from ..methods.videonsa.settings import BLOCK
 from .attention import by_slab, masked_attention
 from .packing import Step
 
 NAME = "videonsa"  # as attn_implementation
-BLOCK = 64  # tokens
-TEMPERATURE = 0.3  # of the gates' sigmoid
 TEXT_GATES = (0.0, 1.0, 0.0)  # cmp, slc, swa
 
 
@@ -123,10 +120,9 @@ def gated_attention(
         slc = masked_attention(q, k, v, chosen[:, rows, :blocks], BLOCK, scale, dropout)
         if not vision[rows].any():
             return slc
-        seen = _visible(vision[keys], q.shape[2])
-        probabilities = _compressed_probabilities(q, k, seen, scale)
-        means = _block_means(v, seen.shape[1])
-        cmp = F.dropout(probabilities, dropout).to(v) @ means[:, None]
+        before = _Cubes.of(vision[keys], q.shape[2])
+        probabilities = before.probabilities(q, k, scale)
+        cmp = F.dropout(probabilities, dropout).to(v) @ before.means(v)[:, None]
         m, window = q.shape[2], plan.window_size
         reach = min(len(keys), m + window - 1)  # keys that some window holds
         swa = masked_attention(q, k[:, -reach:], v[:, -reach:], None, BLOCK, scale, dropout, window)
@@ -145,16 +141,15 @@ def _choose(q: torch.Tensor, k: torch.Tensor, step: Step, scale: float) -> torch
     chosen = torch.zeros(len(q), kv_heads, blocks, dtype=torch.bool, device=q.device)
 
     def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice, keys: torch.Tensor):
-        is_vision = plan.is_vision[rows]
-        seen = _visible(plan.is_vision[keys], q.shape[2])
-        importance = _compressed_probabilities(q, k, seen, scale).sum(1)  # [kv_heads, m, whole]
-        places = min(plan.block_counts - 1, seen.shape[1])
-        best = importance.masked_fill(~seen, -1).topk(places, dim=-1).indices
+        before = _Cubes.of(plan.is_vision[keys], q.shape[2])
+        importance = before.probabilities(q, k, scale).sum(1)  # [kv_heads, m, cubes]
+        places = min(plan.block_counts - 1, len(before.cubes))
+        best = before.cubes[most_important(importance, before.seen, places)]
+        used = torch.arange(places, device=q.device) < before.seen[:, None]
+        own = before.own[:, None].expand(kv_heads, -1, 1)
         mine = chosen[rows].transpose(0, 1)  # a view
-        mine[..., : seen.shape[1]].scatter_(-1, best, True).logical_and_(seen)
-        own = torch.arange(len(keys) - q.shape[2], len(keys), device=q.device) // BLOCK
-        mine.scatter_(-1, own[None, :, None].expand(kv_heads, -1, 1), True)
-        mine[:, ~is_vision] = True
+        mine.scatter_(-1, torch.cat([torch.where(used, best, own), own], -1), True)
+        mine[:, ~plan.is_vision[rows]] = True
         return q
 
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -162,29 +157,37 @@ def _choose(q: torch.Tensor, k: torch.Tensor, step: Step, scale: float) -> torch
     return chosen
 
 
-def _visible(is_vision: torch.Tensor, queries: int) -> torch.Tensor:
-    """``[m, blocks]`` bool: which whole blocks hold vision alone and lie before a query's own.
+@dataclass(frozen=True)
+class _Cubes:
+    """The cubes of a sequence, whole blocks that hold vision alone, as its last tokens see them.
 
-    Args:
-        is_vision: ``[n]`` bool, of a sequence up to its last query.
-        queries: m, how many of its tokens, the last ones, are queries.
+    Attributes:
+        cubes: ``[cubes]`` int64 blocks.
+        own: ``[m]`` int64 block of each of the last tokens.
+        seen: ``[m]`` int64 how many cubes lie before it.
     """
-    blocks = len(is_vision) // BLOCK
-    whole = is_vision[: blocks * BLOCK].view(blocks, BLOCK).all(1)
-    own = torch.arange(len(is_vision) - queries, len(is_vision), device=is_vision.device) // BLOCK
-    return whole & (torch.arange(blocks, device=is_vision.device) < own[:, None])
 
+    cubes: torch.Tensor
+    own: torch.Tensor
+    seen: torch.Tensor
 
-def _compressed_probabilities(
-    q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """``[kv_heads, group, m, blocks]`` float32: of each block's mean key, 0 where none is seen."""
-    with torch.autocast(q.device.type, enabled=False):
-        means = _block_means(k, seen.shape[1]).float()
-        logits = q.float() @ means[:, None].transpose(-1, -2) * scale
-        return logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) * seen
+    @classmethod
+    def of(cls, is_vision: torch.Tensor, queries: int) -> _Cubes:
+        """Of a sequence ``is_vision [n]``, whose last ``queries`` tokens ask."""
+        blocks = len(is_vision) // BLOCK
+        cubes = is_vision[: blocks * BLOCK].view(blocks, BLOCK).all(1).nonzero().flatten()
+        at = torch.arange(len(is_vision) - queries, len(is_vision), device=is_vision.device)
+        return cls(cubes, at // BLOCK, torch.searchsorted(cubes, at // BLOCK))
 
+    def means(self, states: torch.Tensor) -> torch.Tensor:
+        """``[kv_heads, cubes, d]`` of keys or values ``[kv_heads, n, d]``."""
+        blocks = states.shape[1] // BLOCK
+        return states[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))[:, self.cubes].mean(2)
 
-def _block_means(states: torch.Tensor, blocks: int) -> torch.Tensor:
-    """``[kv_heads, blocks, d]`` of keys or values ``[kv_heads, n, d]``."""
-    return states[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).mean(2)
+    def probabilities(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """``[kv_heads, group, m, cubes]`` fp32, over the mean keys seen; 0 where there is none."""
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q.float() @ self.means(k).float()[:, None].transpose(-1, -2) * scale
+            visible = torch.arange(len(self.cubes), device=q.device) < self.seen[:, None]
+            logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+            return logits.softmax(-1) * visible

@@ -29,14 +29,14 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from ..settings import Settings, SettingsError
-from .branches import BLOCK, NAME, TEMPERATURE, NSAPlan, videonsa_attention
+from ..methods.videonsa.gates import BRANCHES, TEMPERATURE, from_logits
+from ..methods.videonsa.settings import BLOCK, OF_TEXT_CONFIG, VideoNSASettings
+from ..settings import SettingsError
+from .branches import NAME, NSAPlan, videonsa_attention
 from .packing import Step
 from .passes import SparsePass, put_in
 from .prompt import Prompt
 
-BRANCHES = ("cmp", "slc", "swa")  # compressed, selected, window: see branches.py
-DEFAULTS = {"block_counts": 32, "window_size": 256}  # the paper's, in the text config
 START = (0.05, 0.95, 0.05)  # of the gates, see start_gates
 INITIAL = 0.02  # standard deviation of the gates' weights, as the released code has it
 
@@ -54,15 +54,14 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = config.text_config
-        for name, value in DEFAULTS.items():
-            setattr(text, name, getattr(text, name, value))
+        for name in OF_TEXT_CONFIG:  # the paper's where the config says nothing
+            setattr(text, name, getattr(text, name, getattr(VideoNSASettings(), name)))
         for layer in self.model.language_model.layers:
             attention = layer.self_attn
             attention.g_proj_1 = nn.Linear(text.hidden_size, text.hidden_size)
             attention.g_proj_2 = nn.Linear(text.hidden_size, 3 * text.num_attention_heads)
         start_gates(self)
-        settings = Settings(order="raster")
-        put_in(self, SparsePass(NAME, settings, BLOCK, self._plan, _layer_forward))
+        put_in(self, SparsePass(NAME, VideoNSASettings(), BLOCK, self._plan, _layer_forward))
 
     @classmethod
     def from_pretrained(
@@ -83,7 +82,7 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             window_size: tokens of the window branch; None for that of the checkpoint.
 
         Raises:
-            SettingsError: gates of some layers only, or a number below 1.
+            SettingsError: gates of some layers only, or a number out of range.
         """
         model, told = super().from_pretrained(pretrained, *args, output_loading_info=True, **kwargs)
         missing = sorted(key for key in told["missing_keys"] if ".g_proj_" in key)
@@ -95,20 +94,17 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             )
         if missing:
             start_gates(model)
-        for name, value in (("block_counts", block_counts), ("window_size", window_size)):
+        for name, value in zip(OF_TEXT_CONFIG, (block_counts, window_size), strict=True):
             if value is not None:
-                setattr(model.config.text_config, name, _counted(name, value))
+                setattr(model.config.text_config, name, value)
+        _settings(model)
         return (model, told) if output_loading_info else model
 
     def _plan(self, step: Step, prompts: list[Prompt]) -> NSAPlan:
-        text, starts = self.config.text_config, step.rows.computed
+        settings, starts = _settings(self), step.rows.computed
         own = [prompt.is_vision[start:] for prompt, start in zip(prompts, starts, strict=True)]
         is_vision = torch.from_numpy(np.concatenate(own)).to(step.take.device)
-        return NSAPlan(
-            is_vision,
-            _counted("block_counts", text.block_counts),
-            _counted("window_size", text.window_size),
-        )
+        return NSAPlan(is_vision, settings.block_counts, settings.window_size)
 
 
 def start_gates(model: nn.Module, at: Sequence[float] = START) -> None:
@@ -155,7 +151,7 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
 def gate_values(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``[tokens, heads, 3]`` of a layer's normed input ``x [tokens, hidden]``."""
     logits = attention.g_proj_2(F.gelu(attention.g_proj_1(x)))
-    return torch.sigmoid(logits.unflatten(-1, (-1, 3)).float() / TEMPERATURE)
+    return from_logits(logits.unflatten(-1, (-1, len(BRANCHES))))
 
 
 def _gates(model: nn.Module) -> Iterable[tuple[nn.Linear, nn.Linear]]:
@@ -163,10 +159,9 @@ def _gates(model: nn.Module) -> Iterable[tuple[nn.Linear, nn.Linear]]:
         yield layer.self_attn.g_proj_1, layer.self_attn.g_proj_2
 
 
-def _counted(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SettingsError(f"{name}={value!r}: expected an integer of at least 1")
-    return value
+def _settings(model: nn.Module) -> VideoNSASettings:
+    """What the model's config says, checked."""
+    return VideoNSASettings(**{k: getattr(model.config.text_config, k) for k in OF_TEXT_CONFIG})
 
 
 def _layer_forward(self: nn.Module, hidden_states: Any, step: Any = None, **kwargs: Any):
