@@ -93,8 +93,16 @@ def five_prompts() -> dict[str, dict]:
 
 
 @contextmanager
-def engine(checkpoint, config: dict | None, method: str = "adaspark", **options):
+def engine(
+    checkpoint,
+    config: dict | None,
+    method: str | None = "adaspark",
+    architecture: str | None = ARCHITECTURE,
+    **options,
+):
     """A running engine; ``config`` None is the stock model, else the method's server settings.
+
+    ``method`` and ``architecture`` None leave the checkpoint to say which.
 
     It runs in this process, which starts in two seconds, unless it has several ranks.
     """
@@ -115,10 +123,10 @@ def engine(checkpoint, config: dict | None, method: str = "adaspark", **options)
     if config is None:
         options.setdefault("block_size", 64)
     else:
-        options |= {
-            "hf_overrides": {"architectures": [ARCHITECTURE]},
-            "additional_config": {"method": method, "adaspark": config},
-        }
+        named = {} if method is None else {"method": method}
+        options["additional_config"] = named | {"adaspark": config}
+        if architecture is not None:
+            options["hf_overrides"] = {"architectures": [architecture]}
     llm = LLM(str(checkpoint), **options)
     try:
         yield llm

@@ -13,7 +13,6 @@ cannot be used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from io import BytesIO
 from typing import Any, ClassVar
 
@@ -40,8 +39,6 @@ UNSET_NUM_FRAMES = (inspect.signature(VideoMediaIO.__init__).parameters["num_fra
 DECORD_SEEKS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # FFmpeg's names
 SAME_TIME = 0.4  # of the shortest time between two frames: the same frame, by two clocks
 
-Progress = Callable[[int, int], None]  # (packets decoded, packets to decode)
-
 
 class _Unreadable(Exception):
     """OpenCV or decord cannot read a file as PyAV does; says why."""
@@ -64,29 +61,21 @@ class VideoLoader(StockLoader):
         """
         if num_frames not in UNSET_NUM_FRAMES:
             refuse("num_frames", num_frames, "frames are sampled by time; use fps or max_frames")
-        return cls.load(data, Options.checked(options))
-
-    @classmethod
-    def load(
-        cls, data: bytes, options: Options, progress: Progress | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The same with checked options; ``progress`` hears how much is decoded."""
+        options = Options.checked(options)
         contents = scan(data)
         if contents.cut_short:
             logger.warning("AdaSpark: a video: %s", contents.cut_short)
         taken = sample(contents, options)
-        frames, read, decoder = cls._read(data, contents, taken.numbers, progress)
+        frames, read, decoder = cls._read(data, contents, taken.numbers)
         _tell_what_is_missing(contents, taken.numbers, read)
         return frames, metadata(contents, taken, read, decoder)
 
     @classmethod
     def _read(
-        cls, data: bytes, contents: Contents, numbers: list[int], progress: Progress | None
+        cls, data: bytes, contents: Contents, numbers: list[int]
     ) -> tuple[np.ndarray, list[int], str]:
         """(frames, their numbers, the decoder's name)."""
-        frames, read = decode.read(
-            data, contents, numbers, check_size=check_frame_pixel_limit, progress=progress
-        )
+        frames, read = decode.read(data, contents, numbers, check_size=check_frame_pixel_limit)
         return frames, read, VideoLoader.decoder
 
 
@@ -94,7 +83,7 @@ class _OtherDecoder(VideoLoader):
     """Reads plain files with another decoder, all else with PyAV."""
 
     @classmethod
-    def _read(cls, data, contents, numbers, progress):
+    def _read(cls, data, contents, numbers):
         try:
             if contents.counted or contents.hdr or not contents.whole or contents.cut_short:
                 # decord ends the process at some files that are cut off.
@@ -102,7 +91,7 @@ class _OtherDecoder(VideoLoader):
             return cls._try(data, contents, numbers), numbers, cls.decoder
         except _Unreadable as reason:
             logger.warning("AdaSpark: read a video with PyAV, not %s: %s", cls.decoder, reason)
-        return super()._read(data, contents, numbers, progress)
+        return super()._read(data, contents, numbers)
 
     @classmethod
     def _try(cls, data: bytes, contents: Contents, numbers: list[int]) -> np.ndarray:
