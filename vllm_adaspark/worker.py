@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -214,7 +214,9 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         is_video = self._layout.is_video(tokens, [video.mm_position for video in videos])
-        return method.describe(settings_of(videos[0], method.settings_class), is_video)
+        settings = settings_of(videos[0], method.settings_class)
+        request = method.describe(settings, is_video)
+        return replace(request, positions=self._layout.positions(tokens, videos, settings))
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime

@@ -131,7 +131,7 @@ class AdaSparkQwen2_5_VL(SparseModel, Qwen2_5_VLForConditionalGeneration):
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
         for video in videos_of(mm_features):
             settings = settings_of(video, self._settings_class)
-            order = walk(self.layout.grid(video.data), settings)
+            order = walk(self.layout.grid(video), settings)
             if order is not None:
                 start = video.mm_position.offset
                 tokens = slice(start, start + video.mm_position.length)
