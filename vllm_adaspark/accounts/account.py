@@ -8,6 +8,9 @@ tower, norms, RoPE, LM head, sums and sorts, what a kernel computes of a tile on
 the K and V projections that tensor-parallel ranks repeat where they share a KV head.  Pure NumPy;
 no vLLM.
 
+A method whose attention is not made of tiles tells its FLOPs itself (``StepPlan.tell``); they are
+added to those that are counted here for the steps without a plan.
+
 An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
 carry it between processes; accounts/reports.py makes one account of all ranks'.
 """
@@ -26,7 +29,9 @@ from ..paged.state import StepRows
 from ..paged.tiles import DENSE
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
-OF_STEP = ("tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")  # counted once
+BY_NAME = ("told_flops", "sums")  # told by a method's plan, by name, for each layer
+# counted once
+OF_STEP = ("tokens", "told_tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")
 OF_REQUEST = (*OF_STEP, "cached_tokens")
 SECONDS = ("selection_seconds", "planning_seconds")
 
@@ -95,18 +100,24 @@ class StepCounts:
     cubes_attended: np.ndarray  # [layers, rows]
     ffn_skipped: np.ndarray  # [layers, rows] FFN evaluations saved
     choices: np.ndarray  # [rows] tiles and FFN cubes that could leave something out
+    told_tokens: np.ndarray  # [rows] tokens of steps whose plan told their FLOPs itself
+    told_flops: dict[str, np.ndarray]  # by part: [layers, rows], see plan.Told
+    sums: dict[str, np.ndarray]  # by name: [layers, rows], see plan.Told
     fallback_tokens: dict[str, np.ndarray]  # by reason: [rows], see plan.FALLBACKS
     selection_seconds: np.ndarray  # [rows] the step's, by each row's part in the work
     planning_seconds: np.ndarray  # [rows]
 
 
-def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCounts:
+def count_step(
+    rows: StepRows, plan: StepPlan | None, layers: range, shape: ModelShape | None = None
+) -> StepCounts:
     """What a step did.
 
     Args:
         rows: the step's requests.
         plan: its plan, after the layers have run; None for a dense step.
         layers: this rank's layers.
+        shape: sizes of a layer, for a plan that tells its FLOPs itself.
     """
     lens, computed = rows.query_lens, rows.computed
     number = len(lens)
@@ -121,6 +132,9 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
         cubes_attended=np.zeros((len(layers), number)),
         ffn_skipped=np.zeros((len(layers), number)),
         choices=np.zeros(number, int),
+        told_tokens=np.zeros(number, int),
+        told_flops={},
+        sums={},
         fallback_tokens={},
         selection_seconds=np.zeros(number),
         planning_seconds=np.zeros(number),
@@ -136,6 +150,13 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
     counts.cubes_attended[:] = plan.cubes_seen
     counts.fallback_tokens = plan.fallback_tokens
     counts.planning_seconds = _split(plan.planning_seconds, lens)
+    told = plan.tell(shape, layers)
+    if told is not None:
+        counts.pairs[:] = 0
+        counts.told_tokens, counts.told_flops, counts.sums = lens, told.flops, told.sums
+        counts.choices, counts.cubes_attended = told.choices, told.attended
+        counts.selection_seconds = _split(plan.selection.seconds(), plan.video_tokens)
+        return counts
     # (query token, candidate cube) pairs, the same in every sparse layer
     scored = choosing = np.zeros(number)
     if plan.attention is not None:
@@ -201,6 +222,7 @@ class Account:
     layers: range
     settings: dict[str, Any] | None = None
     tokens: int = 0
+    told_tokens: int = 0
     video_tokens: int = 0
     choices: int = 0
     cached_tokens: int = 0
@@ -209,6 +231,8 @@ class Account:
     selection_seconds: float = 0.0
     planning_seconds: float = 0.0
     fallback_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FALLBACKS, 0))
+    told_flops: dict[str, np.ndarray] = field(default_factory=dict)
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
     pairs: np.ndarray = field(init=False)
     scored: np.ndarray = field(init=False)
     cubes_attended: np.ndarray = field(init=False)
@@ -229,6 +253,13 @@ class Account:
         for name in PER_LAYER:
             values = getattr(counts, name)
             getattr(self, name)[:] += values.sum(axis=1) if row is None else values[:, row]
+        for name in BY_NAME:
+            for part, values in getattr(counts, name).items():
+                self._add_named(name, part, values.sum(axis=1) if row is None else values[:, row])
+
+    def _add_named(self, name: str, part: str, values: np.ndarray) -> None:
+        mine = getattr(self, name)
+        mine[part] = mine.get(part, 0) + values
 
     def merge(self, other: Account) -> None:
         """Add another account's counts to these."""
@@ -238,12 +269,16 @@ class Account:
             self.fallback_tokens[reason] += tokens
         for name in PER_LAYER:
             getattr(self, name)[:] += getattr(other, name)
+        for name in BY_NAME:
+            for part, values in getattr(other, name).items():
+                self._add_named(name, part, values)
 
     def to_counts(self) -> dict[str, Any]:
         """The bare counts, msgpack-ready."""
         counts = {name: getattr(self, name) for name in (*OF_REQUEST, *SECONDS)}
         return counts | {
             **{name: getattr(self, name).tolist() for name in PER_LAYER},
+            **{n: {part: v.tolist() for part, v in getattr(self, n).items()} for n in BY_NAME},
             "fallback_tokens": dict(self.fallback_tokens),
             "settings": self.settings,
             "shape": dict(vars(self.shape)),
@@ -260,6 +295,8 @@ class Account:
         account.fallback_tokens |= counts["fallback_tokens"]
         for name in PER_LAYER:
             getattr(account, name)[:] = counts[name]
+        for name in BY_NAME:
+            setattr(account, name, {p: np.array(v, float) for p, v in counts[name].items()})
         return account
 
     def report(self) -> dict[str, Any]:
@@ -267,7 +304,8 @@ class Account:
 
         ``attention_density``: share of the preceding cubes attended, weighted by query tokens.
         ``ffn_density``: FFN evaluations per video token; a cube's centroid is one.  1.0 where there
-        was nothing to leave out.  ``flops_ratio``: executed over dense.
+        was nothing to leave out.  ``flops_ratio``: executed over dense.  ``means``: what a method
+        told of each video token.
         """
         shape, number = self.shape, len(self.layers)
         qkvo = float(self.tokens * number * shape.qkvo_flops_per_token)
@@ -276,12 +314,16 @@ class Account:
             "attention": self.dense_pairs * number * shape.attention_flops_per_pair,
             "ffn": float(self.tokens * number * shape.ffn_flops_per_token),
         }
+        counted = self.tokens - self.told_tokens  # tokens of steps that are counted here
         executed = {
-            "qkvo": qkvo,
+            "qkvo": float(counted * number * shape.qkvo_flops_per_token),
             "attention": float(self.pairs.sum()) * shape.attention_flops_per_pair,
             "selection": float(self.scored.sum()) * shape.score_flops_per_pair,
-            "ffn": dense["ffn"] - float(self.ffn_skipped.sum()) * shape.ffn_flops_per_token,
+            "ffn": float(counted * number * shape.ffn_flops_per_token)
+            - float(self.ffn_skipped.sum()) * shape.ffn_flops_per_token,
         }
+        for part, flops in self.told_flops.items():
+            executed[part] = executed.get(part, 0.0) + float(flops.sum())
         dense["total"], executed["total"] = sum(dense.values()), sum(executed.values())
         layers = [
             {
@@ -295,6 +337,11 @@ class Account:
             }
             for i, layer in enumerate(self.layers)
         ]
+        means = {name: sums / max(self.video_tokens, 1) for name, sums in self.sums.items()}
+        for i, layer in enumerate(layers):
+            if means:
+                layer["means"] = {name: float(mean[i]) for name, mean in means.items()}
+        of_all = {"means": {n: float(m.mean()) for n, m in means.items()}} if means else {}
         return {
             "tokens": self.tokens,
             "video_tokens": self.video_tokens,
@@ -306,6 +353,7 @@ class Account:
             "ffn_density": float(np.mean([x["ffn_density"] for x in layers])),
             "flops_ratio": _share(executed["total"], dense["total"]),
             "flops": {"dense": dense, "executed": executed},
+            **of_all,
             "layers": layers,
         }
 

@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from ..requests import mask_of
 from ..settings import Settings
 from ..video.order import cube_order
 
@@ -101,15 +100,6 @@ class Layout(ABC):
     def seconds(self, feature: Any) -> float | None:
         """Between two places in time of a video's grid; None where the model is not told."""
         return None
-
-    def is_video(self, tokens: int, places: Iterable[Any]) -> np.ndarray:
-        """``[tokens]`` bool: which tokens of a prompt are video.
-
-        Args:
-            tokens: of the prompt.
-            places: vLLM's ``PlaceholderRange`` of each video.
-        """
-        return mask_of(tokens, places, self.after_video)
 
     def positions(
         self, tokens: int, videos: Iterable[Any], settings: Settings
