@@ -31,8 +31,8 @@ PURE = (
     "traces.picture",
     "analysis.measure",
     "analysis.plots",
-    "analysis.report",
     "cli",
+    "cli.offline",
 )
 
 BLOCK_VLLM = """
