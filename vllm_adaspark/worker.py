@@ -10,6 +10,7 @@ as the line says.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import BlockSums, StepRows
-from .requests import Prompt, Request, RequestTable, media_of, settings_of, videos_of
+from .requests import Prompt, Request, RequestTable, Video, media_of, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
 
@@ -223,9 +224,28 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         settings = settings_of(media[0], method.settings_class)
-        prompt = Prompt.from_features(tokens, new.mm_features, self._layout.after_video)
-        positions = self._layout.positions(tokens, videos_of(new.mm_features), settings)
+        sampling, videos = new.sampling_params, videos_of(new.mm_features)
+        prompt = Prompt.from_features(
+            tokens,
+            new.mm_features,
+            after_video=self._layout.after_video,
+            videos=[self._video(video) for video in videos],
+            wants_all=sampling is not None and sampling.prompt_logprobs is not None,
+        )
+        positions = self._layout.positions(tokens, videos, settings)
         return replace(method.describe(settings, prompt), positions=positions)
+
+    def _video(self, feature: Any) -> Video:
+        """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
+        grid = self._layout.grid(feature)
+
+        def encoded() -> torch.Tensor:
+            # Runner V2's cache is an object that holds the same dictionary.
+            cache = self.model_runner.encoder_cache
+            everything = getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            return everything[: math.prod(grid)]
+
+        return Video(grid, encoded)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime

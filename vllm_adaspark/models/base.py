@@ -9,7 +9,7 @@ embeddings into cube order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..methods import base as methods
+from ..paged.depth_metadata import give_depths
 from ..requests import FIELD, unpack_settings
 from ..step import Runtime
 from .layout import Layout, layout_of, walk
@@ -63,6 +64,24 @@ class SparseModel:
             ordered.append(video)
         return tuple(ordered)
 
+    # -- weights ----------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As stock, but a method's own weights must be in the checkpoint."""
+        loaded = super().load_weights(weights)
+        missing = [
+            f"{attention}.{name}"
+            for attention, module in self.language_model.method_modules()
+            for name, _ in module.named_parameters()
+            if f"language_model.{attention}.{name}" not in loaded
+        ]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} weights of the method, among them "
+                f"{', '.join(missing[:4])}: it was not trained for it; serve one that was"
+            )
+        return loaded
+
     # -- the step's plan --------------------------------------------------------------------------
 
     def forward(
@@ -75,12 +94,21 @@ class SparseModel:
     ) -> torch.Tensor | IntermediateTensors:
         """As stock, once the step is planned."""
         self._begin_step(positions)
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        hidden = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+        )
+        return self.runtime.restore(hidden, positions.shape[-1])
 
     def _begin_step(self, positions: torch.Tensor) -> None:
-        metadata = get_forward_context().attn_metadata
+        context = get_forward_context()
+        metadata = context.attn_metadata
         rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
         self.runtime.begin_step(rows, positions.device)
+        self.runtime.place(positions)
+        plan = self.runtime.plan
+        if plan is not None and plan.depths is not None:
+            plan.depths.begin(positions)
+            give_depths(context, plan.depths)
 
     @classmethod
     def get_model_state_cls(cls) -> type:
