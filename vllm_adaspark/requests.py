@@ -65,28 +65,47 @@ def videos_of(features: Iterable[Any] | None) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class Video:
+    """One video of a request, in a worker.
+
+    Attributes:
+        grid: (T, H, W) its tokens in time, height and width.
+        encoded: gives what the vision tower made of it, ``[T * H * W, hidden]``, maybe with more
+            rows behind; only in the steps that run some of its tokens.
+    """
+
+    grid: tuple[int, int, int]
+    encoded: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Where a prompt's videos and images lie.
 
     Attributes:
         places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
         tokens: of the prompt.
+        videos: in the order of the prompt; only workers know them.
+        wants_all: whether the answer needs the last layer's output of every token, as
+            ``prompt_logprobs`` do; only workers know.
     """
 
     tokens: int
     places: Mapping[str, Sequence[Any]]
+    videos: Sequence[Video] = ()
+    wants_all: bool = False
 
     def of(self, kinds: Sequence[str]) -> np.ndarray:
         """``[tokens]`` bool: which tokens belong to items of these kinds."""
         return mask_of(self.tokens, [p for kind in kinds for p in self.places.get(kind, ())])
 
     @classmethod
-    def from_features(cls, tokens: int, features: Iterable[Any] | None) -> Prompt:
-        """From vLLM's ``MultiModalFeatureSpec`` of a request."""
+    def from_features(cls, tokens: int, features: Iterable[Any] | None, **known: Any) -> Prompt:
+        """From vLLM's ``MultiModalFeatureSpec`` of a request; ``known``: the other attributes."""
         places: dict[str, list[Any]] = {}
         for feature in features or ():
             places.setdefault(feature.modality, []).append(feature.mm_position)
-        return cls(tokens, places)
+        return cls(tokens, places, **known)
 
 
 @dataclass(frozen=True)

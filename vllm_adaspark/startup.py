@@ -55,8 +55,15 @@ class StartupCheck(VerifyAndUpdateConfig):
         vllm_config.model_config.hf_config.adaspark_resolved = {
             METHOD_KEY: name,
             "settings": config.to_dict(),
+            "step_tokens": _step_tokens(vllm_config),
         }
         logger.info("AdaSpark: %s", config)
+
+
+def _step_tokens(vllm_config: VllmConfig) -> int:
+    """The most tokens that a step holds."""
+    scheduler = vllm_config.scheduler_config
+    return scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
 
 
 def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:

@@ -33,7 +33,7 @@ from .accounts.reports import part_of_model, request_report
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import BlockSums, StepRows
-from .requests import Prompt, Request, RequestTable, media_of, settings_of
+from .requests import Prompt, Request, RequestTable, Video, media_of, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
 
@@ -221,7 +221,26 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         settings = settings_of(media[0], method.settings_class)
-        return method.describe(settings, Prompt.from_features(tokens, new.mm_features))
+        sampling = new.sampling_params
+        prompt = Prompt.from_features(
+            tokens,
+            new.mm_features,
+            videos=[self._video(video) for video in videos_of(new.mm_features)],
+            wants_all=sampling is not None and sampling.prompt_logprobs is not None,
+        )
+        return method.describe(settings, prompt)
+
+    def _video(self, feature: Any) -> Video:
+        """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
+
+        def encoded() -> torch.Tensor:
+            # Runner V2's cache is an object that holds the same dictionary.
+            cache = self.model_runner.encoder_cache
+            return getattr(cache, "encoder_outputs", cache)[feature.identifier]
+
+        merge = self.vllm_config.model_config.hf_config.vision_config.spatial_merge_size
+        t, h, w = feature.data["video_grid_thw"].data.tolist()
+        return Video((t, h // merge, w // merge), encoded)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime

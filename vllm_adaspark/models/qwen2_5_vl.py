@@ -34,6 +34,7 @@ from vllm.sequence import IntermediateTensors
 
 from .. import LANGUAGE_MODEL
 from ..methods import base as methods
+from ..paged.depth_metadata import give_depths
 from ..requests import FIELD, settings_of, unpack_settings, videos_of
 from ..settings import Settings
 from ..step import Runtime
@@ -185,13 +186,21 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         **kwargs: object,
     ) -> torch.Tensor | IntermediateTensors:
         """As stock, once the step is planned."""
-        self._begin_step(positions.device)
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        self._begin_step(positions)
+        hidden = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+        )
+        return self.runtime.restore(hidden, positions.shape[-1])
 
-    def _begin_step(self, device: torch.device) -> None:
-        metadata = get_forward_context().attn_metadata
+    def _begin_step(self, positions: torch.Tensor) -> None:
+        context = get_forward_context()
+        metadata = context.attn_metadata
         rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
-        self.runtime.begin_step(rows, device)
+        self.runtime.begin_step(rows, positions.device)
+        plan = self.runtime.plan
+        if plan is not None and plan.depths is not None:
+            plan.depths.begin(positions)
+            give_depths(context, plan.depths)
 
     @classmethod
     def get_model_state_cls(cls) -> type:
