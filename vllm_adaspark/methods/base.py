@@ -81,6 +81,9 @@ class AttentionCall:
             ``window=n`` lets a query see its last n keys only.  ``one_kv_head=True`` is for
             sequences that see one KV head each, whose block b is ``b * kv_heads + head`` in their
             tables, and whose queries have the heads of one GQA group.
+        open_scratch: puts ``key, value [n, kv_heads, head_size]`` into a KV cache of the call's
+            own, token i in slot i, and returns what attends to it: as ``run_sequences``, where a
+            KV head may have any number of query heads.
     """
 
     layer: int
@@ -98,6 +101,7 @@ class AttentionCall:
     choose: Callable[[torch.Tensor], Any]
     run: Callable[[Any], None]
     run_sequences: Callable[..., None]
+    open_scratch: Callable[[torch.Tensor, torch.Tensor], Callable[..., None]]
 
 
 @dataclass(frozen=True)
