@@ -55,6 +55,9 @@ BUILT_IN = {
 # Architectures of checkpoints that were trained for one method and cannot run with another.
 OF_ARCHITECTURE = {VIDEONSA_ARCHITECTURE: "videonsa"}
 
+# For ``scheduler_config.scheduler_cls``, where Method.needs_one_step may say yes.
+ONE_STEP_SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
+
 
 @dataclass(frozen=True)
 class AttentionCall:

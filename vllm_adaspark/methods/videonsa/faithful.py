@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from ...paged.tables import Sequences
-from .faithful_reference import BLOCK, GROUP_ROWS, places_of
+from .faithful_reference import GROUP_ROWS
+from .settings import BLOCK, places_of
 
 # Logits of the compressed branch held at a time, in numbers.
 SLAB_LOGITS = 1 << 21

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...accounts.account import ModelShape
+from ...paged.plan import Told
 from ...paged.state import StepRows
 from ...settings import SettingsError
-from ..base import AttentionCall
+from ..base import ONE_STEP_SCHEDULER, AttentionCall
 from .attend import attend_text, sum_by_row
-from .faithful import BLOCK, PromptPlan, attend, plan_prompt, rows_per_group
-from .gates import gates_of
+from .faithful import PromptPlan, attend, plan_prompt, rows_per_group
+from .gates import BRANCHES, gates_of
 from .plan import BranchPlan, VideoNSAPlan, build_plan
 from .request import VideoNSARequest
+from .settings import BLOCK
 
 
 def check_server(vllm_config: Any) -> None:
@@ -55,10 +58,16 @@ def check_server(vllm_config: Any) -> None:
             f"--tensor-parallel-size {parallel.tensor_parallel_size}: the released code gives "
             "query heads to other KV heads than their own, which another rank holds; use 1",
         ),
+        (
+            scheduler.scheduler_cls not in (None, ONE_STEP_SCHEDULER),
+            f"--scheduler-cls {scheduler.scheduler_cls}: a prompt must run in one step, which our "
+            "scheduler sees to; leave it out",
+        ),
     ]
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f'VideoNSA with mode="faithful" does not support {what}')
+    scheduler.scheduler_cls = ONE_STEP_SCHEDULER  # the encoder may have no room for all videos
 
 
 @dataclass
@@ -67,45 +76,36 @@ class FaithfulPlan(VideoNSAPlan):
 
     prompts: tuple[tuple[slice, PromptPlan], ...] = ()
 
+    def tell(self, shape: ModelShape, layers: range) -> Told:
+        """As in paper mode, for more query rows than heads: 64 for 28 in the released model."""
+        told = super().tell(shape, layers)
+        rows = rows_per_group(shape.heads, shape.kv_heads) * shape.kv_heads / shape.heads
+        more = {name: told.flops[name] * rows for name in BRANCHES}
+        return replace(told, flops=dict(told.flops) | more)
+
 
 def build_faithful_plan(
     rows: StepRows, requests: Sequence[VideoNSARequest | None], device: torch.device
 ) -> FaithfulPlan | None:
     """As plan.build_plan, for this mode."""
-    step = build_plan(rows, requests, device)
+    step = build_plan(rows, requests, device, every_block=True)
     if step is None:
         return None
-    prompts, pairs = [], []
-    for row, (request, length) in enumerate(zip(requests, rows.query_lens, strict=True)):
-        counted = 0.0, 0.0, 0.0
-        if request is not None and length and step.video_tokens[row]:
-            prompt = len(request.is_video)
-            first = int(rows.query_start[row])
-            assert rows.computed[row] == 0 and length >= prompt, "a prompt is whole in its step"
-            config = request.config
-            made = plan_prompt(request.is_video, config.block_counts, config.window_size, device)
-            prompts.append((slice(first, first + prompt), made))
-            counted = _pairs(made)
-        pairs.append(counted)
-    branches: BranchPlan = step.attention
-    cmp_pairs, slc_pairs, swa_pairs = np.array(pairs).T
-    branches = replace(
-        branches, rows=(), cmp_pairs=cmp_pairs, slc_pairs=slc_pairs, swa_pairs=swa_pairs
-    )
-    fields = vars(step) | {"attention": branches, "sum_writes": None}
+    prompts, cmp_pairs = [], np.zeros(len(requests))
+    for row, request in enumerate(requests):
+        if request is None or not step.video_tokens[row]:
+            continue
+        tokens, first = len(request.is_video), int(rows.query_start[row])
+        whole = rows.computed[row] == 0 and rows.query_lens[row] >= tokens
+        assert whole, "the scheduler runs a prompt in one step"
+        config = request.config
+        prompt = plan_prompt(request.is_video, config.block_counts, config.window_size, device)
+        prompts.append((slice(first, first + tokens), prompt))
+        # Logits with all blocks; values only of the own block and later ones.
+        cmp_pairs[row] = (2 * prompt.blocks - prompt.own).sum() / 2
+    attention = replace(step.attention, cmp_pairs=cmp_pairs)
+    fields = vars(step) | {"attention": attention, "sum_writes": None}
     return FaithfulPlan(**fields, prompts=tuple(prompts))
-
-
-def _pairs(prompt: PromptPlan) -> tuple[float, float, float]:
-    """Pairs of a query and a key in the three branches, for as many query rows as heads.
-
-    In the compressed branch a block before the own one costs only the first of both products.
-    """
-    position = np.asarray(prompt.vision.cpu())
-    ahead = prompt.blocks - prompt.own
-    chosen = np.minimum(prompt.own, prompt.places - 1) * BLOCK + position % BLOCK + 1
-    near = np.minimum(position + 1, prompt.window)
-    return float((prompt.blocks + ahead).sum() / 2), float(chosen.sum()), float(near.sum())
 
 
 class KernelPages:
@@ -147,16 +147,24 @@ def attend_faithfully(step: FaithfulPlan, call: AttentionCall, misread_lse: bool
     step.gate_sums[call.layer] = sum_by_row(of_vision, plan, len(step.tokens))
     gates = of_vision.new_zeros(len(call.query), *of_vision.shape[1:])
     gates[plan.vision] = of_vision
+    choices = []
     for tokens, prompt in step.prompts:
-        out, _ = attend(
+        out, chosen = attend(
             prompt, call.query[tokens], call.key[tokens], call.value[tokens], gates[tokens],
             call.scale, KernelPages(call), misread_lse=misread_lse,
         )  # fmt: skip
-        dense = call.output[tokens]
-        out[prompt.text] += dense[prompt.text]
-        dense.copy_(out)
+        choices.append(chosen)
+        here = call.output[tokens]
+        out[prompt.text] += here[prompt.text]  # what the stock kernel gave
+        here.copy_(out)
+    if step.trace is not None:
+        step.trace.cubes(call.layer, _as_mask(choices, plan.blocks))
 
 
-def row_factor(heads: int, kv_heads: int) -> float:
-    """How many query rows the branches run for each query head: 64 for 28 in the released model."""
-    return rows_per_group(heads, kv_heads) * kv_heads / heads
+def _as_mask(choices: list[torch.Tensor], blocks: int) -> torch.Tensor:
+    """``[vision, kv_heads, blocks]`` bool; ``choices`` as ``attend`` gives them, by prompt."""
+    masks = []
+    for chosen in choices:
+        mask = chosen.new_zeros(*chosen.shape[:2], blocks + 1, dtype=torch.bool)
+        masks.append(mask.scatter_(2, chosen.masked_fill(chosen < 0, blocks), True)[..., :-1])
+    return torch.cat(masks)

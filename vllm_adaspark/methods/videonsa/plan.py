@@ -45,7 +45,7 @@ class RowCubes:
     logical: torch.Tensor  # [cubes] int64 the same in the request
     seen: np.ndarray  # [tokens] cubes before a token's own block; never falls
     seen_there: torch.Tensor  # the same on the device, int64
-    most: int  # block_counts - 1
+    most: int  # that a token selects beside its own
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,11 @@ class VideoNSAPlan(StepPlan):
 
 
 def build_plan(
-    rows: StepRows, requests: Sequence[VideoNSARequest | None], device: torch.device
+    rows: StepRows,
+    requests: Sequence[VideoNSARequest | None],
+    device: torch.device,
+    *,
+    every_block: bool = False,
 ) -> VideoNSAPlan | None:
     """The plan of a step, or None when no vision token is in it.
 
@@ -154,6 +158,7 @@ def build_plan(
         rows: the step's requests, with their block table.
         requests: ``[rows]`` what is known of each; None for one without vision, and for padding.
         device: where the layers run.
+        every_block: every block of a prompt is compressed and selected, whatever it holds.
     """
     on = [
         r if r is not None and r.has_vision(done, end) else None
@@ -162,13 +167,16 @@ def build_plan(
     if all(request is None for request in on):
         return None
     row_cubes, in_prompt = cubes_of(rows, on, BLOCK)
+    if every_block:
+        whole = np.array([len(r.is_video) // BLOCK if r else 0 for r in on])
+        row_cubes = in_prompt = np.arange(row_cubes.shape[1]) < whole[:, None]
     table = rows.block_table[:, : row_cubes.shape[1]]
     tokens = Tokens.of(rows, on, row_cubes, in_prompt, BLOCK)
     runs = _Runs.of(tokens)
 
     vision = np.flatnonzero(tokens.is_video)
     row, position, seen = (x[vision] for x in (tokens.row, tokens.position, tokens.cubes_before))
-    most = np.array([r.config.block_counts - 1 if r else 0 for r in on])
+    most = np.array([r.config.places - 1 if r else 0 for r in on])
     window = np.array([r.config.window_size if r else 0 for r in on])
     places = np.minimum(seen, most[row])
     selected_lens = places * BLOCK + position % BLOCK + 1

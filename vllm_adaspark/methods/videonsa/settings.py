@@ -17,6 +17,14 @@ MODES = ("paper", "faithful")
 OF_TEXT_CONFIG = ("block_counts", "window_size")
 
 
+def places_of(block_counts: int) -> int:
+    """Blocks that a token selects in the released code: the next power of two.
+
+    Above 32 its merge of partial lists is not exact; here the choice is.
+    """
+    return 1 << (block_counts - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class VideoNSASettings(Settings):
     """VideoNSA's settings.
@@ -50,6 +58,13 @@ class VideoNSASettings(Settings):
         request=False,
         choices=MODES,
     )
+    lse: str = setting(
+        "released",
+        "faithful mode's log-sum-exp in the choice of blocks: in the layout in which the released "
+        "code reads it, or each query's own",
+        request=False,
+        choices=("released", "own"),
+    )
     block_counts: int = setting(
         32, "blocks a vision token selects, its own among them", low=1, high=4096
     )
@@ -64,6 +79,16 @@ class VideoNSASettings(Settings):
                 f"cube={list(self.cube)}: VideoNSA's blocks are {BLOCK} tokens in a row, whatever "
                 "a video's shape; leave cube out"
             )
+
+    @property
+    def faithful(self) -> bool:
+        """Whether this is what the released code computes, not the paper's rules."""
+        return self.mode == "faithful"
+
+    @property
+    def places(self) -> int:
+        """Blocks that a token selects at the most, its own among them."""
+        return places_of(self.block_counts) if self.faithful else self.block_counts
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
