@@ -10,9 +10,10 @@ as the line says.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
 from .accounts.reports import part_of_model, request_report
+from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import BlockSums, StepRows
@@ -174,6 +176,7 @@ class AccountingWorker:
     vllm_config: VllmConfig
     _accounts: RequestAccounts | None = None
     _runtime: Runtime | None = None  # the model's, if it is one of ours
+    _layout: Layout  # of such a model
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -181,7 +184,7 @@ class AccountingWorker:
         runtime = getattr(model, "runtime", None)
         if runtime is None:
             return
-        self._runtime = runtime
+        self._runtime, self._layout = runtime, model.layout
         runtime.requests = RequestTable(self._describe)
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
@@ -221,26 +224,28 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         settings = settings_of(media[0], method.settings_class)
-        sampling = new.sampling_params
+        sampling, videos = new.sampling_params, videos_of(new.mm_features)
         prompt = Prompt.from_features(
             tokens,
             new.mm_features,
-            videos=[self._video(video) for video in videos_of(new.mm_features)],
+            after_video=self._layout.after_video,
+            videos=[self._video(video) for video in videos],
             wants_all=sampling is not None and sampling.prompt_logprobs is not None,
         )
-        return method.describe(settings, prompt)
+        positions = self._layout.positions(tokens, videos, settings)
+        return replace(method.describe(settings, prompt), positions=positions)
 
     def _video(self, feature: Any) -> Video:
         """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
+        grid = self._layout.grid(feature)
 
         def encoded() -> torch.Tensor:
             # Runner V2's cache is an object that holds the same dictionary.
             cache = self.model_runner.encoder_cache
-            return getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            everything = getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            return everything[: math.prod(grid)]
 
-        merge = self.vllm_config.model_config.hf_config.vision_config.spatial_merge_size
-        t, h, w = feature.data["video_grid_thw"].data.tolist()
-        return Video((t, h // merge, w // merge), encoded)
+        return Video(grid, encoded)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime

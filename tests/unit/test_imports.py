@@ -27,6 +27,8 @@ PURE = (
     "accounts.reports",
     "accounts.ledger",
     "accounts.cost",
+    "models.layout",
+    "models.qwen2_5_vl_layout",
     "video.order",
     "video.decode",
     "video.sampling",

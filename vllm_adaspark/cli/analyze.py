@@ -93,7 +93,7 @@ def _analyze(
     config = checked(
         args.settings_class, settings, checkpoint=args.settings_class.of_checkpoint(model.config)
     )
-    sampling = media.sampling(args)
+    sampling = media.sampling(args, model.rules)
     text_tokens = 64 + len(args.question.encode())  # at the most
     with ExitStack() as stack:
         file = stack.enter_context(offline.video_file(args.video))
@@ -101,11 +101,11 @@ def _analyze(
         cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
         offline.prepare_environment()
         revision = ["--revision", args.revision] if args.revision else []
-        options = offline.engine_options(model.name, sampling, file, [*args.rest, *revision])
+        options = offline.engine_options(model, sampling, file, [*args.rest, *revision])
         _fix(options, cost.max_model_len)
         offline.say("starting the engine")
         llm = stack.enter_context(
-            offline.engine(options, DEFAULT, settings, config.cube_volume, cost)
+            offline.engine(options, model, DEFAULT, settings, config.cube_volume, cost)
         )
         question = offline.Question(file, args.question, args.max_pixels)
 

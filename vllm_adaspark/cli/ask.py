@@ -37,7 +37,9 @@ def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path, or http(s):, file: or data: URL")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder or name, or 3b, 7b, 32b, 72b"
+        "--model",
+        required=True,
+        help="a checkpoint's folder or name, or 3b, 7b, 32b, 72b, onevision-0.5b, onevision-7b",
     )
     parser.add_argument("--revision", help="of the model on its hub")
     parser.add_argument("--max-tokens", type=int, default=256, help="of the answer (256)")
@@ -60,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_misspelt(args)
     settings = given_settings(args)
     checked(args.settings_class, settings)
-    sampling = media.sampling(args)
     model = media.find_model(args.model, args.revision)
+    sampling = media.sampling(args, model.rules)
     config = checked(
         args.settings_class, settings, checkpoint=args.settings_class.of_checkpoint(model.config)
     )
@@ -75,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
         cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
         offline.prepare_environment()
         rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
-        options = offline.engine_options(model.name, sampling, file, rest)
+        options = offline.engine_options(model, sampling, file, rest)
         offline.say("starting the engine")
-        engine = offline.engine(options, args.method, settings, config.cube_volume, cost)
+        engine = offline.engine(options, model, args.method, settings, config.cube_volume, cost)
         llm = stack.enter_context(engine)
         question = offline.Question(file, args.question, args.max_pixels)
 

@@ -111,8 +111,12 @@ def _add_setting(group: argparse._ArgumentGroup, spec: Any) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which frames are taken and how large they may be."""
     group = parser.add_argument_group("frames")
-    group.add_argument("--fps", type=float, default=2.0, help="frames taken per second (2)")
-    group.add_argument("--max-frames", type=int, default=768, help="frames taken at the most (768)")
+    group.add_argument(
+        "--fps", type=float, help="frames taken per second (Qwen: 2; LLaVA-OneVision: no limit)"
+    )
+    group.add_argument(
+        "--max-frames", type=int, help="frames taken at the most (Qwen: 768; LLaVA-OneVision: 32)"
+    )
     group.add_argument(
         "--max-pixels", type=int, help="pixels of a frame at the most (the checkpoint's)"
     )
@@ -138,14 +142,17 @@ def refuse_misspelt(args: argparse.Namespace) -> None:
         raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
 
 
+THEIRS = ("--model",)  # vLLM's options that are near one of ours: VideoNSA's --mode
+
+
 def misspelt(arguments: list[str], cls: type[Settings]) -> tuple[str, str] | None:
-    """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
+    """An option that is nearly one of ours, and ours."""
     ours = [_flag(name) for name in sorted((names(cls) | set(cls.words)) - {"enabled", OFF})]
     ours.append("--request-settings")
     for argument in arguments:
         name = argument.partition("=")[0]
         close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if argument.startswith("--") and close and close[0] != name:
+        if argument.startswith("--") and close and close[0] != name and name not in THEIRS:
             return name, close[0]
     return None
 
