@@ -10,7 +10,7 @@ from torch.nn.functional import gelu
 
 from kernels.scenes import gather, random_request, relative_rms, rows_of
 from vllm_adaspark.methods.videonsa import faithful_reference as reference
-from vllm_adaspark.methods.videonsa.faithful_serve import FaithfulPlan
+from vllm_adaspark.methods.videonsa.faithful_step import FaithfulStep
 from vllm_adaspark.methods.videonsa.method import VideoNSA
 from vllm_adaspark.methods.videonsa.request import VideoNSARequest
 from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
@@ -71,7 +71,7 @@ def test_a_step_equals_the_transcription(heads, kv_heads, dtype, lse) -> None:
     tensors = [gather(step, name) for name in ("q", "k", "v", "hidden")]
     output = layer.step(rows_of(step), known, *tensors)
     plan = layer.runtime.plan
-    assert isinstance(plan, FaithfulPlan) and len(plan.prompts) == 2
+    assert isinstance(plan, FaithfulStep) and len(plan.attention.prompts) == 2
     assert plan.attends(0) and plan.gate_sums[0].shape == (3, 3)
 
     first = 0

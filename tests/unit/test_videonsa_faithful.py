@@ -202,12 +202,13 @@ def test_up_to_64_tokens_select_what_they_window() -> None:
 
 def run(p: Prompt, block_counts: int, window: int, misread_lse: bool) -> tuple:
     """Fast output without the text tokens' dense part, blocks chosen, and the plan."""
-    plan = faithful.plan_prompt(p.vision.numpy(), block_counts, window, p.q.device)
+    plan = faithful.plan_prompt(
+        p.vision.numpy(), block_counts, window, p.q.device, misread_lse=misread_lse
+    )
     gates = (p.z / reference.TEMPERATURE).sigmoid()
     gates[~p.vision] = float("nan")  # not read
-    out, chosen = faithful.attend(
-        plan, p.q, p.k, p.v, gates, p.scale, faithful.TorchPages(), misread_lse=misread_lse
-    )
+    pages = faithful.TorchPages()
+    out, chosen = faithful.attend(plan, p.q, p.k, p.v, gates, p.scale, pages)
     return out, chosen, plan
 
 

@@ -83,10 +83,10 @@ class AttentionCall:
             backend that vLLM chose: ``(query [queries, heads, head_size], sequences, output)``.
             ``window=n`` lets a query see its last n keys only.  ``one_kv_head=True`` is for
             sequences that see one KV head each, whose block b is ``b * kv_heads + head`` in their
-            tables, and whose queries have the heads of one GQA group.
-        open_scratch: puts ``key, value [n, kv_heads, head_size]`` into a KV cache of the call's
-            own, token i in slot i, and returns what attends to it: as ``run_sequences``, where a
-            KV head may have any number of query heads.
+            tables, and whose queries have the heads of one GQA group.  ``cache`` is a scratch cache
+            to attend over in place of the layer's.
+        scratch_cache: a paged cache like the layer's, for keys and values that are not the
+            model's: ``(key, value [n, kv_heads, head_size])``, which fill its blocks 0, 1, ...
     """
 
     layer: int
@@ -104,7 +104,7 @@ class AttentionCall:
     choose: Callable[[torch.Tensor], Any]
     run: Callable[[Any], None]
     run_sequences: Callable[..., None]
-    open_scratch: Callable[[torch.Tensor, torch.Tensor], Callable[..., None]]
+    scratch_cache: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

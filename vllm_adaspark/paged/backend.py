@@ -161,11 +161,27 @@ class SparseImpl:
         query, output_here = query[:tokens], output[:tokens]
         choose, run = self._by_tiles(layer, step, query, kv_cache, attn_metadata, output_here)
 
-        def open_scratch(key: torch.Tensor, value: torch.Tensor) -> Callable[..., None]:
-            scratch = kv_cache.new_zeros(-(-len(key) // kv_cache.shape[2]), *kv_cache.shape[1:])
+        def run_sequences(
+            query: torch.Tensor,
+            sequences: Sequences,
+            output: torch.Tensor,
+            *,
+            one_kv_head: bool = False,
+            window: int | None = None,
+            cache: torch.Tensor | None = None,
+        ) -> None:
+            cache = kv_cache if cache is None else cache
+            cache = virtual_cache(cache) if one_kv_head else cache
+            self._run_sequences(
+                layer, query, cache, attn_metadata, sequences, output, one_kv_head, window
+            )
+
+        def scratch_cache(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            size = kv_cache.shape[2]
+            made = kv_cache.new_zeros(-(-len(key) // size), *kv_cache.shape[1:])
             slots = torch.arange(len(key), device=key.device)
-            self._stock.do_kv_cache_update(layer, key, value, scratch, slots)
-            return self._runner(layer, scratch, attn_metadata)
+            super(SparseImpl, self).do_kv_cache_update(layer, key, value, made, slots)
+            return made
 
         call = AttentionCall(
             layer=index,
@@ -182,8 +198,8 @@ class SparseImpl:
             head_ranks=runtime.head_ranks,
             choose=choose,
             run=run,
-            run_sequences=self._runner(layer, kv_cache, attn_metadata),
-            open_scratch=open_scratch,
+            run_sequences=run_sequences,
+            scratch_cache=scratch_cache,
         )
         runtime.method.attend(step, call)
         return output
@@ -200,26 +216,6 @@ class SparseImpl:
     def _scale_of(self, layer: torch.nn.Module, query: torch.Tensor) -> float:
         """Of the logits; with an fp8 cache some kernels take queries divided by a scale."""
         return self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
-
-    def _runner(
-        self, layer: torch.nn.Module, kv_cache: torch.Tensor, metadata: Any
-    ) -> Callable[..., None]:
-        """``run_sequences`` of a call, over some KV cache."""
-
-        def run_sequences(
-            query: torch.Tensor,
-            sequences: Sequences,
-            output: torch.Tensor,
-            *,
-            one_kv_head: bool = False,
-            window: int | None = None,
-        ) -> None:
-            cache = virtual_cache(kv_cache) if one_kv_head else kv_cache
-            self._run_sequences(
-                layer, query, cache, metadata, sequences, output, one_kv_head, window
-            )
-
-        return run_sequences
 
     def _by_tiles(
         self,

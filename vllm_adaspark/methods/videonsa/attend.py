@@ -7,29 +7,19 @@ import torch
 from ..base import AttentionCall
 from .compress import compress
 from .gates import gates_of
-from .plan import BranchPlan, Index, VideoNSAPlan
+from .plan import BranchPlan, Index, VideoNSAPlan, take
 
 
 def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
     """Write the layer's output; ``step.gate_sums`` gets the gates' sums of each row."""
     plan: BranchPlan = step.attention
-    attend_text(call, plan)
-    gates = gates_of(_take(call.hidden, plan.vision), call.modules)  # [vision, heads, 3]
-    step.gate_sums[call.layer] = sum_by_row(gates, plan, len(step.tokens))
-    query = _take(call.query, plan.vision)
+    if plan.text is not None:
+        _run(call, plan.text, plan.text_sequences)
+    gates = gates_of(take(call.hidden, plan.vision), call.modules)  # [vision, heads, 3]
+    step.gate_sums[call.layer] = _sum_by_row(gates, plan, len(step.tokens))
+    query = take(call.query, plan.vision)
     mixed = _branches(step, call, query, gates)  # [vision, heads, head_size]
     call.output[plan.vision] = mixed.to(call.output.dtype)
-
-
-def attend_text(call: AttentionCall, plan: BranchPlan) -> None:
-    """Write the output of the text tokens, by the stock kernel."""
-    tokens = plan.text
-    if tokens is None:
-        return
-    output = call.output[tokens]
-    call.run_sequences(_take(call.query, tokens).contiguous(), plan.text_sequences, output)
-    if not isinstance(tokens, slice):
-        call.output[tokens] = output
 
 
 def _branches(
@@ -60,7 +50,7 @@ def _branches(
     mixed.addcmul_(selected.float(), g_slc)
     windowed = torch.empty_like(query, dtype=call.output.dtype)
     for window in plan.windows:
-        part = _take(query, window.tokens)
+        part = take(query, window.tokens)
         output = torch.empty_like(part, dtype=windowed.dtype)
         call.run_sequences(part, window.sequences, output, window=window.size)
         windowed[window.tokens] = output
@@ -68,11 +58,14 @@ def _branches(
     return mixed.transpose(0, 1).flatten(1, 2)
 
 
-def _take(tensor: torch.Tensor, tokens: Index) -> torch.Tensor:
-    return tensor[tokens] if isinstance(tokens, slice) else tensor.index_select(0, tokens)
+def _run(call: AttentionCall, tokens: Index, sequences) -> None:
+    output = call.output[tokens]
+    call.run_sequences(take(call.query, tokens).contiguous(), sequences, output)
+    if not isinstance(tokens, slice):
+        call.output[tokens] = output
 
 
-def sum_by_row(gates: torch.Tensor, plan: BranchPlan, rows: int) -> torch.Tensor:
+def _sum_by_row(gates: torch.Tensor, plan: BranchPlan, rows: int) -> torch.Tensor:
     """``[rows, branches]``: each row's sum over its vision tokens of the mean over heads."""
     sums = gates.new_zeros(rows, gates.shape[-1])
     return sums.index_add_(0, plan.vision_row, gates.mean(1))

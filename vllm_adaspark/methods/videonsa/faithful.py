@@ -49,6 +49,7 @@ class PromptPlan:
         places: the most blocks that a token selects, its own included.
         window: tokens of the window branch, the own one included.
         windows: the runs of consecutive vision tokens as sequences over the scratch cache.
+        misread_lse: see ``faithful_reference.misread``.
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class PromptPlan:
     places: int
     window: int
     windows: Sequences
+    misread_lse: bool = True
     _selections: dict[int, Sequences] = field(default_factory=dict)
 
     @property
@@ -86,7 +88,12 @@ class PromptPlan:
 
 
 def plan_prompt(
-    is_vision: np.ndarray, block_counts: int, window: int, device: torch.device
+    is_vision: np.ndarray,
+    block_counts: int,
+    window: int,
+    device: torch.device,
+    *,
+    misread_lse: bool = True,
 ) -> PromptPlan:
     """The plan of a prompt ``is_vision [T]`` (bool) under a checkpoint's or request's sizes."""
     vision = np.flatnonzero(is_vision)
@@ -115,6 +122,7 @@ def plan_prompt(
         places=places,
         window=window,
         windows=windows,
+        misread_lse=misread_lse,
     )
 
 
@@ -149,8 +157,6 @@ def attend(
     gates: torch.Tensor,
     scale: float,
     pages: Pages,
-    *,
-    misread_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt's attention, except for the text tokens' dense part.
 
@@ -161,7 +167,6 @@ def attend(
         gates: ``[T, H, 3]`` after the sigmoid; those of text tokens are not read.
         scale: of the logits.
         pages: the scratch cache.
-        misread_lse: see ``faithful_reference.misread``.
 
     Returns:
         ``[T, H, d]`` fp32: for vision tokens their attention, for text tokens what the released
@@ -176,7 +181,7 @@ def attend(
     rows = group_rows(query[plan.vision], kv_heads)
 
     compressed, lse = compress(plan, rows, mean_keys, mean_values, scale)
-    chosen = choose(plan, rows, mean_keys, misread(lse) if misread_lse else lse, scale)
+    chosen = choose(plan, rows, mean_keys, misread(lse) if plan.misread_lse else lse, scale)
     branches = (
         compressed,
         pages.select(rows, chosen, plan, scale),

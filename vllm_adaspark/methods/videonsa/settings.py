@@ -80,16 +80,6 @@ class VideoNSASettings(Settings):
                 "a video's shape; leave cube out"
             )
 
-    @property
-    def faithful(self) -> bool:
-        """Whether this is what the released code computes, not the paper's rules."""
-        return self.mode == "faithful"
-
-    @property
-    def places(self) -> int:
-        """Blocks that a token selects at the most, its own among them."""
-        return places_of(self.block_counts) if self.faithful else self.block_counts
-
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
         """What the checkpoint's text config says, and over it its ``adaspark_config``."""
