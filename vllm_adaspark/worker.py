@@ -108,7 +108,7 @@ class RequestAccounts:
         report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
-                "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
+                "AdaSpark %s: %d tokens (%d video), attention density %.1f%%, FFN density %.1f%%, "
                 "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,

@@ -185,7 +185,7 @@ def test_metrics_add_up_to_the_accounts(served: Served, clip) -> None:
     with_video = accounts[:4]
     for name, field in (
         ("attention_density", "attention_density"),
-        ("ffn_active_share", "ffn_density"),
+        ("ffn_density", "ffn_density"),
     ):
         groups = [str(layer) for layer in range(4)]
         assert [grew(f"{name}_count", layers=group) for group in groups] == [4] * 4
@@ -310,7 +310,7 @@ def rank(
         "total": account.to_counts(),
         "requests": [["sparse", None, ended], ["dense", "off", 1]],
         "attention_density": histograms,
-        "ffn_active_share": histograms,
+        "ffn_density": histograms,
         "traces": {"held": 1, "bytes": 1000},
     }
 

@@ -280,7 +280,7 @@ def test_densities_of_a_finished_request(ledger) -> None:
         for name in metrics
         if name != "total" and name != "requests"
     }
-    assert sums == {"attention_density": [1, 0.6, 0.3, 0.04], "ffn_active_share": [1, 0.75, 0.5, 0]}
+    assert sums == {"attention_density": [1, 0.6, 0.3, 0.04], "ffn_density": [1, 0.75, 0.5, 0]}
     assert all(sum(g["counts"]) == 1 for g in metrics["attention_density"].values())
 
 

@@ -99,7 +99,7 @@ class Ledger:
             if (mine := range(max(group.start, layers.start), min(group.stop, layers.stop)))
         }
         self._density = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
-        self._ffn_share = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
+        self._ffn_density = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
 
     def admit(self, request_id: str, settings: dict[str, Any] | None) -> None:
         """A request is about to run for the first time; settings are None if it has no video."""
@@ -134,7 +134,7 @@ class Ledger:
                 self._density[label].observe(float(density))
             if account.video_tokens:
                 skipped = account.ffn_skipped[mine].mean() / account.video_tokens
-                self._ffn_share[label].observe(float(1 - skipped))
+                self._ffn_density[label].observe(float(1 - skipped))
         return account
 
     def _remember(self, request_id: str, account: Account) -> None:
@@ -190,7 +190,7 @@ class Ledger:
             "total": self._total.to_counts(),
             "requests": [[mode, why, number] for (mode, why), number in self._requests.items()],
             "attention_density": _plain(self._density),
-            "ffn_active_share": _plain(self._ffn_share),
+            "ffn_density": _plain(self._ffn_density),
         }
 
 

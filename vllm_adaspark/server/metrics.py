@@ -117,9 +117,7 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
     planning = counter("planning_seconds", "Time spent on plans, on the host.")
     requests = CounterMetricFamily(REQUESTS, REQUESTS_HELP, labels=LABELS)
     density = histogram("attention_density", "Share of preceding cubes attended, per request.")
-    ffn_share = histogram(
-        "ffn_active_share", "Share of video tokens that ran the FFN, per request."
-    )
+    ffn_density = histogram("ffn_density", "Share of video tokens that ran the FFN, per request.")
     mean = GaugeMetricFamily(
         "vllm_adaspark:mean",
         "Means over video tokens that the method tells.",
@@ -143,13 +141,13 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
         planning.add_metric(labels, total.planning_seconds)
         for mode, reason, number in ranks[0]["requests"]:
             requests.add_metric([*labels, mode, reason or ""], number)
-        for family, name in ((density, "attention_density"), (ffn_share, "ffn_active_share")):
+        for family, name in ((density, "attention_density"), (ffn_density, "ffn_density")):
             _add_histograms(family, labels, [rank[name] for rank in ranks])
         held = [rank["traces"] for rank in ranks]  # each rank has its part of every trace
         traces.add_metric(labels, held[0]["held"])
         trace_bytes.add_metric(labels, sum(part["bytes"] for part in held))
     counters = [executed, dense, tokens, fallbacks, selection, planning, requests]
-    return [*counters, density, ffn_share, mean, traces, trace_bytes]
+    return [*counters, density, ffn_density, mean, traces, trace_bytes]
 
 
 def _add_tokens(
