@@ -135,7 +135,7 @@ def test_trace_says_what_was_asked(viewed, trace) -> None:
     assert trace["settings"]["p_attn"] == 0.5 and trace["layers"] == [0, 1, 2, 3]
     (video,) = trace["videos"]
     assert video["grid"] == [10, 5, 6] and video["frames"] == 10
-    walk = np.frombuffer(base64.b64decode(video["cells"]), "<i4")
+    walk = np.frombuffer(base64.b64decode(video["walk"]), "<i4")
     assert (walk == cube_order((10, 5, 6), (4, 4, 4))).all()
     ids = [each["id"] for each in json.loads(fetch(viewed, "/v1/adaspark/traces")[2])["traces"]]
     assert ids == [trace["id"]], "a request that did not ask was traced"

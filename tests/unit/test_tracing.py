@@ -591,7 +591,7 @@ def test_summaries_come_latest_first() -> None:
     assert [each["request_id"] for each in reader.merge_lists([summaries])] == ["b", "c", "a"]
 
 
-def test_complete_adds_text_and_cells() -> None:
+def test_complete_adds_text_and_walk() -> None:
     class Tokenizer:
         def decode(self, ids) -> str:
             return "".join(f"<{token}>" for token in ids)
@@ -599,7 +599,7 @@ def test_complete_adds_text_and_cells() -> None:
     meta = reader.complete(new_trace().meta(), Tokenizer())
     assert meta["spans"][0]["texts"][:2] == ["<0>", "<1>"]
     assert "texts" not in meta["spans"][1]
-    walk = np.frombuffer(reader.base64.b64decode(meta["videos"][0]["cells"]), "<i4")
+    walk = np.frombuffer(reader.base64.b64decode(meta["videos"][0]["walk"]), "<i4")
     assert (walk == cube_order(GRID, (4, 4, 4))).all()
 
 

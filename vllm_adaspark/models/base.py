@@ -21,7 +21,7 @@ from ..methods import base as methods
 from ..paged.depth_metadata import give_depths
 from ..requests import FIELD, unpack_settings
 from ..step import Runtime
-from .layout import Layout, layout_of, token_order
+from .layout import Layout, layout_of, walk
 
 
 class SparseModel:
@@ -56,7 +56,7 @@ class SparseModel:
         """
         ordered = []
         for video, grid, packed in zip(videos, grids, self._video_settings, strict=True):
-            order = token_order(grid, unpack_settings(packed, self._settings_class))
+            order = walk(grid, unpack_settings(packed, self._settings_class))
             if order is not None:
                 places = torch.arange(len(video))
                 places[: len(order)] = torch.from_numpy(order)

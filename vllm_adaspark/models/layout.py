@@ -45,7 +45,7 @@ class Pictures(Protocol):
         """``[height, width, 3]`` uint8 RGB: what the model saw at a place in time of the grid."""
 
 
-def token_order(grid: tuple[int, int, int], settings: Settings) -> np.ndarray | None:
+def walk(grid: tuple[int, int, int], settings: Settings) -> np.ndarray | None:
     """In which order the language model gets the video tokens of a ``grid``.
 
     Returns:

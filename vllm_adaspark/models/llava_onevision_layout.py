@@ -20,7 +20,7 @@ import numpy as np
 from .. import ARCHITECTURES
 from ..settings import Settings
 from ..video.sampling import EVEN_FRAMES, Evenly
-from .layout import Layout, LayoutError, Sampling, Video, denormalised, token_order
+from .layout import Layout, LayoutError, Sampling, Video, denormalised, walk
 
 POOL = 2  # patches along a token's side, the last one cut off if their number is odd
 
@@ -64,7 +64,7 @@ class LlavaOnevisionLayout(Layout):
     ) -> np.ndarray | None:
         positions, moved = np.arange(tokens), False
         for video in videos:
-            order = token_order(self.grid(video), settings)
+            order = walk(self.grid(video), settings)
             if order is not None:
                 start = video.mm_position.offset
                 positions[start : start + len(order)] = start + order

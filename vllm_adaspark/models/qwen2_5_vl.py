@@ -31,7 +31,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from .. import LANGUAGE_MODEL
 from ..requests import settings_of, videos_of
 from .base import SparseModel
-from .layout import token_order
+from .layout import walk
 from .qwen2_5_vl_processing import AdaSparkProcessingInfo, AdaSparkProcessor
 
 
@@ -127,7 +127,7 @@ class AdaSparkQwen2_5_VL(SparseModel, Qwen2_5_VLForConditionalGeneration):
         positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
         for video in videos_of(mm_features):
             settings = settings_of(video, self._settings_class)
-            order = token_order(self.layout.grid(video), settings)
+            order = walk(self.layout.grid(video), settings)
             if order is not None:
                 start = video.mm_position.offset
                 tokens = slice(start, start + video.mm_position.length)

@@ -149,9 +149,9 @@ def _mean(rows: list[list[float | None]]) -> list[float | None]:
 
 
 def complete(meta: dict[str, Any], tokenizer: Any = None) -> dict[str, Any]:
-    """``meta`` with the text of its tokens, and the place of each video token in the raster.
+    """``meta`` with the text of its tokens, and each video's walk through its raster.
 
-    ``spans[...]["texts"]``: one string per token; ``videos[...]["cells"]``: base64 of little-endian
+    ``spans[...]["texts"]``: one string per token; ``videos[...]["walk"]``: base64 of little-endian
     int32, the raster index of the video's i-th token.
     """
     for span in meta["spans"]:
@@ -159,8 +159,8 @@ def complete(meta: dict[str, Any], tokenizer: Any = None) -> dict[str, Any]:
             span["texts"] = [tokenizer.decode([token]) for token in span["ids"]]
             span["text"] = tokenizer.decode(span["ids"])
     for video in meta["videos"]:
-        cells = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
-        video["cells"] = base64.b64encode(cells.astype("<i4").tobytes()).decode()
+        walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+        video["walk"] = base64.b64encode(walk.astype("<i4").tobytes()).decode()
     return meta
 
 

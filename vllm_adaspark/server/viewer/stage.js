@@ -22,14 +22,14 @@ export class Geometry {
     [this.frames, this.rows, this.columns] = video.grid;
     this.offset = video.offset;
     this.tokensBefore = tokensBefore; // video tokens of the videos before this one
-    const raw = Uint8Array.from(atob(video.cells), (char) => char.charCodeAt(0));
-    const cells = new DataView(raw.buffer);
+    const raw = Uint8Array.from(atob(video.walk), (char) => char.charCodeAt(0));
+    const walk = new DataView(raw.buffer);
     const cubes = new Map(meta.cube_starts.map((start, nth) => [start / meta.block_size, nth]));
     const count = this.frames * this.rows * this.columns;
-    this.nth = new Int32Array(count); // by raster cell: its place in the prompt
+    this.nth = new Int32Array(count); // by raster cell: its place in the walk
     this.cube = new Int32Array(count).fill(-1); // -1: in no whole cube
     for (let nth = 0; nth < count; nth++) {
-      const cell = cells.getInt32(4 * nth, true);
+      const cell = walk.getInt32(4 * nth, true);
       this.nth[cell] = nth;
       const block = Math.floor((video.offset + nth) / meta.block_size);
       this.cube[cell] = cubes.get(block) ?? -1;
@@ -140,23 +140,23 @@ function drawFfn(context, view, cells, scale) {
   }
 }
 
-/** The order of this frame's tokens, early tokens blue, late ones yellow, and the edges of KV blocks. */
+/** The walk through this frame, early tokens blue, late ones yellow, and the edges of KV blocks. */
 function drawOrder(context, view, cells, scale) {
   const { geometry: g, frame } = view;
   const differ = (a, b) => g.cube[a] !== g.cube[b];
   borders(context, g, frame, cells, differ, () => true, "rgba(0, 0, 0, .8)", 3 * scale);
   borders(context, g, frame, cells, differ, () => true, "rgba(255, 255, 255, .9)", 1 * scale);
-  const order = [...cells].sort((a, b) => g.nth[a.cell] - g.nth[b.cell]);
+  const walk = [...cells].sort((a, b) => g.nth[a.cell] - g.nth[b.cell]);
   const middle = ({ box }) => [box[0] + box[2] / 2, box[1] + box[3] / 2];
-  for (let i = 1; i < order.length; i++) {
-    const adjacent = Math.abs(order[i].row - order[i - 1].row) <= 1
-      && Math.abs(order[i].column - order[i - 1].column) <= 1;
-    context.strokeStyle = `hsl(${230 - (180 * i) / order.length} 95% 60%)`;
+  for (let i = 1; i < walk.length; i++) {
+    const adjacent = Math.abs(walk[i].row - walk[i - 1].row) <= 1
+      && Math.abs(walk[i].column - walk[i - 1].column) <= 1;
+    context.strokeStyle = `hsl(${230 - (180 * i) / walk.length} 95% 60%)`;
     context.lineWidth = (adjacent ? 2.5 : 1) * scale;
     context.setLineDash(adjacent ? [] : [4 * scale, 4 * scale]);
     context.beginPath();
-    context.moveTo(...middle(order[i - 1]));
-    context.lineTo(...middle(order[i]));
+    context.moveTo(...middle(walk[i - 1]));
+    context.lineTo(...middle(walk[i]));
     context.stroke();
   }
   context.setLineDash([]);
