@@ -22,6 +22,7 @@ PURE = (
     "accounts.ledger",
     "accounts.cost",
     "video.order",
+    "video.prune",
     "video.decode",
     "video.sampling",
     "traces.trace",

@@ -44,7 +44,7 @@ def add_rules(parser: argparse.ArgumentParser, without: Collection[str]) -> Any:
             options = {"action": "store_true"}
         elif "choices" in rule:
             options = {"choices": rule["choices"]}
-        elif "share" in rule or "budget" in rule:
+        elif rule.keys() & {"share", "budget", "part"}:
             options = {"type": float, "metavar": "SHARE"}
         elif "low" in rule:
             options = {"type": int, "metavar": "N"}
