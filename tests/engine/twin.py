@@ -49,7 +49,7 @@ class TwinModel:
             result.append(self.model.lm_head(hidden[-1]).log_softmax(-1))
         return result
 
-    def _prompt(self, prompt: str, videos: list, images):
+    def _prompt(self, prompt: str, videos: list, images=()):
         """(embeddings ``[n, hidden]``, positions ``[3, n]``, is_video ``[n]``), token by token."""
         inputs = self.processor(
             text=[prompt],

@@ -117,6 +117,10 @@ def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) ->
             "enabled=False: there is nothing sparse to train; leave it out, or call "
             "disable_sparse_training"
         )
+    if config.prune:
+        raise SettingsError(
+            f"prune={config.prune}: training keeps all tokens of a video; leave it out"
+        )
     check_cube_volume(config)
     if any(kind != "full_attention" for kind in model.config.text_config.layer_types):
         raise SettingsError(
