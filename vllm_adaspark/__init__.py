@@ -8,19 +8,21 @@ architecture name.
 from __future__ import annotations
 
 ARCHITECTURE = "AdaSparkQwen2_5_VLForConditionalGeneration"
+# Our name for a model, by the ``model_type`` of its checkpoint's config.json.
+ARCHITECTURES = {"qwen2_5_vl": ARCHITECTURE}
 LANGUAGE_MODEL = "AdaSparkQwen2ForCausalLM"  # its text part; not meant to be served alone
 
 __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Tell vLLM about the architecture; cheap, and harmless when called again."""
+    """Tell vLLM about the architectures; cheap, and harmless when called again."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from .startup import StartupCheck
 
-    MODELS_CONFIG_MAP[ARCHITECTURE] = StartupCheck
+    MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES.values(), StartupCheck))
     known = ModelRegistry.get_supported_archs()
     for architecture, path in (
         (ARCHITECTURE, "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL"),

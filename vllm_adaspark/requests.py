@@ -143,16 +143,18 @@ class RequestTable:
         return table
 
 
-def mask_of(tokens: int, places: Iterable[Any]) -> np.ndarray:
+def mask_of(tokens: int, places: Iterable[Any], after: int = 0) -> np.ndarray:
     """``[tokens]`` bool: which tokens of a prompt lie in ``places``.
 
     Args:
         tokens: of the prompt.
         places: vLLM's ``PlaceholderRange`` of each video; its ``is_embed`` leaves tokens out, so a
             video may lie in several spans.
+        after: how many tokens at the end of each place are no video.
     """
     mask = np.zeros(tokens, bool)
     for place in places:
         span = mask[place.offset : place.offset + place.length]
         span[:] = True if place.is_embed is None else np.asarray(place.is_embed, bool)
+        span[place.length - after :] = False
     return mask

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from . import ARCHITECTURES
 from .settings import (
     CHECKPOINT_KEY,
     METHOD_KEY,
@@ -38,17 +39,29 @@ class StartupCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Settle settings and block size; raise SettingsError on what cannot work."""
-        from .methods.base import load  # a stock server has no use for it
+        from .methods.base import load  # a stock server has no use for these
+        from .models.layout import LayoutError, layout_of
 
+        hf_config = vllm_config.model_config.hf_config
+        try:
+            layout = layout_of(hf_config)
+        except LayoutError as error:
+            raise SettingsError(str(error)) from None
+        others = set(ARCHITECTURES.values()) - {layout.architecture}
+        if others.intersection(hf_config.architectures):
+            raise SettingsError(
+                f"--hf-overrides architectures={hf_config.architectures}: this checkpoint's "
+                f"model_type is {hf_config.model_type}, so it must be [{layout.architecture!r}]"
+            )
         name = (vllm_config.additional_config or {}).get(METHOD_KEY, "adaspark")
         config = settle(vllm_config, load(name).settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
         _split_graphs_at_ffn(vllm_config)
         _use_our_worker(vllm_config)
-        _use_video_loader(vllm_config)
+        _use_video_loader(vllm_config, layout.loader)
         # The request processor and the model see the model's config, not ours: it travels there.
-        vllm_config.model_config.hf_config.adaspark_resolved = {
+        hf_config.adaspark_resolved = {
             METHOD_KEY: name,
             "settings": config.to_dict(),
         }
@@ -215,20 +228,20 @@ def _use_our_worker(vllm_config: VllmConfig) -> None:
         parallel.worker_cls = f"vllm_adaspark.worker.AdaSpark{kind}Worker"
 
 
-def _use_video_loader(vllm_config: VllmConfig) -> None:
-    """Read videos with our loader, unless the user chose one in --media-io-kwargs.
+def _use_video_loader(vllm_config: VllmConfig, loader: str) -> None:
+    """Read videos with the model's loader, unless the user chose one in --media-io-kwargs.
 
     Raises:
         ValueError: options with which every video would be refused, or decord is not installed.
     """
     from .video.connector import use_connector
-    from .video.load import LOADER, check_server_options
+    from .video.load import check_server_options
 
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         media = multimodal.media_io_kwargs
         video = dict(media.get("video") or {})
-        video["video_backend"] = video.get("video_backend") or LOADER
+        video["video_backend"] = video.get("video_backend") or loader
         check_server_options(video)
         multimodal.media_io_kwargs = media | {"video": video}
         use_connector()

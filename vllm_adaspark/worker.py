@@ -30,10 +30,11 @@ from vllm.v1.worker.gpu_worker import Worker
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
 from .accounts.reports import part_of_model, request_report
+from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import KeySums, StepRows
-from .requests import Request, RequestTable, mask_of, settings_of, videos_of
+from .requests import Request, RequestTable, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
 
@@ -171,6 +172,7 @@ class AccountingWorker:
     vllm_config: VllmConfig
     _accounts: RequestAccounts | None = None
     _runtime: Runtime | None = None  # the model's, if it is one of ours
+    _layout: Layout  # of such a model
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -178,7 +180,7 @@ class AccountingWorker:
         runtime = getattr(model, "runtime", None)
         if runtime is None:
             return
-        self._runtime = runtime
+        self._runtime, self._layout = runtime, model.layout
         runtime.requests = RequestTable(self._describe)
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
@@ -211,7 +213,7 @@ class AccountingWorker:
         method, videos = self._runtime.method, videos_of(new.mm_features)
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
-        is_video = mask_of(tokens, [video.mm_position for video in videos])
+        is_video = self._layout.is_video(tokens, [video.mm_position for video in videos])
         return method.describe(settings_of(videos[0], method.settings_class), is_video)
 
     def execute_model(self, scheduler_output: Any) -> Any:

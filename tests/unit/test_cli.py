@@ -332,6 +332,7 @@ def tuned(tmp_path):
 
     def make(settings):
         model = {
+            "model_type": "qwen2_5_vl",
             "hidden_size": 256,
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
@@ -565,6 +566,7 @@ def test_ask_refuses_before_it_starts(call, clip, arguments, message):
 
 def test_ask_says_how_a_long_video_would_fit(call, clip, tmp_path):
     config = {
+        "model_type": "qwen2_5_vl",
         "hidden_size": 256,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,

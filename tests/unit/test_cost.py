@@ -11,19 +11,11 @@ import pytest
 import torch
 import video as demo_video  # examples/demo
 
-from vllm_adaspark.accounts.cost import (
-    PRESETS,
-    CostError,
-    FrameRules,
-    Sampling,
-    Video,
-    cost,
-    read_model,
-    resized,
-    sampled_frames,
-)
+from vllm_adaspark.accounts.cost import PRESETS, cost, read_model
 from vllm_adaspark.cli.media import probe
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.models.layout import LayoutError, Sampling, Video
+from vllm_adaspark.models.qwen2_5_vl_layout import QwenFrames
 
 CONFIG = AdaSparkConfig()
 HD = Video(frames=108_000, fps=30.0, width=1280, height=720)  # an hour
@@ -58,7 +50,7 @@ def test_samples_as_many_frames_as_the_loader(fps, limit):
     class Unlimited(Qwen2VLVideoBackend):
         _MAX_FRAMES = 1 << 20
 
-    sampling = Sampling(fps=fps, max_frames=limit, min_frames=min(4, limit))
+    sampling = Sampling(fps=fps, max_frames=limit)
     rng = np.random.default_rng(0)
     for frames in [2, 3, 5, 451, *rng.integers(2, 20_000, 60).tolist()]:
         for source_fps in (30.0, 23.976, 8.0):
@@ -66,24 +58,24 @@ def test_samples_as_many_frames_as_the_loader(fps, limit):
                 VideoSourceMetadata(frames, source_fps, frames / source_fps),
                 VideoTargetMetadata(-1, fps, 300),
                 max_frames=limit,
-                min_frames=sampling.min_frames,
+                min_frames=min(4, limit),
             )
-            mine = sampled_frames(Video(frames, source_fps, 100, 100), sampling)
+            mine = QwenFrames().sampled(Video(frames, source_fps, 100, 100), sampling)
             assert mine == len(taken), (frames, source_fps)
 
 
 def test_a_single_frame_is_no_video():
-    with pytest.raises(CostError, match="pairs"):
-        sampled_frames(Video(1, 8.0, 100, 100), Sampling())
+    with pytest.raises(LayoutError, match="pairs"):
+        QwenFrames().sampled(Video(1, 8.0, 100, 100), Sampling())
 
 
 @pytest.mark.parametrize(
     "rules",
     [
-        FrameRules(),
-        FrameRules(max_pixels=256 * 28 * 28),
-        FrameRules(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28),
-        FrameRules(cap_pixels_per_frame=True, max_video_tokens=900),
+        QwenFrames(),
+        QwenFrames(max_pixels=256 * 28 * 28),
+        QwenFrames(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28),
+        QwenFrames(cap_pixels_per_frame=True, max_video_tokens=900),
     ],
     ids=["qwen", "small", "class defaults", "capped"],
 )
@@ -122,11 +114,11 @@ def test_probes_what_vllm_reads(clips, name):
 
 
 def test_max_pixels_bounds_a_frame():
-    high, wide = resized(HD, 100, FrameRules(), Sampling(max_pixels=100_000))
+    high, wide = QwenFrames().resized(HD, 100, Sampling(max_pixels=100_000))
     assert high * wide <= 100_000
-    assert resized(HD, 100, FrameRules(), Sampling()) == (728, 1288)
-    with pytest.raises(CostError, match="200:1"):
-        resized(Video(10, 1.0, 4000, 10), 10, FrameRules(), Sampling())
+    assert QwenFrames().resized(HD, 100, Sampling()) == (728, 1288)
+    with pytest.raises(LayoutError, match="200:1"):
+        QwenFrames().resized(Video(10, 1.0, 4000, 10), 10, Sampling())
 
 
 def test_memory_of_a_known_case():
@@ -205,6 +197,7 @@ def _files(tmp_path, **contents):
     return lambda name: tmp_path / name if (tmp_path / name).exists() else None
 
 
+KIND = {"model_type": "qwen2_5_vl"}
 TEXT = {
     "hidden_size": 256,
     "num_attention_heads": 8,
@@ -223,29 +216,31 @@ def test_reads_a_checkpoint_in_either_layout(tmp_path):
     new.mkdir()
     find = _files(
         old,
-        config={**TEXT, "vision_config": vision},
+        config={**KIND, **TEXT, "vision_config": vision},
         preprocessor_config={"min_pixels": 3136, "max_pixels": 12845056},
     )
     flat = read_model("m", find)
     size = {"shortest_edge": 3136, "longest_edge": 12845056}
     find = _files(
         new,
-        config={"text_config": TEXT, "vision_config": vision},
+        config={**KIND, "text_config": TEXT, "vision_config": vision},
         processor_config={"video_processor": {"size": size, "cap_pixels_per_frame": True}},
         preprocessor_config={"min_pixels": 1, "max_pixels": 2},
     )
     nested = read_model("m", find)
-    assert flat.rules == FrameRules()
-    assert nested.rules == FrameRules(cap_pixels_per_frame=True)
+    assert flat.rules == QwenFrames()
+    assert nested.rules == QwenFrames(cap_pixels_per_frame=True)
     assert flat.shape == nested.shape and flat.layers == nested.layers == 4
     assert flat.max_positions == nested.max_positions == 4096
 
 
 def test_says_what_a_checkpoint_lacks(tmp_path):
-    with pytest.raises(CostError, match=r"no config\.json"):
+    with pytest.raises(LayoutError, match=r"no config\.json"):
         read_model("m", _files(tmp_path))
-    with pytest.raises(CostError, match="num_attention_heads"):
-        read_model("m", _files(tmp_path, config={"hidden_size": 1}))
+    with pytest.raises(LayoutError, match="'clip': not a model of ours; supported: qwen2_5_vl"):
+        read_model("m", _files(tmp_path, config={"model_type": "clip"}))
+    with pytest.raises(LayoutError, match="num_attention_heads"):
+        read_model("m", _files(tmp_path, config={**KIND, "hidden_size": 1}))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CostError, match="cannot be read"):
+    with pytest.raises(LayoutError, match="cannot be read"):
         read_model("m", lambda name: tmp_path / name)

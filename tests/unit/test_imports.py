@@ -21,6 +21,8 @@ PURE = (
     "accounts.reports",
     "accounts.ledger",
     "accounts.cost",
+    "models.layout",
+    "models.qwen2_5_vl_layout",
     "video.order",
     "video.prune",
     "video.decode",

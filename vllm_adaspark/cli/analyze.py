@@ -91,16 +91,16 @@ def _analyze(
     data = media.read_video(args.video)
     model = media.find_model(args.model, args.revision)
     config = checked(settings, checkpoint=model.settings)
-    sampling = media.sampling(args)
+    sampling = media.sampling(args, model.rules)
     text_tokens = 64 + len(args.question.encode())  # at the most
     video = media.probe(data, args.video)
     cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
     offline.prepare_environment()
     options = _engine_options(args, model.name, cost)
     with Progress("decode", None, "frames", quiet=True) as decoding:
-        frames = offline.decode(data, sampling, options, decoding)
+        frames = offline.decode(data, model, sampling, options, decoding)
     _say("starting the engine")
-    with offline.engine(options, settings, config.cube_volume, cost) as llm:
+    with offline.engine(options, model, settings, config.cube_volume, cost) as llm:
         prompt = offline.video_prompt(llm, args.question, frames, args.max_pixels)
         try:
             numbers = study(llm, prompt, shares, args.queries, _say)

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_misspelt(args.rest)
     settings = given_settings(args)
     checked(settings)
-    sampling = media.sampling(args)
     model = media.find_model(args.model, args.revision)
+    sampling = media.sampling(args, model.rules)
     config = checked(settings, checkpoint=model.settings)
     _check(args, config)
     # All that can be refused is refused before the engine starts.
@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
     options = offline.engine_options(model.name, rest)
     with Progress("decode", None, "frames", quiet=args.json) as decoding:
-        frames = offline.decode(data, sampling, options, decoding)
+        frames = offline.decode(data, model, sampling, options, decoding)
     with ExitStack() as stack:
         with Progress("start", None, "", quiet=args.json) as starting:
-            engine = offline.engine(options, settings, config.cube_volume, cost)
+            engine = offline.engine(options, model, settings, config.cube_volume, cost)
             llm = stack.enter_context(engine)
         prompt = offline.video_prompt(llm, args.question, frames, args.max_pixels)
         watched = {"max_tokens": args.max_tokens, "quiet": args.json}

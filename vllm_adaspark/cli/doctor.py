@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from importlib.util import find_spec
 from typing import Any
 
-from .. import ARCHITECTURE, __version__
+from .. import ARCHITECTURES, __version__
 from . import PROGRAM
 
 OK, WARNING, BROKEN = "ok", "warning", "broken"
@@ -240,13 +240,14 @@ def _vllm() -> Iterator[Finding]:
     try:
         load_general_plugins()
         models = importlib.import_module("vllm.model_executor.models")
-        registered = ARCHITECTURE in models.ModelRegistry.get_supported_archs()
+        known = models.ModelRegistry.get_supported_archs()
+        missing = [name for name in ARCHITECTURES.values() if name not in known]
     except Exception as error:
         yield Finding("architecture", BROKEN, _short(error), "see the message")
         return
     mend = "see the plugin and VLLM_PLUGINS above"
-    value = ARCHITECTURE + ("" if registered else " is not registered")
-    yield Finding("architecture", OK if registered else BROKEN, value, mend)
+    value = f"{', '.join(missing)} not registered" if missing else ", ".join(ARCHITECTURES)
+    yield Finding("architecture", BROKEN if missing else OK, value, mend)
     if supported:
         yield _attention()
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import ARCHITECTURE
-from ..accounts.cost import Cost, Sampling
+from ..accounts.cost import Cost, Model
+from ..models.layout import Sampling
 from . import CommandError, UsageError
 from .progress import Progress
 from .vllm_options import merge
@@ -59,7 +59,7 @@ def engine_options(model: str, rest: list[str]) -> Any:
     except OSError as error:  # the model is looked up on its hub
         raise CommandError(f"--model {model!r} could not be fetched: {error}") from None
     video = (options.media_io_kwargs or {}).get("video", {})
-    for name in ("fps", "max_frames", "min_frames"):
+    for name in ("fps", "max_frames", "min_frames", "num_frames"):
         if name in video:
             raise UsageError(
                 f"--media-io-kwargs video.{name}={video[name]!r}: use --fps or --max-frames"
@@ -68,11 +68,14 @@ def engine_options(model: str, rest: list[str]) -> Any:
 
 
 @contextmanager
-def engine(options: Any, settings: dict[str, Any], volume: int, cost: Cost) -> Iterator[Any]:
+def engine(
+    options: Any, model: Model, settings: dict[str, Any], volume: int, cost: Cost
+) -> Iterator[Any]:
     """A running ``vllm.LLM`` with room for one such video.
 
     Args:
         options: vLLM's EngineArgs; what they leave open is filled in here.
+        model: the checkpoint.
         settings: AdaSpark's server settings.
         volume: tokens in a KV block.
         cost: of the video.
@@ -91,7 +94,7 @@ def engine(options: Any, settings: dict[str, Any], volume: int, cost: Cost) -> I
                 f"--{name.replace('_', '-')} {given}: the prompt has about {needed} tokens, and "
                 "must fit; leave it out, or give it at least the value that inspect tells"
             )
-    options.hf_overrides = {**options.hf_overrides, "architectures": [ARCHITECTURE]}
+    options.hf_overrides = {**options.hf_overrides, "architectures": [model.layout.architecture]}
     options.additional_config = merge(dict(options.additional_config), {PLUGIN: settings})
     options.limit_mm_per_prompt = options.limit_mm_per_prompt or {"video": 1, "image": 0}
     options.max_model_len = options.max_model_len or cost.max_model_len
@@ -120,7 +123,9 @@ def _reason(error: Exception) -> str:
     return "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
 
 
-def decode(data: bytes, sampling: Sampling, options: Any, progress: Progress) -> tuple[Any, dict]:
+def decode(
+    data: bytes, model: Model, sampling: Sampling, options: Any, progress: Progress
+) -> tuple[Any, dict]:
     """(frames ``[n, h, w, 3]``, metadata), read by the loader a server would use.
 
     Raises:
@@ -128,16 +133,11 @@ def decode(data: bytes, sampling: Sampling, options: Any, progress: Progress) ->
     """
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
-    from ..video.load import LOADER, VideoLoader, check_server_options
-    from ..video.sampling import Options
+    from ..video.load import VideoLoader, check_server_options
 
     chosen = dict((options.media_io_kwargs or {}).get("video") or {})
-    chosen["video_backend"] = chosen.get("video_backend") or LOADER
-    frames = {
-        "fps": sampling.fps,
-        "max_frames": sampling.max_frames,
-        "min_frames": sampling.min_frames,
-    }
+    chosen["video_backend"] = chosen.get("video_backend") or model.layout.loader
+    frames = model.rules.loader_options(sampling)
 
     def decoded(packets: int, of: int) -> None:
         progress.to(packets, of)
@@ -146,7 +146,7 @@ def decode(data: bytes, sampling: Sampling, options: Any, progress: Progress) ->
         check_server_options(chosen)
         loader = VIDEO_LOADER_REGISTRY.load(chosen.pop("video_backend"))
         if isinstance(loader, VideoLoader):
-            return loader.load(data, Options(**frames), decoded)
+            return loader.load(data, loader.options(frames), decoded)
         return loader.load_bytes(data, **{**frames, **chosen})
     except ValueError as error:
         raise CommandError(f"VIDEO: {error}") from None
@@ -191,7 +191,6 @@ def ask(
     engine = llm.llm_engine
     label = f"{name} " if name else ""
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-    patches = cost.video_tokens * 4
     with Progress(f"{label}prepare", cost.frames, "frames", quiet=quiet) as prepare:
         try:
             request_id = engine.add_request("ask", prompt, sampling)
@@ -202,7 +201,7 @@ def ask(
     length = engine.output_processor.request_states[request_id].prompt_len
     one_rank = engine.vllm_config.parallel_config.world_size == 1
     with (
-        Progress(f"{label}encode", patches, "patches", quiet=quiet or not one_rank) as encode,
+        Progress(f"{label}encode", cost.patches, "patches", quiet=quiet or not one_rank) as encode,
         _watch_encoder(llm, encode),
     ):
         outputs = engine.step()
@@ -257,14 +256,15 @@ def _watch_encoder(llm: Any, progress: Progress) -> Iterator[None]:
 
     def passed(_module: Any, _arguments: Any, output: Any) -> None:
         nonlocal done
-        done += output.shape[0]  # [patches, 1, hidden]
+        done += output.numel() // output.shape[-1]  # [..., hidden], a patch each
         progress.to(done // depth)
 
     def register(model: Any) -> list[Any]:
         nonlocal depth
-        depth = len(model.visual.blocks)
         # The blocks themselves are called past their hooks: vLLM may compile them.
-        return [block.mlp.register_forward_hook(passed) for block in model.visual.blocks]
+        feed_forward = model.encoder_feed_forward()
+        depth = len(feed_forward)
+        return [module.register_forward_hook(passed) for module in feed_forward]
 
     handles = llm.apply_model(register)[0]
     try:

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import ARCHITECTURE
 from ..methods.adaspark.settings import AdaSparkConfig
 from ..settings import CHECKPOINT_KEY, SettingsError, operator_settings
 from . import PROGRAM, CommandError, UsageError
+from .checkpoints import architecture_of, config_of
 from .redact import redact_arguments
 from .settings import add_settings, checked, given_settings, refuse_misspelt
 from .vllm_options import from_config_file, json_object, merge, take_json, value_of
@@ -117,10 +117,12 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
     overrides, rest = _json_option(args.rest, "--hf-overrides", file)
     additional, rest = _json_option(rest, "--additional-config", file)
-    named = overrides.get("architectures", [ARCHITECTURE])
-    if named != [ARCHITECTURE]:
+    checkpoint = config_of(str(model), value_of(rest, "--revision"))
+    architecture = architecture_of(str(model), checkpoint)
+    named = overrides.get("architectures", [architecture])
+    if named != [architecture]:
         raise UsageError(
-            f"--hf-overrides architectures={named!r}: it must be [{ARCHITECTURE!r}], which is "
+            f"--hf-overrides architectures={named!r}: it must be [{architecture!r}], which is "
             "filled in if it is left out"
         )
     try:
@@ -132,12 +134,12 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if not isinstance(settings, dict):
         raise UsageError(f"--additional-config {PLUGIN}={settings!r}: expected an object")
     settings = settings | given_settings(args)
-    checkpoint = overrides.get(CHECKPOINT_KEY, _checkpoint_settings(str(model)))
-    config = checked(settings, f"--additional-config {PLUGIN}", checkpoint)
+    trained = overrides.get(CHECKPOINT_KEY, checkpoint.get(CHECKPOINT_KEY))
+    config = checked(settings, f"--additional-config {PLUGIN}", trained)
     _refuse_conflicts(rest, file, config)
 
     arguments = ["serve", *rest]
-    arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [ARCHITECTURE]})]
+    arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [architecture]})]
     if settings:
         additional[PLUGIN] = settings
     if additional:
@@ -154,16 +156,7 @@ def _refuse_missing(model: str) -> None:
     if not folder.exists() and model.startswith(("/", "./", "../", "~")):
         raise UsageError(f"MODEL {model!r}: no such folder")
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UsageError(f"MODEL {model!r}: no config.json in it; give a Qwen2.5-VL checkpoint")
-
-
-def _checkpoint_settings(model: str) -> Any:
-    """``adaspark_config`` of a checkpoint that is a folder here; None where only vLLM will know."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return config.get(CHECKPOINT_KEY) if isinstance(config, dict) else None
+        raise UsageError(f"MODEL {model!r}: no config.json in it; give a checkpoint")
 
 
 def _json_option(

@@ -24,12 +24,13 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..accounts.reports import shown_settings
 from ..accounts.request_ids import search_name
+from ..models.layout import Layout, Pictures
 from ..observing import observing
 from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from ..requests import settings_of, videos_of
 from ..step import Runtime
-from .frames import FrameMaker, Frames, PatchShape
+from .frames import FrameMaker, Frames
 from .step import StepTrace, chunk_of, counted_bytes
 from .store import Sizes, TraceStore, trace_id
 from .trace import Trace, Video
@@ -47,13 +48,15 @@ class Tracer:
         runtime: Runtime,
         layers: range,
         sizes: Sizes,
-        shape: PatchShape,
+        layout: Layout,
+        pictures: Pictures,
         keeps_frames: bool = True,
     ) -> None:
         self._settings_class = runtime.method.settings_class
         self.store = TraceStore(runtime.method.settings.trace_mb << 20)
         self._runtime, self._layers, self._sizes = runtime, layers, sizes
-        self._shape, self._keeps_frames = shape, keeps_frames
+        self._layout, self._pictures = layout, pictures
+        self._keeps_frames = keeps_frames
         self._frame_maker = FrameMaker()
         self._pending: tuple[list[str], StepRows, StepPlan | None] | None = None
 
@@ -134,7 +137,7 @@ class Tracer:
             request_id=request.req_id,
             started=time.time(),
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
-            videos=[_video(feature, self._settings_class, self._shape.merge) for feature in videos],
+            videos=[self._video(feature) for feature in videos],
             settings=shown_settings(
                 self._runtime.method.told(self._runtime.requests[request.req_id])
             ),
@@ -142,8 +145,8 @@ class Tracer:
             layers=self._layers,
             stop_ids=_stop_ids(request.sampling_params),
             frames=Frames(
-                [_patches(feature) for feature in videos],
-                self._shape,
+                [self._pixels(feature) for feature in videos],
+                self._pictures,
                 self.store.limit // FRAME_SHARE,
             ),
         )
@@ -159,32 +162,26 @@ class Tracer:
         name = search_name(request_id)
         return name is not None and any(search_name(t.request_id) == name for t in self.store)
 
+    def _pixels(self, feature: Any) -> tuple[Any, tuple[int, int, int]] | None:
+        """A video's pixels and its grid; None if it came as embeddings, or whole from the cache."""
+        pixels = self._layout.pixels(feature.data)
+        return None if pixels is None else (pixels, self._layout.grid(feature.data))
 
-def _patches(feature: Any) -> tuple[Any, tuple[int, int, int]] | None:
-    """A video's patches and their grid; None if it came as embeddings, or whole from the cache."""
-    pixels = feature.data.get("pixel_values_videos")
-    if pixels is None or pixels.data is None:
-        return None
-    return pixels.data, tuple(feature.data["video_grid_thw"].data.tolist())
+    def _video(self, feature: Any) -> Video:
+        config = settings_of(feature, self._settings_class)
+        return Video(
+            offset=feature.mm_position.offset,
+            grid=self._layout.grid(feature.data),
+            cube=config.cube,
+            order=config.order,
+            seconds=self._layout.seconds(feature.data),
+        )
 
 
 def _stop_ids(sampling: Any) -> frozenset[int]:
     """Tokens that end an answer."""
     stop = {sampling.eos_token_id, *(sampling.stop_token_ids or ())}
     return frozenset(stop - {None})
-
-
-def _video(feature: Any, settings_class: type, merge: int) -> Video:
-    config = settings_of(feature, settings_class)
-    frames, rows, columns = feature.data["video_grid_thw"].data.tolist()
-    seconds = feature.data.get("second_per_grid_ts")
-    return Video(
-        offset=feature.mm_position.offset,
-        grid=(frames, rows // merge, columns // merge),
-        cube=config.cube,
-        order=config.order,
-        seconds=float(seconds.data) if seconds is not None and seconds.data is not None else None,
-    )
 
 
 class _NotingOutput(AsyncModelRunnerOutput):
@@ -215,7 +212,8 @@ class TracingWorker:
                 runtime,
                 range(stage.start_layer, stage.end_layer),
                 _sizes(self.vllm_config),
-                _patch_shape(self.vllm_config.model_config),
+                model.layout,
+                model.layout.pictures(self.vllm_config.model_config.hf_image_processor_config),
                 keeps_frames=get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank,
             )
 
@@ -309,18 +307,4 @@ def _sizes(config: VllmConfig) -> Sizes:
         kv_heads=model.get_num_kv_heads(parallel),
         block_size=config.cache_config.block_size,
         step_tokens=scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
-    )
-
-
-def _patch_shape(model_config: Any) -> PatchShape:
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    vision = model_config.hf_config.vision_config
-    processor = model_config.hf_image_processor_config
-    return PatchShape(
-        patch=vision.patch_size,
-        frames=vision.temporal_patch_size,
-        merge=vision.spatial_merge_size,
-        mean=processor.get("image_mean", OPENAI_CLIP_MEAN),
-        std=processor.get("image_std", OPENAI_CLIP_STD),
     )

@@ -27,7 +27,7 @@ from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from . import decode
 from .container import Contents, scan
-from .sampling import Options, metadata, refuse, sample
+from .sampling import Options, metadata, refuse
 
 logger = init_logger("vllm.adaspark")
 
@@ -63,8 +63,20 @@ class VideoLoader(StockLoader):
             ValueError: an option or the video cannot be used; says which, and why.
         """
         if num_frames not in UNSET_NUM_FRAMES:
-            refuse("num_frames", num_frames, "frames are sampled by time; use fps or max_frames")
-        return cls.load(data, Options.checked(options))
+            options["num_frames"] = num_frames
+        return cls.load(data, cls.options(options))
+
+    @classmethod
+    def options(cls, given: dict[str, Any]) -> Options:
+        """Options of ``media_io_kwargs.video``, checked.
+
+        Raises:
+            ValueError: names the option, its value and what is allowed.
+        """
+        if "num_frames" in given:
+            why = "frames are sampled by time; use fps or max_frames"
+            refuse("num_frames", given["num_frames"], why)
+        return Options.checked(given)
 
     @classmethod
     def load(
@@ -74,7 +86,7 @@ class VideoLoader(StockLoader):
         contents = scan(data)
         if contents.cut_short:
             logger.warning("AdaSpark: a video: %s", contents.cut_short)
-        taken = sample(contents, options)
+        taken = options.sample(contents)
         frames, read, decoder = cls._read(data, contents, taken.numbers, progress)
         _tell_what_is_missing(contents, taken.numbers, read)
         return frames, metadata(contents, taken, read, decoder)
@@ -191,11 +203,11 @@ def check_server_options(options: dict[str, Any]) -> None:
     check_backend(options)
     options = dict(options)
     name = options.pop("video_backend")
-    if issubclass(VIDEO_LOADER_REGISTRY.name2class[name], VideoLoader):
-        number = options.pop("num_frames", -1)
-        if number != -1:
-            refuse("num_frames", number, "frames are sampled by time; use fps or max_frames")
-        Options.checked(options)
+    loader = VIDEO_LOADER_REGISTRY.name2class[name]
+    if issubclass(loader, VideoLoader):
+        if options.get("num_frames") == -1:
+            del options["num_frames"]
+        loader.options(options)
         if name == DECORD_LOADER:
             require_decord()
 

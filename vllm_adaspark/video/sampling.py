@@ -30,6 +30,14 @@ ONE_FRAME = "send a single frame as an image (image_url)"
 
 
 @dataclass(frozen=True)
+class Sample:
+    """The frames to take of a video, and the time between two of them."""
+
+    numbers: list[int]
+    step: float  # seconds
+
+
+@dataclass(frozen=True)
 class Options:
     """How many frames are taken."""
 
@@ -60,6 +68,26 @@ class Options:
         if options.get("min_frames", 0) > most:
             refuse("min_frames", options["min_frames"], f"more than max_frames={most}")
         return cls(fps, most, options.get("min_frames", MIN_FRAMES))
+
+    def sample(self, contents: Contents) -> Sample:
+        """Choose the frames to take.
+
+        Raises:
+            VideoError: no pair of frames can be taken.
+        """
+        most = most_frames(contents)
+        number = number_of_frames(contents.frames, contents.fps, most, self)
+        if number < PAIR or contents.frames < PAIR:
+            raise VideoError(
+                f"Qwen2.5-VL takes a video's frames in pairs, and of this one's {contents.frames} "
+                f"no pair can be taken; {ONE_FRAME}"
+            )
+        if contents.constant:
+            numbers = at_constant_rate(contents.frames, number)
+            return Sample(numbers, contents.seconds / len(numbers))
+        # The last frame, however short, fills the last pair: half of one would be half a picture.
+        step = float(contents.times[-1]) / max(number - PAIR, 1)
+        return Sample(at_times(contents, np.arange(number) * step), step)
 
 
 def refuse(name: str, value: Any, why: str) -> None:
@@ -101,35 +129,10 @@ def most_frames(contents: Contents) -> int | None:
     return PAIR + math.floor(contents.times[-1] / gaps[gaps > 0].min() + 0.5)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The frames to take of a video, and the time between two of them."""
-
-    numbers: list[int]
-    step: float  # seconds
-
-
-def sample(contents: Contents, options: Options) -> Sample:
-    """Choose.
-
-    Raises:
-        VideoError: no pair of frames can be taken.
-    """
-    most = most_frames(contents)
-    number = number_of_frames(contents.frames, contents.fps, most, options)
-    if number < PAIR or contents.frames < PAIR:
-        raise VideoError(
-            f"Qwen2.5-VL takes a video's frames in pairs, and of this one's {contents.frames} "
-            f"no pair can be taken; {ONE_FRAME}"
-        )
-    if contents.constant:
-        numbers = at_constant_rate(contents.frames, number)
-        return Sample(numbers, contents.seconds / len(numbers))
-    # The last frame, however short, fills the last pair: half of one would be half a picture.
-    step = float(contents.times[-1]) / max(number - PAIR, 1)
+def at_times(contents: Contents, times: np.ndarray) -> list[int]:
+    """Numbers of the frames that a player shows at these times, in seconds."""
     # A microsecond: the time of the last frame must find it.
-    times = np.arange(number) * step + 1e-6
-    return Sample((np.searchsorted(contents.times, times, side="right") - 1).tolist(), step)
+    return (np.searchsorted(contents.times, times + 1e-6, side="right") - 1).tolist()
 
 
 def metadata(contents: Contents, taken: Sample, read: list[int], backend: str) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""What every multimodal model of ours adds to the stock one it is made from.
+
+A model of ours is the stock model with our language model in it (models/qwen2.py), a
+:class:`~vllm_adaspark.step.Runtime`, by which the worker knows it as one of ours, and a layout
+(models/layout.py).  :class:`SparseModel`, mixed in before the stock class, keeps these and does
+what does not depend on the model: it plans each step at the top of ``forward``, and puts a video's
+embeddings into cube order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+
+from ..methods import base as methods
+from ..requests import FIELD, unpack_settings
+from ..step import Runtime
+from .layout import Layout, layout_of, walk
+
+
+class SparseModel:
+    """Mixed in before a stock multimodal model whose ``language_model`` is one of ours."""
+
+    runtime: Runtime
+    layout: Layout
+
+    def _share_runtime(self, hf_config: Any) -> None:
+        """Make the model's runtime and hand it to the layers; called at the end of __init__."""
+        self.layout = layout_of(hf_config)
+        self.runtime = Runtime(methods.of_model(hf_config, current_platform.device_type))
+        self._settings_class = self.runtime.method.settings_class
+        self.language_model.share(self.runtime)
+
+    def encoder_feed_forward(self) -> Sequence[nn.Module]:
+        """The modules of the vision tower, one a layer, whose output has a row for each patch."""
+        raise NotImplementedError
+
+    # -- from video to embeddings ---------------------------------------------------------------
+
+    def _parse_and_validate_video_input(self, **kwargs: object):
+        parsed = super()._parse_and_validate_video_input(**kwargs)
+        # Rides along with the parsed input: the schema takes no field of ours.
+        self._video_settings = kwargs.get(FIELD)
+        return parsed
+
+    def _in_order(
+        self, videos: Sequence[torch.Tensor], grids: Sequence[tuple[int, int, int]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Each video's embeddings ``[tokens, hidden]`` in the order that its request asks for.
+
+        Args:
+            videos: in raster order; what is no video, at the end, stays there.
+            grids: (T, H, W) video tokens of each.
+        """
+        ordered = []
+        for video, grid, packed in zip(videos, grids, self._video_settings, strict=True):
+            order = walk(grid, unpack_settings(packed, self._settings_class))
+            if order is not None:
+                places = torch.arange(len(video))
+                places[: len(order)] = torch.from_numpy(order)
+                video = video[places.to(video.device)]
+            ordered.append(video)
+        return tuple(ordered)
+
+    # -- the step's plan --------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        """As stock, once the step is planned."""
+        self._begin_step(positions)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def _begin_step(self, positions: torch.Tensor) -> None:
+        metadata = get_forward_context().attn_metadata
+        rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
+        self.runtime.begin_step(rows, positions.device)
+
+    @classmethod
+    def get_model_state_cls(cls) -> type:
+        """Model runner V2 asks for this; runner V1 does not."""
+        from .model_state import AdaSparkModelState
+
+        return AdaSparkModelState
