@@ -27,6 +27,8 @@ from .settings import (
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from .models.layout import Layout
+
 logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
 # What adapters can read head by head: no scales per token, no packing.
@@ -57,6 +59,11 @@ class StartupCheck(VerifyAndUpdateConfig):
         config = settle(vllm_config, load(name).settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
+        no_prune = why_no_prune(vllm_config, layout)
+        if config.dropped_share and no_prune:
+            raise SettingsError(
+                f"AdaSpark does not support prune={config.dropped_share} {no_prune}"
+            )
         _split_graphs_at_ffn(vllm_config)
         _use_our_worker(vllm_config)
         _use_video_loader(vllm_config, layout.loader)
@@ -64,6 +71,7 @@ class StartupCheck(VerifyAndUpdateConfig):
         hf_config.adaspark_resolved = {
             METHOD_KEY: name,
             "settings": config.to_dict(),
+            "no_prune": no_prune,  # a request's is refused with the same reason
         }
         logger.info("AdaSpark: %s", config)
 
@@ -121,7 +129,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         (
             multimodal is not None and (multimodal.video_pruning_rate or 0) > 0,
-            "--video-pruning-rate: EVS drops the tokens that cubes are made of; leave it out",
+            "--video-pruning-rate: EVS would drop tokens of cubes unseen; use "
+            f'--additional-config \'{{"{SERVER_KEY}": {{"prune": SHARE}}}}\', which drops the same',
         ),
         (
             vllm_config.kv_transfer_config is not None or bool(cache.kv_offloading_size),
@@ -172,6 +181,21 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"AdaSpark does not support {what}")
+
+
+def why_no_prune(vllm_config: VllmConfig, layout: Layout) -> str | None:
+    """Why this server cannot drop video tokens (``prune``); None if it can."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if not layout.takes_prune:
+        return f"for a checkpoint whose model_type is {layout.model_type}; leave it out"
+    if stages > 1:
+        return (
+            f"with --pipeline-parallel-size {stages}: only the first stage would know where the "
+            "tokens that are left belong; leave it out, or use --tensor-parallel-size"
+        )
+    if vllm_config.ec_transfer_config is not None:
+        return "with --ec-transfer-config: vLLM moves whole videos only; leave it out"
+    return None
 
 
 def _tells_requests(worker_cls: str | type) -> bool:

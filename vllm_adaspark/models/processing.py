@@ -7,16 +7,20 @@ offline in the caller's.  Errors raised here are HTTP 400.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptUpdate
 from vllm.platforms import current_platform
 
 from ..methods import base as methods
 from ..requests import FIELD, pack_settings
 from ..settings import SERVER_KEY, Settings
+from ..video.prune import kept_tokens
 from .checks import check_processor_kwargs
 from .layout import layout_of
 from .sent_items import sent_items
@@ -46,13 +50,21 @@ class OurProcessor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._layout = layout_of(self.info.get_hf_config())
-        self._method = methods.of_model(self.info.get_hf_config(), current_platform.device_type)
+        hf_config = self.info.get_hf_config()
+        self._layout = layout_of(hf_config)
+        self._method = methods.of_model(hf_config, current_platform.device_type)
+        # As startup.StartupCheck left it.
+        self._no_prune = (getattr(hf_config, "adaspark_resolved", None) or {}).get("no_prune")
 
     def apply(self, inputs, timing_ctx):
         kwargs = inputs.hf_processor_mm_kwargs
         check_processor_kwargs(kwargs, REQUEST_KEY, sizes=self.any_size)
         config = self._settings(kwargs)
+        if config.dropped_share and self._no_prune:
+            raise ValueError(
+                f"mm_processor_kwargs.{REQUEST_KEY}: this server does not support "
+                f"prune={config.dropped_share} {self._no_prune}"
+            )
         with sent_items.preparing() as prepared:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
@@ -107,6 +119,26 @@ class OurProcessor:
         if videos:
             data[FIELD] = pack_settings(self._settings(hf_kwargs)).expand(videos, -1)
         return data
+
+    def _get_prompt_updates(
+        self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs
+    ) -> Sequence[PromptUpdate]:
+        """As stock, but a video has as many placeholder tokens as the language model will see."""
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        share = self._settings(hf_processor_mm_kwargs).dropped_share
+        if not share:
+            return updates
+
+        def kept(stock: Callable[[int], list[int]], index: int) -> list[int]:
+            grid = self._layout.grid(out_mm_kwargs["video"][index])
+            return stock(index)[: kept_tokens(grid, share)]
+
+        return [
+            replace(update, replacement=partial(kept, update.replacement))
+            if update.modality == "video"
+            else update
+            for update in updates
+        ]
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

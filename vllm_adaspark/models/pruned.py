@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
@@ -80,16 +81,18 @@ class PrunedVideos:
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
 
-    def _add_places(self, positions: torch.Tensor) -> None:
-        """Move the step's survivors to their places; once, at the top of its forward.
+    def forward(
+        self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As stock, once the step's survivors are moved to their places.
 
-        Args:
-            positions: ``[3, tokens]`` the runner's own buffer, which it fills anew for every step.
-                It is changed in place, because CUDA graphs read it there.
+        ``positions [3, tokens]`` is the runner's own buffer, which it fills anew for every step.
+        It is changed in place, because CUDA graphs read it there.
         """
         places, self._places = self._places, None
         if places is not None:
             positions[:, : places.shape[1]] += places
+        return super().forward(input_ids, positions, *args, **kwargs)
 
 
 def in_whole_prompt(

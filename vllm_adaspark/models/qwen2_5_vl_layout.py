@@ -34,6 +34,7 @@ class Qwen2_5_VLLayout(Layout):
     model_type = "qwen2_5_vl"
     architecture = ARCHITECTURES[model_type]
     loader = "adaspark"
+    takes_prune = True
 
     def grid(self, item: Mapping[str, Any]) -> tuple[int, int, int]:
         return self.merged(item["video_grid_thw"].data.tolist())
