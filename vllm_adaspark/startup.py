@@ -129,7 +129,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         (
             multimodal is not None and (multimodal.video_pruning_rate or 0) > 0,
-            "--video-pruning-rate: EVS would drop tokens of cubes unseen; use "
+            "--video-pruning-rate: vLLM's EVS does not know of cubes; use "
             f'--additional-config \'{{"{SERVER_KEY}": {{"prune": SHARE}}}}\', which drops the same',
         ),
         (

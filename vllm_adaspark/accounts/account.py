@@ -8,12 +8,16 @@ tower, norms, RoPE, LM head, sums and sorts, what a kernel computes of a tile on
 the K and V projections that tensor-parallel ranks repeat where they share a KV head.  Pure NumPy;
 no vLLM.
 
+Dense is what the *whole* prompt would cost: where tokens of a video were dropped before the
+language model (video/prune.py), they count there as if they had run.
+
 An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
 carry it between processes; accounts/reports.py makes one account of all ranks'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +28,18 @@ from ..kernels import score_products
 from ..paged.plan import FALLBACKS, StepPlan
 from ..paged.state import StepRows
 from ..paged.tiles import DENSE
+from ..video.prune import WholePrompt
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
-OF_STEP = ("tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")  # counted once
+OF_STEP = (  # counted once
+    "tokens",
+    "video_tokens",
+    "dropped_tokens",
+    "choices",
+    "dense_pairs",
+    "dropped_pairs",
+    "cubes_seen",
+)
 OF_REQUEST = (*OF_STEP, "cached_tokens")
 SECONDS = ("selection_seconds", "planning_seconds")
 
@@ -88,7 +101,9 @@ class StepCounts:
 
     tokens: np.ndarray
     video_tokens: np.ndarray
-    dense_pairs: np.ndarray  # causal (query, key) pairs
+    dropped_tokens: np.ndarray  # that the step would have computed more, had none been dropped
+    dense_pairs: np.ndarray  # causal (query, key) pairs of the whole prompt
+    dropped_pairs: np.ndarray  # of them, those that went with the dropped tokens
     pairs: np.ndarray  # [layers, rows] pairs attended
     scored: np.ndarray  # [layers, rows] (query token, cube) pairs scored
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
@@ -100,22 +115,32 @@ class StepCounts:
     planning_seconds: np.ndarray  # [rows]
 
 
-def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCounts:
+def count_step(
+    rows: StepRows,
+    plan: StepPlan | None,
+    layers: range,
+    whole: Sequence[WholePrompt | None] | None = None,
+) -> StepCounts:
     """What a step did.
 
     Args:
         rows: the step's requests.
         plan: its plan, after the layers have run; None for a dense step.
         layers: this rank's layers.
+        whole: the whole prompt of each row; None for one of which nothing was dropped.
     """
     lens, computed = rows.query_lens, rows.computed
     number = len(lens)
-    dense_pairs = _causal_pairs(lens, computed + lens)
+    pairs = _causal_pairs(lens, computed + lens)
+    before, upto = _in_whole_prompts(computed, computed + lens, whole)
+    dense_pairs = _causal_pairs(upto - before, upto)
     counts = StepCounts(
         tokens=lens,
         video_tokens=np.zeros(number, int),
+        dropped_tokens=upto - before - lens,
         dense_pairs=dense_pairs,
-        pairs=np.tile(dense_pairs.astype(float), (len(layers), 1)),
+        dropped_pairs=dense_pairs - pairs,
+        pairs=np.tile(pairs.astype(float), (len(layers), 1)),
         scored=np.zeros((len(layers), number)),
         cubes_seen=np.zeros(number),
         cubes_attended=np.zeros((len(layers), number)),
@@ -163,6 +188,17 @@ def count_step(rows: StepRows, plan: StepPlan | None, layers: range) -> StepCoun
     return counts
 
 
+def _in_whole_prompts(
+    before: np.ndarray, upto: np.ndarray, whole: Sequence[WholePrompt | None] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a step's tokens begin and end, ``[rows]`` each, in the whole prompts."""
+    before, upto = before.astype(np.int64), upto.astype(np.int64)
+    for row, prompt in enumerate(whole or ()):
+        if prompt is not None:
+            before[row], upto[row] = prompt.up_to(before[row]), prompt.up_to(upto[row])
+    return before, upto
+
+
 def _causal_pairs(queries: np.ndarray, context: np.ndarray) -> np.ndarray:
     """Pairs of the last ``queries`` of ``context`` tokens, each seeing itself and all before."""
     return queries * (context - queries) + queries * (queries + 1) / 2
@@ -202,9 +238,11 @@ class Account:
     settings: dict[str, Any] | None = None
     tokens: int = 0
     video_tokens: int = 0
+    dropped_tokens: int = 0
     choices: int = 0
     cached_tokens: int = 0
     dense_pairs: float = 0.0
+    dropped_pairs: float = 0.0
     cubes_seen: float = 0.0
     selection_seconds: float = 0.0
     planning_seconds: float = 0.0
@@ -267,22 +305,30 @@ class Account:
 
         ``attention_density``: share of the preceding cubes attended, weighted by query tokens.
         ``ffn_density``: FFN evaluations per video token; a cube's centroid is one.  1.0 where there
-        was nothing to leave out.  ``flops_ratio``: executed over dense.
+        was nothing to leave out.  ``flops_ratio``: executed over dense.  ``flops.dropped``: what of
+        the dense FLOPs went with the tokens that the language model never saw.
         """
         shape, number = self.shape, len(self.layers)
-        qkvo = float(self.tokens * number * shape.qkvo_flops_per_token)
-        dense = {
-            "qkvo": qkvo,
-            "attention": self.dense_pairs * number * shape.attention_flops_per_pair,
-            "ffn": float(self.tokens * number * shape.ffn_flops_per_token),
-        }
+
+        def densely(tokens: int, pairs: float) -> dict[str, float]:
+            return {
+                "qkvo": float(tokens * number * shape.qkvo_flops_per_token),
+                "attention": pairs * number * shape.attention_flops_per_pair,
+                "ffn": float(tokens * number * shape.ffn_flops_per_token),
+            }
+
+        dense = densely(self.tokens + self.dropped_tokens, self.dense_pairs)
+        dropped = densely(self.dropped_tokens, self.dropped_pairs)
         executed = {
-            "qkvo": qkvo,
+            "qkvo": dense["qkvo"] - dropped["qkvo"],
             "attention": float(self.pairs.sum()) * shape.attention_flops_per_pair,
             "selection": float(self.scored.sum()) * shape.score_flops_per_pair,
-            "ffn": dense["ffn"] - float(self.ffn_skipped.sum()) * shape.ffn_flops_per_token,
+            "ffn": dense["ffn"]
+            - dropped["ffn"]
+            - float(self.ffn_skipped.sum()) * shape.ffn_flops_per_token,
         }
-        dense["total"], executed["total"] = sum(dense.values()), sum(executed.values())
+        for parts in (dense, executed, dropped):
+            parts["total"] = sum(parts.values())
         layers = [
             {
                 "layer": layer,
@@ -298,6 +344,7 @@ class Account:
         return {
             "tokens": self.tokens,
             "video_tokens": self.video_tokens,
+            "dropped_tokens": self.dropped_tokens,
             "cached_tokens": self.cached_tokens,
             "fallback_tokens": dict(self.fallback_tokens),
             "selection_seconds": self.selection_seconds,
@@ -305,7 +352,7 @@ class Account:
             "attention_density": float(np.mean([x["attention_density"] for x in layers])),
             "ffn_density": float(np.mean([x["ffn_density"] for x in layers])),
             "flops_ratio": _share(executed["total"], dense["total"]),
-            "flops": {"dense": dense, "executed": executed},
+            "flops": {"dense": dense, "executed": executed, "dropped": dropped},
             "layers": layers,
         }
 
