@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..video.order import cube_order
+from ..video.order import cube_order, decode_walk
 from .reader import spread
 
 WIDTH, MARGIN, GAP = 1240, 28, 14
@@ -22,6 +22,8 @@ OPACITY = 0.65
 INK, SOFT, LINE, GROUND = "#16181d", "#5b6270", "#d5d9e0", "#ffffff"
 ALWAYS = (159, 180, 199)  # tokens in no whole cube
 NEVER = (58, 63, 73)  # cubes after the source
+DROPPED = (236, 238, 242)  # tokens that the language model never saw
+GONE = -2  # their cube
 # The same colours as the viewer's (server/viewer/stage.js): samples of "inferno".
 COLORS = np.array(
     [
@@ -90,22 +92,26 @@ def cube_heat(rows: list[list[float | None]], layers: list[int], layer: int | No
 
 
 def cubes_of(trace: dict[str, Any], number: int) -> np.ndarray:
-    """``[t, h, w]``: the cube of each of a video's tokens; -1 where it is in no whole cube."""
+    """``[t, h, w]``: the cube of each of a video's tokens; -1: in no whole one, -2: dropped."""
     video, size = trace["videos"][number], trace["block_size"]
-    walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+    if video.get("walk") is None:
+        walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+    else:
+        walk = decode_walk(video["walk"])
     block = (video["offset"] + np.arange(len(walk))) // size
     cube_of_block = {start // size: nth for nth, start in enumerate(trace["cube_starts"])}
-    cubes = np.empty(len(walk), int)
+    cubes = np.full(np.prod(video["grid"]), GONE)
     cubes[walk] = [cube_of_block.get(each, -1) for each in block.tolist()]
     return cubes.reshape(video["grid"])
 
 
 def colors(heat: np.ndarray, cubes: np.ndarray) -> np.ndarray:
     """``[..., 3]`` uint8 of the tokens whose cubes are ``cubes [...]``."""
-    share = np.append(heat, 0.0)[cubes]  # -1 takes the last
+    share = np.append(heat, [0.0, 0.0])[cubes]  # -1 and -2 take the last two
     rgb = gradient(np.nan_to_num(share))
     rgb[np.isnan(share)] = NEVER
     rgb[cubes < 0] = ALWAYS
+    rgb[cubes == GONE] = DROPPED
     return rgb.astype(np.uint8)
 
 
@@ -246,7 +252,7 @@ def _time(trace: dict[str, Any], video: int, frame: int) -> str:
 def _timeline(sheet: _Sheet, trace: dict[str, Any], heat: np.ndarray, number: int) -> None:
     """The mean heat of each frame, as a band over the width."""
     cubes = cubes_of(trace, number)
-    share = np.append(heat, np.nan)[cubes].reshape(len(cubes), -1)
+    share = np.append(heat, [np.nan, np.nan])[cubes].reshape(len(cubes), -1)
     known = ~np.isnan(share)
     mean = np.nansum(share, 1) / np.maximum(known.sum(1), 1)
     rgb = gradient(mean)
@@ -270,7 +276,11 @@ def _scale_and_curve(sheet: _Sheet, trace: dict[str, Any]) -> None:
     for share in (0, 0.5, 1):
         sheet.text(x + 330 * share, top + 68, f"{share:.0%}", 13, SOFT, anchor="ma")
     for i, (rgb, text) in enumerate(
-        ((ALWAYS, "in no whole cube: always attended"), (NEVER, "after the source: no candidate"))
+        (
+            (ALWAYS, "in no whole cube: always attended"),
+            (NEVER, "after the source: no candidate"),
+            (DROPPED, "dropped before the language model"),
+        )
     ):
         y = top + 102 + 24 * i
         swatch = Image.new("RGB", (1, 1), rgb)
