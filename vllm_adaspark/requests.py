@@ -63,10 +63,13 @@ class Request:
     Attributes:
         config: its settings, of the method's class.
         is_video: ``[prompt tokens]`` bool.
+        positions: ``[prompt tokens]`` int64, where tokens do not stand in the order of their
+            positions and the model does not say so itself; else None.
     """
 
     config: Settings
     is_video: np.ndarray
+    positions: np.ndarray | None = field(default=None, kw_only=True)
 
     @cached_property
     def is_cube(self) -> np.ndarray:

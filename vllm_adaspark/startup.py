@@ -6,8 +6,6 @@ work is refused here with the setting and the fix; nothing is ever silently dens
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -117,11 +115,14 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise on every option that AdaSpark does not support yet; listed in docs/features.md."""
     from vllm.platforms import current_platform
 
+    from .models.layout import layout_of
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
     multimodal = model.multimodal_config
     mm_kwargs: dict[str, Any] = (multimodal.mm_processor_kwargs if multimodal else None) or {}
     text = model.hf_text_config
+    by_layout = layout_of(model.hf_config).refused(mm_kwargs)
     refused = [
         (
             not (current_platform.is_cpu() or current_platform.is_cuda_alike()),
@@ -172,11 +173,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             "for; leave it out, or derive the class from vllm_adaspark.worker.AdaSparkCPUWorker or "
             "AdaSparkGPUWorker",
         ),
-        (
-            _not_the_processors(mm_kwargs),
-            f"--mm-processor-kwargs {json.dumps(_not_the_processors(mm_kwargs))}: the model's "
-            "weights fix these; leave them out",
-        ),
+        (bool(by_layout), by_layout),
     ]
     for unsupported, what in refused:
         if unsupported:
@@ -209,18 +206,6 @@ def _tells_requests(worker_cls: str | type) -> bool:
     except (ImportError, AttributeError, ValueError):
         return False
     return isinstance(cls, type) and issubclass(cls, AccountingWorker)
-
-
-def _not_the_processors(mm_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Server-wide processor options that contradict the vision tower: requests would fail."""
-    scopes = [mm_kwargs, *(mm_kwargs.get(name) for name in ("images_kwargs", "videos_kwargs"))]
-    return {
-        key: value
-        for scope in scopes
-        if isinstance(scope, Mapping)
-        for key, value in scope.items()
-        if key in ("merge_size", "patch_size", "temporal_patch_size")
-    }
 
 
 def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from .paged.state import KeySums, StepRows
 from .requests import Request, RequestTable, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
+from .video.prune import WholePrompt
 
 logger = init_logger("vllm.adaspark")
 
@@ -65,11 +66,10 @@ class RequestAccounts:
         self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
-    def admit(self, request_id: str, request: Request | None) -> None:
-        """Note what a new request asked for; None if it has no video."""
-        self.ledger.admit(
-            request_id, None if request is None else self._runtime.method.told(request)
-        )
+    def admit(self, request_id: str, request: Request | None, whole: WholePrompt) -> None:
+        """Note what a new request asked for, None if it has no video, and its whole prompt."""
+        told = None if request is None else self._runtime.method.told(request)
+        self.ledger.admit(request_id, told, whole if whole.dropped else None)
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -107,11 +107,12 @@ class RequestAccounts:
         report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
-                "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
+                "AdaSpark %s: %d tokens (%d video, %d more dropped), cubes attended %.1f%%, "
+                "FFN active %.1f%%, %.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,
                 account.video_tokens,
+                account.dropped_tokens,
                 100 * report["attention_density"],
                 100 * report["ffn_density"],
                 report["flops"]["executed"]["total"] / 1e12,
@@ -214,7 +215,15 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         is_video = self._layout.is_video(tokens, [video.mm_position for video in videos])
-        return method.describe(settings_of(videos[0], method.settings_class), is_video)
+        settings = settings_of(videos[0], method.settings_class)
+        request = method.describe(settings, is_video)
+        return replace(request, positions=self._layout.positions(tokens, videos, settings))
+
+    def _whole_prompt(self, new: Any) -> WholePrompt:
+        """What a new request's prompt was before some tokens of its videos were dropped."""
+        embeds = new.prompt_embeds
+        tokens = len(new.prompt_token_ids if embeds is None else embeds)
+        return self._layout.whole_prompt(tokens, new.mm_features)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime
@@ -240,7 +249,7 @@ class AccountingWorker:
             accounts.settle()
         with observing("the settings in accounts"):
             for new in scheduler_output.scheduled_new_reqs:
-                accounts.admit(new.req_id, requests[new.req_id])
+                accounts.admit(new.req_id, requests[new.req_id], self._whole_prompt(new))
 
     def _after_step(self) -> None:
         """The same, once a step is launched."""

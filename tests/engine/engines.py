@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import video as demo_video  # examples/demo
 
-from vllm_adaspark import ARCHITECTURE
+from vllm_adaspark import ARCHITECTURES
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -92,6 +94,12 @@ def five_prompts() -> dict[str, dict]:
     }
 
 
+def architecture_of(checkpoint) -> str:
+    """Our name for a checkpoint's model."""
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    return ARCHITECTURES[config["model_type"]]
+
+
 @contextmanager
 def engine(checkpoint, config: dict | None, method: str = "adaspark", **options):
     """A running engine; ``config`` None is the stock model, else the method's server settings.
@@ -116,7 +124,7 @@ def engine(checkpoint, config: dict | None, method: str = "adaspark", **options)
         options.setdefault("block_size", 64)
     else:
         options |= {
-            "hf_overrides": {"architectures": [ARCHITECTURE]},
+            "hf_overrides": {"architectures": [architecture_of(checkpoint)]},
             "additional_config": {"method": method, "adaspark": config},
         }
     llm = LLM(str(checkpoint), **options)

@@ -1,15 +1,19 @@
-"""A whole naive Qwen2.5-VL with AdaSpark: Hugging Face's modules, the reference's rules.
+"""Whole naive models with AdaSpark: Hugging Face's modules, the reference's rules.
 
-No vLLM, no pages, no batching: the model the engine must agree with.  Positions are vLLM's, which
-differ from Hugging Face's after a video: its text goes on at the video's largest position + 1.
+No vLLM, no pages, no batching: what the engine must agree with.  Positions are vLLM's; those of
+Qwen2.5-VL differ from Hugging Face's after a video, whose largest position + 1 is the text's first.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as hf
+from transformers import (
+    AutoProcessor,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from vllm_adaspark.methods.adaspark.reference import Tile, tile_attention, tile_ffn
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
@@ -17,14 +21,14 @@ from vllm_adaspark.video.order import cube_order
 
 
 class TwinModel:
-    """One request at a time, token by token after the prompt, in float32."""
+    """Qwen2.5-VL: one request at a time, token by token after the prompt, in float32."""
+
+    model_class = Qwen2_5_VLForConditionalGeneration
 
     def __init__(self, checkpoint, config: AdaSparkConfig) -> None:
         self.config = config
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32
-        ).eval()
+        self.model = self.model_class.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.text = self.model.model.language_model
         self.tiles: list[list[Tile]] = []  # per layer, of the last forward
         self.kept: list[set[int]] = []  # per video of the last prompt: the tokens not dropped
@@ -43,7 +47,7 @@ class TwinModel:
         for token in [None, *answer[:-1]]:
             if token is not None:
                 embeddings = self.text.embed_tokens(torch.tensor([token]))
-                positions = positions[:, -1:].max() + 1 + torch.zeros(3, 1, dtype=torch.long)
+                positions = positions[:, -1:].max() + 1 + torch.zeros_like(positions[:, :1])
                 is_video = torch.cat([is_video, torch.tensor([False])])
             hidden = self._forward(embeddings, positions, is_video, caches)
             result.append(self.model.lm_head(hidden[-1]).log_softmax(-1))
@@ -125,7 +129,7 @@ class TwinModel:
     def _forward(self, x, positions, is_video, caches) -> torch.Tensor:
         start, end = len(is_video) - len(x), len(is_video)
         block = self.config.cube_volume
-        cos, sin = self.text.rotary_emb(x[None], positions[:, None])
+        cos, sin = self._rope(x[None], positions)
         self.tiles = []
         for index, layer in enumerate(self.text.layers):
             attention = layer.self_attn
@@ -160,9 +164,51 @@ class TwinModel:
             x = x + branch
         return self.text.norm(x)
 
+    def _rope(self, x, positions):
+        """cos and sin ``[1, n, d]`` of positions ``[3, n]``."""
+        return self.text.rotary_emb(x, positions[:, None])
+
     @staticmethod
     def _rotate(q, k, cos, sin):
-        """Multimodal RoPE on ``[n, heads, d]``."""
+        """RoPE on ``[n, heads, d]``."""
         q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
-        q, k = hf.apply_rotary_pos_emb(q, k, cos, sin)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
         return q[0].transpose(0, 1), k[0].transpose(0, 1)
+
+
+class LlavaTwin(TwinModel):
+    """LLaVA-OneVision: one position a token, kept where the order is not the raster's."""
+
+    model_class = LlavaOnevisionForConditionalGeneration
+
+    def _prompt(self, prompt: str, videos: list, images=()):
+        ((frames, _),) = videos
+        inputs = self.processor(text=prompt, videos=[list(frames)], return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        encoded = self.model.model.get_video_features(
+            inputs["pixel_values_videos"],
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        encoded = getattr(encoded, "pooler_output", encoded)
+        encoded = encoded.reshape(-1, encoded.shape[-1])[: len(frames) * self._side**2]
+        grid = (len(frames), self._side, self._side)
+        walk = torch.from_numpy(cube_order(grid, self.config.cube, self.config.order).copy())
+        (place,) = (ids == self.model.config.video_token_id).nonzero(as_tuple=True)
+        place, newline = place[:-1], place[-1]
+        embeddings = self.text.embed_tokens(ids)
+        embeddings[place] = encoded[walk]
+        embeddings[newline] = self.model.model.image_newline
+        positions = torch.arange(len(ids))
+        positions[place] = place[0] + walk
+        is_video = torch.zeros(len(ids), dtype=torch.bool)
+        is_video[place] = True
+        return embeddings, positions[None], is_video
+
+    @property
+    def _side(self) -> int:
+        vision = self.model.config.vision_config
+        return -(-(vision.image_size // vision.patch_size) // 2)
+
+    def _rope(self, x, positions):
+        return self.text.rotary_emb(x, positions)

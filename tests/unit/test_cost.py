@@ -147,7 +147,7 @@ def test_dense_flops_of_a_known_case():
     assert told.dense_flops == pytest.approx(28 * (2 * tokens * weights + 4 * pairs * hidden))
 
 
-@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
 def test_presets_have_the_published_weights(size):
     """Parameters of the shape, with embeddings and a vision tower of 0.67 billion."""
     model = PRESETS[size]

@@ -26,6 +26,7 @@ from ..kernels import score_products
 from ..methods.adaspark.budget import prompt_cost
 from ..methods.adaspark.settings import AdaSparkConfig
 from ..models.layout import FrameRules, Layout, LayoutError, Sampling, Video, layout_class
+from ..models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
 from ..models.qwen2_5_vl_layout import Qwen2_5_VLLayout, QwenFrames
 from ..settings import CHECKPOINT_KEY
 from .account import ModelShape
@@ -48,12 +49,24 @@ class Model:
     settings: Any = field(default=None, hash=False)  # AdaSpark's of config.json, None for none
 
 
-def _published(name: str, layers: int, billions: float, **shape: int) -> Model:
+def _qwen(name: str, layers: int, billions: float, **shape: int) -> Model:
     return Model(
-        name=f"Qwen/Qwen2.5-VL-{name.upper()}-Instruct",
+        name=f"Qwen/Qwen2.5-VL-{name}-Instruct",
         shape=ModelShape(head_size=128, **shape),
         layers=layers,
         weights=round(billions * 2e9),  # bfloat16
+    )
+
+
+def _onevision(name: str, layers: int, billions: float, **shape: int) -> Model:
+    return Model(
+        name=f"llava-hf/llava-onevision-qwen2-{name}-ov-hf",
+        shape=ModelShape(**shape),
+        layers=layers,
+        layout=LlavaOnevisionLayout,
+        max_positions=32_768,
+        rules=LlavaFrames(),
+        weights=round(billions * 2e9),
     )
 
 
@@ -61,10 +74,16 @@ SUCH_AS = "such as Qwen/Qwen2.5-VL-7B-Instruct"
 
 # As in the checkpoints' config.json.
 PRESETS = {
-    "3b": _published("3b", 36, 3.75, hidden=2048, heads=16, kv_heads=2, intermediate=11008),
-    "7b": _published("7b", 28, 8.29, hidden=3584, heads=28, kv_heads=4, intermediate=18944),
-    "32b": _published("32b", 64, 33.5, hidden=5120, heads=40, kv_heads=8, intermediate=27648),
-    "72b": _published("72b", 80, 73.4, hidden=8192, heads=64, kv_heads=8, intermediate=29568),
+    "3b": _qwen("3B", 36, 3.75, hidden=2048, heads=16, kv_heads=2, intermediate=11008),
+    "7b": _qwen("7B", 28, 8.29, hidden=3584, heads=28, kv_heads=4, intermediate=18944),
+    "32b": _qwen("32B", 64, 33.5, hidden=5120, heads=40, kv_heads=8, intermediate=27648),
+    "72b": _qwen("72B", 80, 73.4, hidden=8192, heads=64, kv_heads=8, intermediate=29568),
+    "onevision-0.5b": _onevision(
+        "0.5b", 24, 0.89, hidden=896, heads=14, kv_heads=2, head_size=64, intermediate=4864
+    ),
+    "onevision-7b": _onevision(
+        "7b", 28, 8.03, hidden=3584, heads=28, kv_heads=4, head_size=128, intermediate=18944
+    ),
 }
 
 

@@ -37,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path, or http(s):, file: or data: URL")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder or name, or 3b, 7b, 32b, 72b"
+        "--model",
+        required=True,
+        help="a checkpoint's folder or name, or 3b, 7b, 32b, 72b, onevision-0.5b, onevision-7b",
     )
     parser.add_argument("--revision", help="of the model on its hub")
     parser.add_argument("--max-tokens", type=int, default=256, help="of the answer (256)")

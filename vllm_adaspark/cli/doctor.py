@@ -246,7 +246,9 @@ def _vllm() -> Iterator[Finding]:
         yield Finding("architecture", BROKEN, _short(error), "see the message")
         return
     mend = "see the plugin and VLLM_PLUGINS above"
-    value = f"{', '.join(missing)} not registered" if missing else ", ".join(ARCHITECTURES)
+    value = ", ".join(ARCHITECTURES)
+    if missing:
+        value = f"{', '.join(missing)} is not registered"
     yield Finding("architecture", BROKEN if missing else OK, value, mend)
     if supported:
         yield _attention()

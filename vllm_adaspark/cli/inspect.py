@@ -27,7 +27,10 @@ def add_parser(subparsers: Any) -> None:
         "video", nargs="?", metavar="VIDEO", help="path or URL; or --duration and --size instead"
     )
     parser.add_argument(
-        "--model", default="7b", help="a checkpoint's folder or name, or 3b, 7b (default), 32b, 72b"
+        "--model",
+        default="7b",
+        help="a checkpoint's folder or name, or 3b, 7b (default), 32b, 72b, onevision-0.5b, "
+        "onevision-7b",
     )
     parser.add_argument("--duration", help="without VIDEO: its length, e.g. 90s, 10m, 1h, 1h30m")
     parser.add_argument("--size", help="without VIDEO: width x height, e.g. 1280x720")

@@ -59,8 +59,12 @@ def add_rules(parser: argparse.ArgumentParser, without: Collection[str]) -> Any:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which frames are taken and how large they may be."""
     group = parser.add_argument_group("frames")
-    group.add_argument("--fps", type=float, help="frames taken per second (the model's: 2)")
-    group.add_argument("--max-frames", type=int, help="frames taken at the most (the model's: 768)")
+    group.add_argument(
+        "--fps", type=float, help="frames taken per second (Qwen: 2; LLaVA-OneVision: no limit)"
+    )
+    group.add_argument(
+        "--max-frames", type=int, help="frames taken at the most (Qwen: 768; LLaVA-OneVision: 32)"
+    )
     group.add_argument(
         "--max-pixels", type=int, help="pixels of a frame at the most (the checkpoint's)"
     )

@@ -10,8 +10,8 @@ A model's *layout* answers three kinds of questions.
 * **Before anything runs:** which frames are taken of a video, and how many tokens they become.
   ``vllm-adaspark inspect`` and ``ask`` ask this of a checkpoint's files (:class:`FrameRules`).
 
-Each model has one layout, in a file of its own.  Layouts need no vLLM: they read what vLLM's
-multimodal items hold (``item["name"].data``) and nothing else of it.
+Each model has one layout, in a file of its own.  Layouts need no vLLM: of its objects they
+read the fields of a ``MultiModalFeatureSpec``, which is one image or video of a request.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..video.prune import VideoSpan, WholePrompt
 # By ``model_type`` of a checkpoint's config.json.
 LAYOUTS = {
     "qwen2_5_vl": "vllm_adaspark.models.qwen2_5_vl_layout:Qwen2_5_VLLayout",
+    "llava_onevision": "vllm_adaspark.models.llava_onevision_layout:LlavaOnevisionLayout",
 }
 
 
@@ -87,13 +88,21 @@ class Layout(ABC):
     def __init__(self, hf_config: Any) -> None:
         self.config = hf_config
 
+    def refused(self, processor: Mapping[str, Any]) -> str | None:
+        """Why the checkpoint or ``--mm-processor-kwargs`` cannot be served; None if they can."""
+        return None
+
     # -- about a prompt ---------------------------------------------------------------------------
 
     @abstractmethod
-    def grid(self, item: Mapping[str, Any]) -> tuple[int, int, int]:
-        """A video's tokens in time, height and width."""
+    def grid(self, feature: Any) -> tuple[int, int, int]:
+        """A video's tokens in time, height and width.
 
-    def seconds(self, item: Mapping[str, Any]) -> float | None:
+        Args:
+            feature: vLLM's ``MultiModalFeatureSpec`` of the video.
+        """
+
+    def seconds(self, feature: Any) -> float | None:
         """Between two places in time of a video's grid; None where the model is not told."""
         return None
 
@@ -109,7 +118,7 @@ class Layout(ABC):
             features: vLLM's ``MultiModalFeatureSpec`` of its images and videos.
         """
         videos = sorted(videos_of(features), key=lambda video: video.mm_position.offset)
-        return WholePrompt(tokens, [self.span(v.mm_position, self.grid(v.data)) for v in videos])
+        return WholePrompt(tokens, [self.span(v.mm_position, self.grid(v)) for v in videos])
 
     def is_video(self, tokens: int, places: Iterable[Any]) -> np.ndarray:
         """``[tokens]`` bool: which tokens of a prompt are video.
@@ -138,7 +147,7 @@ class Layout(ABC):
     # -- about pictures ---------------------------------------------------------------------------
 
     @abstractmethod
-    def pixels(self, item: Mapping[str, Any]) -> Any | None:
+    def pixels(self, feature: Any) -> Any | None:
         """What the vision tower gets of a video; None if it came as embeddings or from a cache."""
 
     @abstractmethod

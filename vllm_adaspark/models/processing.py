@@ -7,20 +7,16 @@ offline in the caller's.  Errors raised here are HTTP 400.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.processing import PromptUpdate
 from vllm.platforms import current_platform
 
 from ..methods import base as methods
 from ..requests import FIELD, pack_settings
 from ..settings import SERVER_KEY, Settings
-from ..video.prune import kept_tokens
 from .checks import check_processor_kwargs
 from .layout import layout_of
 from .sent_items import sent_items
@@ -119,26 +115,6 @@ class OurProcessor:
         if videos:
             data[FIELD] = pack_settings(self._settings(hf_kwargs)).expand(videos, -1)
         return data
-
-    def _get_prompt_updates(
-        self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs
-    ) -> Sequence[PromptUpdate]:
-        """As stock, but a video has as many placeholder tokens as the language model will see."""
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        share = self._settings(hf_processor_mm_kwargs).dropped_share
-        if not share:
-            return updates
-
-        def kept(stock: Callable[[int], list[int]], index: int) -> list[int]:
-            grid = self._layout.grid(out_mm_kwargs["video"][index])
-            return stock(index)[: kept_tokens(grid, share)]
-
-        return [
-            replace(update, replacement=partial(kept, update.replacement))
-            if update.modality == "video"
-            else update
-            for update in updates
-        ]
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

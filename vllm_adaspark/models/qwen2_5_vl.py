@@ -147,7 +147,7 @@ class AdaSparkQwen2_5_VL(SparseModel, PrunedVideos, Qwen2_5_VLForConditionalGene
         token = whole.up_to(np.arange(len(input_tokens)))  # of the whole prompt, for each of ours
         for video in videos_of(mm_features):
             settings = settings_of(video, self._settings_class)
-            order = walk(self.layout.grid(video.data), settings)
+            order = walk(self.layout.grid(video), settings)
             start = video.mm_position.offset
             tokens = slice(start, start + video.mm_position.length)
             if settings.dropped_share:

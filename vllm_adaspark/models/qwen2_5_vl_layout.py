@@ -36,8 +36,25 @@ class Qwen2_5_VLLayout(Layout):
     loader = "adaspark"
     takes_prune = True
 
-    def grid(self, item: Mapping[str, Any]) -> tuple[int, int, int]:
-        return self.merged(item["video_grid_thw"].data.tolist())
+    def refused(self, processor: Mapping[str, Any]) -> str | None:
+        """Server-wide options that contradict the vision tower: every request would fail."""
+        scopes = [processor, *(processor.get(name) for name in ("images_kwargs", "videos_kwargs"))]
+        wrong = {
+            key: value
+            for scope in scopes
+            if isinstance(scope, Mapping)
+            for key, value in scope.items()
+            if key in ("merge_size", "patch_size", "temporal_patch_size")
+        }
+        if not wrong:
+            return None
+        return (
+            f"--mm-processor-kwargs {json.dumps(wrong)}: the model's weights fix these; leave them "
+            "out"
+        )
+
+    def grid(self, feature: Any) -> tuple[int, int, int]:
+        return self.merged(feature.data["video_grid_thw"].data.tolist())
 
     def merged(self, patches: Sequence[int]) -> tuple[int, int, int]:
         """The tokens of a grid of patches (t, h, w)."""
@@ -45,13 +62,13 @@ class Qwen2_5_VLLayout(Layout):
         t, h, w = patches
         return t, h // merge, w // merge
 
-    def seconds(self, item: Mapping[str, Any]) -> float | None:
-        seconds = item.get("second_per_grid_ts")
+    def seconds(self, feature: Any) -> float | None:
+        seconds = feature.data.get("second_per_grid_ts")
         return float(seconds.data) if seconds is not None and seconds.data is not None else None
 
-    def pixels(self, item: Mapping[str, Any]) -> Any | None:
+    def pixels(self, feature: Any) -> Any | None:
         """Patches ``[t * h * w, 3 * frames * patch * patch]``."""
-        pixels = item.get("pixel_values_videos")
+        pixels = feature.data.get("pixel_values_videos")
         return None if pixels is None else pixels.data
 
     def pictures(self, processor: Mapping[str, Any]) -> PatchShape:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -11,7 +14,9 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLProcessingInfo,
 )
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+from vllm.multimodal.processing import PromptUpdate
 
+from ..video.prune import kept_tokens
 from .processing import OurInfo, OurProcessor
 from .qwen2_5_vl_checks import Grid, check_embeddings, check_positions, position_limit
 
@@ -60,6 +65,26 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._grids: OrderedDict[str, Grid] = OrderedDict()  # by hash: cached items have no data
+
+    def _get_prompt_updates(
+        self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs
+    ) -> Sequence[PromptUpdate]:
+        """As stock, but a video has as many placeholder tokens as the language model will see."""
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        share = self._settings(hf_processor_mm_kwargs).dropped_share
+        if not share:
+            return updates
+
+        def kept(stock: Callable[[int], list[int]], index: int) -> list[int]:
+            patches = out_mm_kwargs["video"][index]["video_grid_thw"].data.tolist()
+            return stock(index)[: kept_tokens(self._layout.merged(patches), share)]
+
+        return [
+            replace(update, replacement=partial(kept, update.replacement))
+            if update.modality == "video"
+            else update
+            for update in updates
+        ]
 
     def _check_prompt(self, processed: Any) -> None:
         media = [

@@ -194,8 +194,8 @@ class Tracer:
 
     def _pixels(self, feature: Any) -> tuple[Any, tuple[int, int, int]] | None:
         """A video's pixels and its grid; None if it came as embeddings, or whole from the cache."""
-        pixels = self._layout.pixels(feature.data)
-        return None if pixels is None else (pixels, self._layout.grid(feature.data))
+        pixels = self._layout.pixels(feature)
+        return None if pixels is None else (pixels, self._layout.grid(feature))
 
     def _pruned(self, request: Any) -> list[str]:
         """What the encoder cache calls the videos of a request that asked to drop some tokens."""
@@ -209,10 +209,10 @@ class Tracer:
         config = settings_of(feature, self._settings_class)
         return Video(
             offset=feature.mm_position.offset,
-            grid=self._layout.grid(feature.data),
+            grid=self._layout.grid(feature),
             cube=config.cube,
             order=config.order,
-            seconds=self._layout.seconds(feature.data),
+            seconds=self._layout.seconds(feature),
             kept=feature.mm_position.length if config.dropped_share else None,
             name=feature.identifier,
         )

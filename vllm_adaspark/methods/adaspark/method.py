@@ -81,9 +81,10 @@ class AdaSpark:
             "compensation": config.compensation,
             "cube": list(config.cube),
             "order": config.order,
+            "prune": config.dropped_share,
             "trace": config.trace,
             "budget": budget,
-            "off": numbers.attention_share == numbers.ffn_share == 1,
+            "off": numbers.attention_share == numbers.ffn_share == 1 and not config.dropped_share,
         }
 
     def plan(

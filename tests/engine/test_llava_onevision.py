@@ -1,0 +1,167 @@
+"""LLaVA-OneVision in the real engine: against stock vLLM, its naive twin, and itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_llava
+import torch
+
+from engine.engines import (
+    IMAGE,
+    SPARSE,
+    VIDEO,
+    Answer,
+    ask,
+    chat,
+    clip,
+    engine,
+    five_prompts,
+    last_reports,
+    video_prompt,
+)
+from engine.test_scheduling import preemptions
+from engine.twin import LlavaTwin
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+
+pytestmark = pytest.mark.engine
+CLOSE = 1e-3  # of log-probabilities in float32
+FRAME = 25  # tokens
+DENSE = {"p_attn": 1.0, "p_ffn": 1.0}
+
+
+def as_llava(prompt: dict, settings: dict | str | None = None) -> dict:
+    """A prompt with the model's own placeholders; ``settings`` are the request's."""
+    text = prompt["prompt"].replace(VIDEO, tiny_llava.VIDEO).replace(IMAGE, tiny_llava.IMAGE)
+    asked = {"mm_processor_kwargs": {"adaspark": settings}} if settings is not None else {}
+    return prompt | {"prompt": text} | asked
+
+
+def prompts(settings: dict | str | None = None) -> dict[str, dict]:
+    return {name: as_llava(prompt, settings) for name, prompt in five_prompts().items()}
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return tiny_llava.build(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def stock(llava) -> dict[str, Answer]:
+    """Stock LLaVA-OneVision's answers, each prompt alone."""
+    with engine(llava, None) as llm:
+        return {name: ask(llm, [prompt])[0] for name, prompt in prompts().items()}
+
+
+@pytest.fixture(scope="module")
+def alone(llava, stock) -> dict[str, Answer]:
+    """One sparse engine, asked about all that needs no other; its answers to each prompt alone."""
+    with engine(llava, SPARSE) as llm:
+        alone = {name: ask(llm, [prompt])[0] for name, prompt in prompts().items()}
+        off_equals_stock(llm, stock)
+        equals_twin(llava, llm)
+        together = ask(llm, list(prompts().values()))
+        for (name, want), got in zip(alone.items(), together, strict=True):
+            assert got.difference(want) < CLOSE, name
+        prefix_hit_equals_cold(llm)
+        vision_in_pieces_equals_stock(llm)
+        frames_are_shown_as_sent(llm)
+    return alone
+
+
+def off_equals_stock(llm, stock) -> None:
+    """Off, and p = 1 in raster order, which goes through our layers and positions."""
+    for settings in ("off", DENSE | {"order": "raster"}):
+        for name, prompt in prompts(settings).items():
+            assert ask(llm, [prompt])[0].difference(stock[name]) < CLOSE, (settings, name)
+
+
+def equals_twin(llava, llm) -> None:
+    """Prompt and decode; at p = 1 in cube order what is compared is where the tokens stand."""
+    video = clip(44, seed=7)
+    for settings in ({}, DENSE, {"selection": "top_k", "keep": 0.3}):
+        prompt = as_llava(video_prompt(video, question="Which digit?"), settings)
+        answer = ask(llm, [prompt], max_tokens=4, logprobs=20)[0]
+        (report,) = last_reports(llm)
+        assert report["video_tokens"] == 44 * FRAME, "the newline is no video"
+        twin = LlavaTwin(llava, AdaSparkConfig().override(SPARSE).override(settings))
+        text = chat(tiny_llava.VIDEO, "Which digit?")
+        expected = twin.logprobs(text, video, list(answer.ids))
+        for step, (got, want) in enumerate(zip(answer.logprobs, expected, strict=True)):
+            named = torch.tensor(list(got))
+            difference = (want[named] - torch.tensor(list(got.values()))).abs().max()
+            assert difference < CLOSE, f"{settings}, step {step}: {difference}"
+
+
+def prefix_hit_equals_cold(llm) -> None:
+    prompt = as_llava(video_prompt(clip(40, seed=11), question="What moves?"))
+    cold, hit = ask(llm, [prompt])[0], ask(llm, [prompt])[0]
+    assert cold.cached_tokens == 0 and hit.cached_tokens >= 64 * 8
+    assert hit.difference(cold) < CLOSE
+
+
+def vision_in_pieces_equals_stock(llm) -> None:
+    ((stock, pieces, sizes),) = llm.apply_model(encode_whole_and_in_pieces)
+    torch.testing.assert_close(pieces, stock, rtol=1e-4, atol=1e-5)
+    assert len(sizes) > 2 and max(sizes) <= 300 // 81, "memory is bounded by the piece"
+
+
+def encode_whole_and_in_pieces(model) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """A video through stock's vision path and ours; frames of each of our pieces."""
+    from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
+
+    frames = torch.randn(7, 3, 126, 126, generator=torch.Generator().manual_seed(0))
+    stock_path = LlavaOnevisionForConditionalGeneration._process_video_pixels
+    method, sizes = model.runtime.method, []
+    hook = model.vision_tower.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    settings = method.settings
+    with torch.inference_mode():
+        (whole,) = stock_path(model, {"pixel_values_videos": frames[None]})
+        sizes.clear()
+        method.settings = settings.override({"encoder_patches": 300})
+        pieces = model._encode_in_pieces(frames)
+    method.settings = settings
+    hook.remove()
+    return whole, pieces, sizes
+
+
+def frames_are_shown_as_sent(llm) -> None:
+    """The viewer's pictures: every frame, squeezed to the size that the model saw."""
+    import cv2
+
+    frames, _ = clip(6, seed=21)
+    ask(llm, [as_llava(video_prompt(clip(6, seed=21)), {"trace": True})])
+    ((summary, *_),) = llm.collective_rpc("adaspark_traces")
+    (meta,) = llm.collective_rpc("adaspark_trace", args=(summary["id"],))
+    (video,) = meta["videos"]
+    assert video["grid"] == [6, 5, 5] and video["seconds"] is None
+    for index, sent in enumerate(frames):
+        (jpeg,) = llm.collective_rpc("adaspark_trace", args=(summary["id"], "frame", 0, index))
+        shown = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        assert shown.shape == (126, 126, 3)
+        assert np.abs(shown.astype(int) - cv2.resize(sent, (126, 126))).mean() < 8
+
+
+def test_text_and_images_are_the_stock_models_and_videos_are_not(alone, stock) -> None:
+    for name in ("text only", "image"):
+        assert alone[name].difference(stock[name]) < CLOSE, name
+    assert alone["long video"].difference(stock["long video"]) > CLOSE
+
+
+def test_chunks_and_preemption_change_nothing(llava, alone) -> None:
+    """Chunks of a few blocks, and too few KV blocks for all, so that requests are computed again.
+
+    A request that is preempted gets its positions anew.
+    """
+    options = {"max_num_scheduled_tokens": 192, "enable_prefix_caching": False}
+    options |= {"num_gpu_blocks_override": 30, "max_model_len": 1856, "disable_log_stats": False}
+    with engine(llava, SPARSE, **options) as llm:
+        for name, prompt in prompts().items():
+            assert ask(llm, [prompt])[0].difference(alone[name]) < CLOSE, name
+        assert preemptions(llm) == 0
+        asked = [as_llava(video_prompt(clip(34, seed=20 + i))) for i in range(3)]
+        one_by_one = [ask(llm, [prompt], max_tokens=60)[0] for prompt in asked]
+        together = ask(llm, asked, max_tokens=60)
+        assert preemptions(llm) > 0
+        for got, want in zip(together, one_by_one, strict=True):
+            assert got.difference(want) < CLOSE
