@@ -6,8 +6,10 @@ requests, chunk edges and physical blocks the caller wants.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -17,9 +19,11 @@ from vllm.v1.attention.backends import cpu_attn
 
 from vllm_adaspark.methods.adaspark.method import AdaSpark
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.base import Method
 from vllm_adaspark.paged.adapters import adapter_for
 from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import Request
+from vllm_adaspark.settings import Settings
 from vllm_adaspark.step import Runtime
 
 
@@ -32,11 +36,13 @@ class PagedLayer:
         num_blocks: physical KV blocks, block 0 included (vLLM's null block).
         layer_index: which layer this pretends to be.
         isa: of the kernel, by vLLM's name; None for the one that vLLM would take here.
+        method: another method than AdaSpark, made for ``config``.
+        modules: the method's own, by name (Method.attention_modules).
     """
 
     def __init__(
         self,
-        config: AdaSparkConfig,
+        config: Settings,
         *,
         heads: int,
         kv_heads: int,
@@ -47,11 +53,13 @@ class PagedLayer:
         layer_index: int = 0,
         sparse: bool = True,
         isa: str | None = None,
+        method: Method | None = None,
+        modules: Mapping[str, Any] | None = None,
     ) -> None:
         self.block_size = config.cube_volume
         self.heads, self.kv_heads, self.head_size, self.dtype = heads, kv_heads, head_size, dtype
         self.kv_cache_dtype = kv_cache_dtype
-        self.runtime = Runtime(method(config, heads, kv_heads, head_size))
+        self.runtime = Runtime(method or adaspark(config, heads, kv_heads, head_size))
         isa = isa or cpu_attn._get_attn_isa(dtype, self.block_size, head_size, kv_cache_dtype)
         if isa == "amx":
             # The system hands out tile registers on request.  In an engine oneDNN has asked, in the
@@ -64,6 +72,7 @@ class PagedLayer:
             _v_scale_float=1.0,
             adaspark=self.runtime,
             adaspark_layer=layer_index,
+            adaspark_modules=modules,
         )
         stock = cpu_attn.CPUAttentionBackend
         backend = adapter_for(stock) if sparse else stock
@@ -85,11 +94,15 @@ class PagedLayer:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run one step; tensors ``[tokens, heads, head_size]``, output likewise."""
+        """Run one step; tensors ``[tokens, heads, head_size]``, output likewise.
+
+        ``hidden [tokens, hidden]`` is the layer's normed input, for a method that wants it.
+        """
         self.begin(rows, requests)
         self.write(key, value)
-        return self.attend(query)
+        return self.attend(query, hidden=hidden)
 
     def begin(self, rows: StepRows, requests: list[Request | None]) -> None:
         """Plan and metadata, which all layers of a step share."""
@@ -129,11 +142,19 @@ class PagedLayer:
         """Put keys and values into the cache (and, if sparse, into the key sums)."""
         self.impl.do_kv_cache_update(self.layer, key, value, self.kv_cache, self._slots)
 
-    def attend(self, query: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention of one layer: selection, tables and kernel."""
         if output is None:
             output = torch.full_like(query, float("nan"))  # all of it must be written
-        self.impl.forward(self.layer, query, None, None, self.kv_cache, self._metadata, output)
+        extra = {} if hidden is None else {"hidden": hidden}  # the stock impl has no such argument
+        self.impl.forward(
+            self.layer, query, None, None, self.kv_cache, self._metadata, output, **extra
+        )
         return output
 
 
@@ -145,16 +166,20 @@ def one_request(tokens: int, block_size: int, *, start: int = 0, shuffle_seed: i
     return StepRows(np.array([0, tokens - start]), np.array([tokens]), blocks[None])
 
 
-def method(config: AdaSparkConfig, heads: int, kv_heads: int, head_size: int) -> AdaSpark:
-    """AdaSpark for a model of such layers."""
-    sizes = SimpleNamespace(
+def sizes(heads: int, kv_heads: int, head_size: int) -> SimpleNamespace:
+    """The text config of a model of such layers."""
+    return SimpleNamespace(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         hidden_size=heads * head_size,
         intermediate_size=1,
         num_hidden_layers=1,
     )
-    return AdaSpark(config, sizes, "cpu")
+
+
+def adaspark(config: AdaSparkConfig, heads: int, kv_heads: int, head_size: int) -> AdaSpark:
+    """AdaSpark for a model of such layers."""
+    return AdaSpark(config, sizes(heads, kv_heads, head_size), "cpu")
 
 
 def cpu_takes_fp8() -> bool:

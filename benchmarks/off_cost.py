@@ -2,7 +2,7 @@
 
     python benchmarks/off_cost.py
 
-Two requests, prefill and decoding: one about a video, with the worker's books switched off and as
+Two requests, prefill and decoding: one about a video, with the worker's accounts switched off and as
 served (accounts kept, nothing traced); and one of text alone, after the engine has seen videos,
 with the books and the planning switched off and as served.  Printed are the fastest run, the
 median, and the median of the ratios of runs that followed each other.
@@ -25,7 +25,7 @@ CONTENDERS = ("stock path", "as served")
 
 
 def switch(worker, on: bool, plans: bool) -> None:
-    """Take the worker's books away, and its plans unless ``plans``; or give them back."""
+    """Take the worker's accounts away, and its plans unless ``plans``; or give them back."""
     for owner, name in (
         (worker, "_before_step"),
         (worker, "_after_step"),
@@ -39,7 +39,7 @@ def switch(worker, on: bool, plans: bool) -> None:
 
 
 def settle(worker) -> None:
-    """Steps are booked one step late: do it now, outside the timing."""
+    """Steps are accounted for one step late: do it now, outside the timing."""
     worker._accounts.settle()
     worker._tracer.settle()
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--answer-tokens", type=int, default=100)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 on CPUs that lack AVX-512")
     options = parser.parse_args()
     import checkpoint  # examples/demo
     from engine.engines import chat, clip, engine, video_prompt  # tests
@@ -70,7 +71,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoint.build(Path(folder) / "checkpoint", layers=8)
-        with engine(model, settings, enable_prefix_caching=False, dtype="bfloat16") as llm:
+        with engine(model, settings, enable_prefix_caching=False, dtype=options.dtype) as llm:
             prompts = {
                 "a video": video_prompt(clip(120, 252, 252)),
                 "text after videos": {"prompt": chat("Which number is on the card? " * 12)},

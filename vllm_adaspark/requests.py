@@ -5,15 +5,18 @@ KV blocks a request owns.  :class:`RequestTable` keeps what plans need of that, 
 pipeline-parallel rank alike: a request's settings, which tokens of its prompt are video, and its
 blocks.  Nothing is read back from a device, and token positions stay those of the stock model.
 
-The settings come with the request's videos: the processor attaches them to each video as a small
-tensor (:func:`pack_settings`), because tensors are all that vLLM carries for a multimodal item.
-All videos of a request share them.  This module needs no vLLM.
+The settings come with the request's videos (and images, for a method that takes them for video), in
+two ways.  The processor writes them behind each item's hash (:func:`with_settings`), which is all
+that vLLM still tells a worker of a video that the prefix cache holds.  And it attaches them to each
+video as a small tensor (:func:`pack_settings`), which is there when the video is encoded; tensors
+are all that vLLM carries for an item.  All items of a request share them.  This module needs no
+vLLM.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +27,7 @@ import torch
 from .settings import OFF, Settings
 
 FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
+BEHIND_HASH = "#adaspark="
 
 
 def pack_settings(settings: Any) -> torch.Tensor:
@@ -40,20 +44,72 @@ def unpack_settings(packed: torch.Tensor | None, method: type) -> Any:
     return method().override(told)
 
 
+def with_settings(mm_hash: str, settings: Any) -> str:
+    """The hash of a video or an image, with its request's settings behind it."""
+    return mm_hash + BEHIND_HASH + json.dumps(settings.to_dict())
+
+
 def settings_of(feature: Any, method: type) -> Any:
-    """The settings that the processor attached to a video.
+    """The settings that the processor attached to a video or an image.
 
     Args:
         feature: vLLM's ``MultiModalFeatureSpec``.
         method: the class of the method's settings.
     """
-    packed = feature.data.get(FIELD)
-    return unpack_settings(None if packed is None else packed.data, method)
+    _, marked, told = feature.identifier.rpartition(BEHIND_HASH)
+    try:
+        return method().override(json.loads(told) if marked else OFF)
+    except ValueError:  # a hash of somebody else's
+        return method().override(OFF)
+
+
+def media_of(features: Iterable[Any] | None, kinds: Sequence[str]) -> list[Any]:
+    """A request's multimodal features of some kinds, in the order of the prompt."""
+    return [feature for feature in features or () if feature.modality in kinds]
 
 
 def videos_of(features: Iterable[Any] | None) -> list[Any]:
     """The videos among a request's multimodal features, in the order of the prompt."""
-    return [feature for feature in features or () if feature.modality == "video"]
+    return media_of(features, ("video",))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Where a prompt's videos and images lie.
+
+    Attributes:
+        places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
+        tokens: of the prompt.
+        after_video: how many tokens at the end of each video's place are no video.
+        dropped: tokens that its videos had more (video/prune.py).
+    """
+
+    tokens: int
+    places: Mapping[str, Sequence[Any]]
+    after_video: int = 0
+    dropped: int = 0
+
+    def of(self, kinds: Sequence[str]) -> np.ndarray:
+        """``[tokens]`` bool: which tokens belong to items of these kinds."""
+        mask = np.zeros(self.tokens, bool)
+        for kind in kinds:
+            after = self.after_video if kind == "video" else 0
+            mask |= mask_of(self.tokens, self.places.get(kind, ()), after)
+        return mask
+
+    @classmethod
+    def from_features(
+        cls,
+        tokens: int,
+        features: Iterable[Any] | None,
+        after_video: int = 0,
+        dropped: int = 0,
+    ) -> Prompt:
+        """From vLLM's ``MultiModalFeatureSpec`` of a request."""
+        places: dict[str, list[Any]] = {}
+        for feature in features or ():
+            places.setdefault(feature.modality, []).append(feature.mm_position)
+        return cls(tokens, places, after_video, dropped)
 
 
 @dataclass(frozen=True)
@@ -62,7 +118,7 @@ class Request:
 
     Attributes:
         config: its settings, of the method's class.
-        is_video: ``[prompt tokens]`` bool.
+        is_video: ``[prompt tokens]`` bool; images too, for a method that has them in its ``media``.
         positions: ``[prompt tokens]`` int64, where tokens do not stand in the order of their
             positions and the model does not say so itself; else None.
     """
@@ -101,10 +157,11 @@ class RequestTable:
     """The requests of a worker, kept up to date by what the scheduler tells before every step.
 
     Args:
-        describe: makes the facts of a new request with video from vLLM's ``NewRequestData``.
+        describe: makes the facts of a new request from vLLM's ``NewRequestData``; None for one
+            that is no concern of the method's.
     """
 
-    def __init__(self, describe: Callable[[Any], Request]) -> None:
+    def __init__(self, describe: Callable[[Any], Request | None]) -> None:
         self._describe = describe
         self._known: dict[str, _Known] = {}
 
@@ -113,8 +170,7 @@ class RequestTable:
         for request_id in scheduler_output.finished_req_ids:
             self._known.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            has_video = bool(videos_of(new.mm_features))
-            known = _Known(self._describe(new) if has_video else None)
+            known = _Known(self._describe(new))
             known.add(new.block_ids[0])
             self._known[new.req_id] = known
         cached = scheduler_output.scheduled_cached_reqs

@@ -216,6 +216,15 @@ class Settings:
         return trained.override(operator, source=source)
 
     @classmethod
+    def of_checkpoint(cls, hf_config: Any) -> Mapping[str, Any] | str | None:
+        """What a checkpoint's config.json says of these settings; None for nothing.
+
+        Args:
+            hf_config: Hugging Face's config of the checkpoint.
+        """
+        return getattr(hf_config, CHECKPOINT_KEY, None)
+
+    @classmethod
     def spelt_out(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings`` with short words spelt out."""
         plain = {key: value for key, value in settings.items() if key not in cls.words}

@@ -39,7 +39,7 @@ class StartupCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Settle settings and block size; raise SettingsError on what cannot work."""
-        from .methods.base import load  # a stock server has no use for these
+        from .methods.base import load, method_name  # a stock server has no use for these
         from .models.layout import LayoutError, layout_of
 
         hf_config = vllm_config.model_config.hf_config
@@ -53,16 +53,17 @@ class StartupCheck(VerifyAndUpdateConfig):
                 f"--hf-overrides architectures={hf_config.architectures}: this checkpoint's "
                 f"model_type is {hf_config.model_type}, so it must be [{layout.architecture!r}]"
             )
-        name = (vllm_config.additional_config or {}).get(METHOD_KEY, "adaspark")
-        config = settle(vllm_config, load(name).settings_class)
+        name = method_name(vllm_config.additional_config, hf_config.architectures)
+        method = load(name)
+        config = settle(vllm_config, method.settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
+        method.check_server(config, vllm_config)
         no_prune = why_no_prune(vllm_config, layout)
         if config.dropped_share and no_prune:
-            raise SettingsError(
-                f"AdaSpark does not support prune={config.dropped_share} {no_prune}"
-            )
-        _split_graphs_at_ffn(vllm_config)
+            what = f"prune={config.dropped_share} {no_prune}"
+            raise SettingsError(f"AdaSpark does not support {what}")
+        _split_graphs_at_our_ops(vllm_config)
         _use_our_worker(vllm_config)
         _use_video_loader(vllm_config, layout.loader)
         # The request processor and the model see the model's config, not ours: it travels there.
@@ -77,7 +78,7 @@ class StartupCheck(VerifyAndUpdateConfig):
 def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:
     """The checkpoint's settings, and over them the operator's."""
     operator = operator_settings(vllm_config.additional_config, settings)
-    checkpoint = getattr(vllm_config.model_config.hf_config, CHECKPOINT_KEY, None)
+    checkpoint = settings.of_checkpoint(vllm_config.model_config.hf_config)
     config = settings.settled(checkpoint, operator)
     if checkpoint is not None:
         logger.info(
@@ -208,11 +209,11 @@ def _tells_requests(worker_cls: str | type) -> bool:
     return isinstance(cls, type) and issubclass(cls, AccountingWorker)
 
 
-def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
-    """Keep the FFN op, whose sizes depend on the data, out of piecewise CUDA graphs."""
+def _split_graphs_at_our_ops(vllm_config: VllmConfig) -> None:
+    """Keep our ops, whose work depends on the step's plan, out of piecewise CUDA graphs."""
     from vllm.platforms import current_platform
 
-    from .models.sparse_mlp import OP_NAME
+    from .models import hidden_attention, sparse_mlp
 
     compilation = vllm_config.compilation_config
     if not current_platform.is_cuda_alike():
@@ -223,8 +224,9 @@ def _split_graphs_at_ffn(vllm_config: VllmConfig) -> None:
             "vllm::unified_kv_cache_update",
             "vllm::unified_mla_kv_cache_update",
         ]
-    if OP_NAME not in compilation.splitting_ops:
-        compilation.splitting_ops.append(OP_NAME)
+    for op in (sparse_mlp.OP_NAME, hidden_attention.OP_NAME):
+        if op not in compilation.splitting_ops:
+            compilation.splitting_ops.append(op)
 
 
 def _use_our_worker(vllm_config: VllmConfig) -> None:

@@ -33,8 +33,8 @@ from .accounts.reports import part_of_model, request_report
 from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
-from .paged.state import KeySums, StepRows
-from .requests import Request, RequestTable, settings_of, videos_of
+from .paged.state import BlockSums, StepRows
+from .requests import Prompt, Request, RequestTable, media_of, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
 from .video.prune import WholePrompt
@@ -130,21 +130,24 @@ class RequestAccounts:
             logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
 
 
-def room_beside_key_sums(available: int, layers: Mapping[str, AttentionSpec]) -> int:
+def room_beside_sums(
+    available: int, layers: Mapping[str, AttentionSpec], *, values: bool = False
+) -> int:
     """How many of ``available`` bytes the KV cache may take.
 
-    Key sums are made at the first video, when vLLM has long given all memory to the cache; so the
+    Block sums are made at the first video, when vLLM has long given all memory to the cache; so the
     cache leaves room for those of all its blocks.
 
     Args:
         available: bytes for both.
         layers: this rank's, as vLLM sizes the cache by them.
+        values: whether values are summed beside keys (``Method.sums_values``).
     """
     page = sum(layer.page_size_bytes for layer in layers.values())
     sums = sum(
-        KeySums.bytes_per_block(layer.num_kv_heads, layer.head_size) for layer in layers.values()
+        BlockSums.bytes_per_block(layer.num_kv_heads, layer.head_size) for layer in layers.values()
     )
-    return available * page // (page + sums)
+    return available * page // (page + sums * (2 if values else 1))
 
 
 def step_bytes(config: VllmConfig) -> int:
@@ -195,29 +198,37 @@ class AccountingWorker:
         self._accounts = RequestAccounts(runtime, ledger, writes, part)
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache, once key sums and what a step takes have got their part."""
+        """Bytes for the KV cache, once block sums and what a step takes have got their part."""
         available = super().determine_available_memory()
-        if getattr(self.get_model(), "runtime", None) is None:
+        runtime = getattr(self.get_model(), "runtime", None)
+        if runtime is None:
             return available
         if not current_platform.is_cpu():  # there the cache's size is given, beside everything else
             available = max(0, available - step_bytes(self.vllm_config))
-        room = room_beside_key_sums(available, self.get_kv_cache_spec())
+        room = room_beside_sums(
+            available, self.get_kv_cache_spec(), values=runtime.method.sums_values
+        )
         logger.info(
-            "AdaSpark: of %.2f GiB for the KV cache, %.1f MiB are for key sums",
+            "AdaSpark: of %.2f GiB for the KV cache, %.1f MiB are for block sums",
             available / 2**30,
             (available - room) / 2**20,
         )
         return room
 
-    def _describe(self, new: Any) -> Request:
-        """What a new request with video asked for, from vLLM's NewRequestData."""
-        method, videos = self._runtime.method, videos_of(new.mm_features)
+    def _describe(self, new: Any) -> Request | None:
+        """What a new request asked for, from vLLM's NewRequestData; None without video."""
+        method = self._runtime.method
+        media = media_of(new.mm_features, method.media)
+        if not media:
+            return None
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
-        is_video = self._layout.is_video(tokens, [video.mm_position for video in videos])
-        settings = settings_of(videos[0], method.settings_class)
-        request = method.describe(settings, is_video)
-        return replace(request, positions=self._layout.positions(tokens, videos, settings))
+        settings = settings_of(media[0], method.settings_class)
+        prompt = Prompt.from_features(
+            tokens, new.mm_features, self._layout.after_video, self._whole_prompt(new).dropped
+        )
+        positions = self._layout.positions(tokens, videos_of(new.mm_features), settings)
+        return replace(method.describe(settings, prompt), positions=positions)
 
     def _whole_prompt(self, new: Any) -> WholePrompt:
         """What a new request's prompt was before some tokens of its videos were dropped."""

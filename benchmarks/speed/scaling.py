@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_adaspark.paged.state import KeySums
+from vllm_adaspark.paged.state import BlockSums
 
 from .attention import SHAPE, USUAL, selection_share
 
@@ -68,7 +68,7 @@ def memory(block_size: int = 64) -> dict[str, float]:
     """Bytes per token and layer: key sums beside the KV cache."""
     blocks = 16
     heads, size = SHAPE["kv_heads"], SHAPE["head_size"]
-    sums = KeySums(blocks, heads, size, block_size, torch.device("cpu"))
+    sums = BlockSums(blocks, heads, size, block_size, torch.device("cpu"))
     tokens = blocks * block_size
     kv_cache = 2 * heads * size * SHAPE["dtype"].itemsize
     return {

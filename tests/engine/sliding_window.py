@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_adaspark.methods.base import Method
 from vllm_adaspark.paged.plan import StepPlan
 from vllm_adaspark.paged.tiles import VIDEO, TilePlan, Tokens, cubes_of, cut_tiles, tile_fields
 from vllm_adaspark.requests import Request
@@ -31,19 +32,10 @@ class WindowPlan(TilePlan):
     chosen: torch.Tensor  # [sparse, blocks] bool
 
 
-class SlidingWindow:
+class SlidingWindow(Method):
     """Follows methods/base.py."""
 
     settings_class = WindowSettings
-
-    def __init__(self, settings, text_config, device_type) -> None:
-        self.settings = settings
-
-    def refuse(self, settings, named, is_video) -> None:
-        """Any prompt will do."""
-
-    def describe(self, settings, is_video) -> Request:
-        return Request(settings, is_video)
 
     def told(self, request: Request) -> dict:
         config = request.config
@@ -73,7 +65,7 @@ class SlidingWindow:
         return StepPlan(
             attention=attention,
             ffn=None,
-            key_writes=None,
+            sum_writes=None,
             video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=len(on)),
             cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=len(on)),
             block_size=size,
@@ -82,6 +74,3 @@ class SlidingWindow:
     def attend(self, plan: StepPlan, call) -> None:
         chosen = plan.attention.chosen[:, None]
         call.run(call.choose(chosen.expand(-1, call.kv_heads, -1)))
-
-    def ffn(self, plan: StepPlan, call) -> None:
-        return None

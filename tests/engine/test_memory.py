@@ -11,8 +11,9 @@ import torch
 
 from engine.engines import SPARSE, ask, clip, engine, video_prompt
 from vllm_adaspark import worker
-from vllm_adaspark.paged.state import KeySums
-from vllm_adaspark.worker import room_beside_key_sums, step_bytes
+from vllm_adaspark.methods.adaspark.method import AdaSpark
+from vllm_adaspark.paged.state import BlockSums
+from vllm_adaspark.worker import room_beside_sums, step_bytes
 
 pytestmark = pytest.mark.engine
 
@@ -50,10 +51,10 @@ def test_room(dtype, share) -> None:
     heads, size, block = 4, 128, 64
     page = block * heads * 2 * size * dtype.itemsize
     layer = SimpleNamespace(page_size_bytes=page, num_kv_heads=heads, head_size=size)
-    room = room_beside_key_sums(1 << 30, dict.fromkeys(("a", "b"), layer))
+    room = room_beside_sums(1 << 30, dict.fromkeys(("a", "b"), layer))
     assert room / 2**30 == pytest.approx(1 - share, abs=1e-6)
     blocks = room // (2 * page)
-    made = KeySums(blocks, heads, size, block, torch.device("meta"))
+    made = BlockSums(blocks, heads, size, block, torch.device("meta"))
     assert room + 2 * made._sums.nbytes <= 1 << 30
 
 
@@ -89,7 +90,7 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
                 return 40 << 30
 
             def get_model(self):
-                return SimpleNamespace(runtime=object())
+                return SimpleNamespace(runtime=SimpleNamespace(method=AdaSpark))
 
             def get_kv_cache_spec(self):
                 return dict.fromkeys(map(str, range(28)), layer)
@@ -98,5 +99,5 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
             pass
 
         room = Ours().determine_available_memory()
-    assert room == room_beside_key_sums((40 << 30) - step_bytes(config), {"": layer})
+    assert room == room_beside_sums((40 << 30) - step_bytes(config), {"": layer})
     assert 1 - room / (40 << 30) < 0.022

@@ -57,18 +57,16 @@ def stock_and_ours(model) -> list[tuple[torch.Tensor, torch.Tensor, list]]:
 
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-    from vllm_adaspark.requests import FIELD, pack_settings
+    from vllm_adaspark.requests import with_settings
 
     def feature(modality: str, offset: int, grid: list[int], order: str):
         settings = model.runtime.method.settings.override({"order": order})
-        data = {
-            f"{modality}_grid_thw": SimpleNamespace(data=torch.tensor(grid)),
-            FIELD: SimpleNamespace(data=pack_settings(settings)),
-        }
+        data = {f"{modality}_grid_thw": SimpleNamespace(data=torch.tensor(grid))}
         if modality == "video":
             data["second_per_grid_ts"] = SimpleNamespace(data=torch.tensor(1.5))
         place = SimpleNamespace(offset=offset, length=grid[0] * grid[1] * grid[2] // 4)
-        return SimpleNamespace(modality=modality, data=data, mm_position=place)
+        named = {"identifier": with_settings("hash", settings)}
+        return SimpleNamespace(modality=modality, data=data, mm_position=place, **named)
 
     found = []
     for order in ("raster", "cube"):

@@ -24,6 +24,8 @@ class Request:
     blocks: np.ndarray  # physical blocks, one per logical block
     done: int = 0
     layout: list[tuple[str, int]] = field(default_factory=list)
+    hidden: torch.Tensor | None = None  # [n, hidden], for a method that wants it
+    kind: type = AdaSparkRequest  # what the method knows of it
 
     @property
     def known(self) -> AdaSparkRequest | None:
@@ -31,6 +33,8 @@ class Request:
         if not self.is_video.any():
             return None
         config = self.config
+        if self.kind is not AdaSparkRequest:
+            return self.kind(config, self.is_video.numpy())
         return AdaSparkRequest(config, self.is_video.numpy(), config.flops)
 
 

@@ -12,7 +12,7 @@ from harness import PagedLayer, cpu_takes_fp8
 from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
 from kernels.test_fast_path import check_step, chosen_by_tile, record_choices
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.paged.state import KeySums
+from vllm_adaspark.paged.state import BlockSums
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
 CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)
@@ -208,7 +208,7 @@ def test_stale_key_sums_of_anchor_blocks_do_not_matter(seen: list) -> None:
     layer = new_layer()
     again = make(14, list(range(1, 40)))
     run(layer, again, 1)  # allocates the key sums
-    layer.impl._key_sums = KeySums(64, 2, 32, BLOCK, torch.device("cpu"))
+    layer.impl._key_sums = BlockSums(64, 2, 32, BLOCK, torch.device("cpu"))
     layer.impl._key_sums._sums.fill_(float("nan"))
     again.done = 0
     out, choices = run_all(layer, again, 10_000, seen)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import PagedLayer, method
+from harness import PagedLayer, adaspark
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
 from kernels.scenes import gather, known_of, random_request, relative_rms, rows_of
@@ -83,7 +83,7 @@ def test_adapter_equals_cpu_adapter(name: str, monkeypatch: pytest.MonkeyPatch) 
     backend = adapter_for(stock)
     assert backend.get_name() == name and issubclass(backend, stock)
     impl = backend.get_impl_cls()(6, 32, 32**-0.5, 2, None, None, "auto")
-    runtime = Runtime(method(CONFIG, 6, 2, 32))
+    runtime = Runtime(adaspark(CONFIG, 6, 2, 32))
     one = torch.ones(())
     layer = SimpleNamespace(
         adaspark=runtime, adaspark_layer=0, _q_scale=one, _k_scale=one, _v_scale=one

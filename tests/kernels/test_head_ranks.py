@@ -17,7 +17,7 @@ from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.score import choose_cubes
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.heads import HeadRanks
-from vllm_adaspark.paged.state import KeySums
+from vllm_adaspark.paged.state import BlockSums
 
 SIZE, HEAD_SIZE, BLOCKS = 32, 16, 60
 RULES = {
@@ -55,8 +55,8 @@ def scene(kv_heads: int, heads: int, *settings: dict):
 
 
 def choices(plan, q: torch.Tensor, k: torch.Tensor, ranks: HeadRanks | None = None):
-    sums = KeySums(BLOCKS, k.shape[1], HEAD_SIZE, SIZE, k.device)
-    sums.write(k, plan.key_writes)
+    sums = BlockSums(BLOCKS, k.shape[1], HEAD_SIZE, SIZE, k.device)
+    sums.write(k, plan.sum_writes)
     by_head = q.unflatten(1, (k.shape[1], -1)).transpose(0, 1)
     return choose_cubes(by_head, sums, plan.attention, HEAD_SIZE**-0.5, 0, ranks)
 

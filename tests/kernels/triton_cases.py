@@ -20,7 +20,7 @@ from vllm_adaspark.methods.adaspark import score as attention_score
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
 from vllm_adaspark.paged import tables as attention_tables
-from vllm_adaspark.paged.state import KeySums
+from vllm_adaspark.paged.state import BlockSums
 
 assert kernels.interpreted(), "run through tests/kernels/test_triton.py"
 
@@ -443,8 +443,8 @@ def test_layer_attention_equals_torch(
     rows = rows_of(step)
     q, k = (gather(step, name) for name in "qk")
     plan = build_plan(rows, known_of(step), 32, dense_below=1, cube_queries=16, device=q.device)
-    sums = KeySums(40, 2, head_size, 32, q.device)
-    sums.write(k, plan.key_writes)
+    sums = BlockSums(40, 2, head_size, 32, q.device)
+    sums.write(k, plan.sum_writes)
     by_head = q.unflatten(1, (2, group)).transpose(0, 1).contiguous()
 
     calls = [

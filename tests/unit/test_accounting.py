@@ -405,7 +405,7 @@ def test_dropped_tokens_count_as_dense(edges) -> None:
     for end in edges:
         rows, plan = step((begin, end - begin, 5))
         for each, whole in ((account, [prompt]), (kept, [None])):
-            each.add(count_step(rows, plan, LAYERS, whole), 0)
+            each.add(count_step(rows, plan, LAYERS, whole=whole), 0)
         begin = end
     tokens = edges[-1] + 204
     dense = 2 * (tokens * (384 + 768) + tokens * (tokens + 1) / 2 * 32)

@@ -15,6 +15,7 @@ from vllm_adaspark.cli.checkpoints import architecture_of
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.models.layout import LAYOUTS, LayoutError, Sampling, Video, layout_class
 from vllm_adaspark.models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
+from vllm_adaspark.requests import Prompt
 from vllm_adaspark.video.order import block_spread, cube_order
 
 CUBE, RASTER = AdaSparkConfig(), AdaSparkConfig().override({"order": "raster"})
@@ -44,10 +45,13 @@ def test_every_model_has_an_architecture_and_a_layout() -> None:
 
 def test_the_newline_after_a_video_is_no_video() -> None:
     videos = [video_at(3, 2), video_at(3 + 393 + 1, 1)]
-    mask = onevision().is_video(700, [video.mm_position for video in videos])
+    places = {"video": [video.mm_position for video in videos], "image": [videos[0].mm_position]}
+    prompt = Prompt(700, places, onevision().after_video)
+    mask = prompt.of(("video",))
     expected = np.zeros(700, bool)
     expected[3 : 3 + 392] = expected[397 : 397 + 196] = True
     assert (mask == expected).all()
+    assert prompt.of(("image",)).sum() == 393, "an image has no newline of this kind"
     assert [onevision().grid(video) for video in videos] == [(2, 14, 14), (1, 14, 14)]
 
 

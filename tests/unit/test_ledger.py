@@ -224,7 +224,7 @@ def test_a_plans_counts_outlive_its_memory() -> None:
     attention, ffn = plan.attention, plan.ffn
     large = [attention.scratch, attention.candidates, attention.always, attention.blocks,
              attention.shared, attention.row_blocks, attention.jobs[0], ffn.tokens,
-             plan.key_writes, attention, ffn]  # fmt: skip
+             plan.sum_writes, attention, ffn]  # fmt: skip
     gone = [weakref.ref(each) for each in large]
     del plan, attention, ffn, large, before
     gc.collect()

@@ -61,6 +61,9 @@ def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Accou
             cubes_attended=mine[:, None],
             ffn_skipped=skipped[part, None],
             choices=np.array([13]),
+            told_tokens=np.array([0]),
+            told_flops={"cmp": 3 * mine[:, None]},
+            sums={"gate_cmp": mine[:, None]},
             fallback_tokens={"cut_cube": np.array([5])},
             selection_seconds=np.array([0.25 * len(layers)]),
             planning_seconds=np.array([0.5]),
@@ -95,7 +98,9 @@ def test_ranks_together_are_the_whole(ranks) -> None:
     assert got["flops"]["executed"] == pytest.approx(want["flops"]["executed"])
     for key in ("tokens", "video_tokens", "cached_tokens", "fallback_tokens", "flops_ratio"):
         assert got[key] == pytest.approx(want[key])
+    assert got["means"] == pytest.approx(want["means"])
     for mine, theirs in zip(got["layers"], want["layers"], strict=True):
+        assert mine.pop("means") == pytest.approx(theirs.pop("means"))
         assert mine == pytest.approx(theirs)
 
 

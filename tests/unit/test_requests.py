@@ -7,14 +7,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import method
+from harness import adaspark
 
 from vllm_adaspark.methods.adaspark.choose import BUDGET
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest, RowSettings
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.state import StepRows
-from vllm_adaspark.requests import RequestTable, mask_of, pack_settings, unpack_settings
+from vllm_adaspark.requests import (
+    Prompt,
+    RequestTable,
+    mask_of,
+    pack_settings,
+    settings_of,
+    unpack_settings,
+    videos_of,
+    with_settings,
+)
 from vllm_adaspark.step import Runtime
 
 VIDEO = SimpleNamespace(modality="video")
@@ -41,10 +50,12 @@ def told(*fresh, finished=(), cached=(), resumed=()) -> SimpleNamespace:
 
 @pytest.fixture
 def table() -> RequestTable:
-    return RequestTable(lambda request: f"facts of {request.req_id}")
+    return RequestTable(
+        lambda request: f"facts of {request.req_id}" if videos_of(request.mm_features) else None
+    )
 
 
-def test_facts_are_made_once_and_only_for_videos(table) -> None:
+def test_facts_are_made_once(table) -> None:
     table.update(told(new("v", [1], IMAGE, VIDEO), new("i", [2], IMAGE), new("t", [3])))
     assert table.rows(["t", "v", "i"]) == [None, "facts of v", None]
     assert "v" in table and "x" not in table
@@ -75,6 +86,18 @@ def test_blocks_grow_are_replaced_after_preemption_and_forgotten(table) -> None:
 def test_settings_survive_the_ride_with_a_video(settings) -> None:
     config = AdaSparkConfig(report_file="x", cube_queries=4).override(settings)
     assert unpack_settings(pack_settings(config), AdaSparkConfig) == config
+    # Behind the hash, also behind one that a client chose to look like it.
+    for mm_hash in ("0f3a", with_settings("0f3a", AdaSparkConfig())):
+        feature = SimpleNamespace(identifier=with_settings(mm_hash, config), data=None)
+        assert settings_of(feature, AdaSparkConfig) == config
+
+
+@pytest.mark.parametrize(
+    "identifier", ["0f3a", "x#adaspark=", "x#adaspark={", 'x#adaspark={"p":1}']
+)
+def test_a_video_that_came_past_the_processor_runs_dense(behind) -> None:
+    feature = SimpleNamespace(identifier="0f3a" + behind, data=None)
+    assert settings_of(feature, AdaSparkConfig) == AdaSparkConfig().override("off")
 
 
 def test_a_video_may_lie_in_several_spans() -> None:
@@ -84,6 +107,20 @@ def test_a_video_may_lie_in_several_spans() -> None:
         SimpleNamespace(offset=6, length=2, is_embed=None),
     ]
     assert mask_of(9, places).nonzero()[0].tolist() == [1, 2, 4, 6, 7]
+
+
+def test_a_prompt_tells_images_from_videos() -> None:
+    places = {"image": (2, 3), "video": (6, 2)}
+    features = [
+        SimpleNamespace(
+            modality=kind, mm_position=SimpleNamespace(offset=at, length=n, is_embed=None)
+        )
+        for kind, (at, n) in places.items()
+    ]
+    prompt = Prompt.from_features(10, features)
+    assert prompt.of(("video",)).nonzero()[0].tolist() == [6, 7]
+    assert prompt.of(("image",)).nonzero()[0].tolist() == [2, 3, 4]
+    assert prompt.of(("video", "image")).sum() == 5 and not Prompt(10, {}).of(("video",)).any()
 
 
 def test_cubes_are_the_blocks_of_nothing_but_video() -> None:
@@ -130,15 +167,17 @@ def test_a_plan_reads_nothing_back_from_the_device() -> None:
     plan = build_plan(
         rows, requests, 32, dense_below=1, cube_queries=8, device=torch.device("meta")
     )
-    assert plan.attention is not None and plan.ffn is not None and not plan.key_writes.empty
+    assert plan.attention is not None and plan.ffn is not None and not plan.sum_writes.empty
     assert plan.attention.blocks.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         plan.attention.blocks.tolist()  # the counter-test
 
 
 def test_steps_without_video_have_no_plan_and_no_block_table() -> None:
-    runtime = Runtime(method(CONFIG, 4, 2, 16))
-    runtime.requests = RequestTable(lambda request: AdaSparkRequest(CONFIG, np.ones(320, bool)))
+    runtime = Runtime(adaspark(CONFIG, 4, 2, 16))
+    runtime.requests = RequestTable(
+        lambda new: AdaSparkRequest(CONFIG, np.ones(320, bool)) if new.mm_features else None
+    )
     runtime.requests.update(told(new("v", list(range(11)), VIDEO), new("t", [20])))
     rows = StepRows(np.array([0, 1]), np.array([30]), None)
     runtime.request_ids = lambda: ["t"]
@@ -156,8 +195,10 @@ def test_steps_without_video_have_no_plan_and_no_block_table() -> None:
 
 
 def test_padded_rows_of_a_cuda_graph_are_nobodys() -> None:
-    runtime = Runtime(method(CONFIG, 4, 2, 16))
-    runtime.requests = RequestTable(lambda request: AdaSparkRequest(CONFIG, np.ones(320, bool)))
+    runtime = Runtime(adaspark(CONFIG, 4, 2, 16))
+    runtime.requests = RequestTable(
+        lambda new: AdaSparkRequest(CONFIG, np.ones(320, bool)) if new.mm_features else None
+    )
     runtime.requests.update(told(new("v", list(range(1, 12)), VIDEO)))
     runtime.request_ids = lambda: ["v"]
     rows = StepRows(np.array([0, 1, 1, 1]), np.array([330, 0, 0]), None)
@@ -173,5 +214,5 @@ def test_dense_settings_sum_no_keys() -> None:
         plan = build_plan(
             rows, [request], 32, dense_below=1, cube_queries=8, device=torch.device("cpu")
         )
-        assert plan.attention is None and plan.key_writes.empty
+        assert plan.attention is None and plan.sum_writes.empty
         assert (plan.ffn is None) == (settings == "off")

@@ -8,6 +8,9 @@ tower, norms, RoPE, LM head, sums and sorts, what a kernel computes of a tile on
 the K and V projections that tensor-parallel ranks repeat where they share a KV head.  Pure NumPy;
 no vLLM.
 
+A method whose attention is not made of tiles tells its FLOPs itself (``StepPlan.tell``); they are
+added to those that are counted here for the steps without a plan.
+
 Dense is what the *whole* prompt would cost: where tokens of a video were dropped before the
 language model (video/prune.py), they count there as if they had run.
 
@@ -31,8 +34,10 @@ from ..paged.tiles import DENSE
 from ..video.prune import WholePrompt
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
+BY_NAME = ("told_flops", "sums")  # told by a method's plan, by name, for each layer
 OF_STEP = (  # counted once
     "tokens",
+    "told_tokens",
     "video_tokens",
     "dropped_tokens",
     "choices",
@@ -110,6 +115,9 @@ class StepCounts:
     cubes_attended: np.ndarray  # [layers, rows]
     ffn_skipped: np.ndarray  # [layers, rows] FFN evaluations saved
     choices: np.ndarray  # [rows] tiles and FFN cubes that could leave something out
+    told_tokens: np.ndarray  # [rows] tokens of steps whose plan told their FLOPs itself
+    told_flops: dict[str, np.ndarray]  # by part: [layers, rows], see plan.Told
+    sums: dict[str, np.ndarray]  # by name: [layers, rows], see plan.Told
     fallback_tokens: dict[str, np.ndarray]  # by reason: [rows], see plan.FALLBACKS
     selection_seconds: np.ndarray  # [rows] the step's, by each row's part in the work
     planning_seconds: np.ndarray  # [rows]
@@ -119,6 +127,7 @@ def count_step(
     rows: StepRows,
     plan: StepPlan | None,
     layers: range,
+    shape: ModelShape | None = None,
     whole: Sequence[WholePrompt | None] | None = None,
 ) -> StepCounts:
     """What a step did.
@@ -127,6 +136,7 @@ def count_step(
         rows: the step's requests.
         plan: its plan, after the layers have run; None for a dense step.
         layers: this rank's layers.
+        shape: sizes of a layer, for a plan that tells its FLOPs itself.
         whole: the whole prompt of each row; None for one of which nothing was dropped.
     """
     lens, computed = rows.query_lens, rows.computed
@@ -146,6 +156,9 @@ def count_step(
         cubes_attended=np.zeros((len(layers), number)),
         ffn_skipped=np.zeros((len(layers), number)),
         choices=np.zeros(number, int),
+        told_tokens=np.zeros(number, int),
+        told_flops={},
+        sums={},
         fallback_tokens={},
         selection_seconds=np.zeros(number),
         planning_seconds=np.zeros(number),
@@ -161,6 +174,13 @@ def count_step(
     counts.cubes_attended[:] = plan.cubes_seen
     counts.fallback_tokens = plan.fallback_tokens
     counts.planning_seconds = _split(plan.planning_seconds, lens)
+    told = plan.tell(shape, layers)
+    if told is not None:
+        counts.pairs[:] = 0
+        counts.told_tokens, counts.told_flops, counts.sums = lens, told.flops, told.sums
+        counts.choices, counts.cubes_attended = told.choices, told.attended
+        counts.selection_seconds = _split(plan.selection.seconds(), plan.video_tokens)
+        return counts
     # (query token, candidate cube) pairs, the same in every sparse layer
     scored = choosing = np.zeros(number)
     if plan.attention is not None:
@@ -237,6 +257,7 @@ class Account:
     layers: range
     settings: dict[str, Any] | None = None
     tokens: int = 0
+    told_tokens: int = 0
     video_tokens: int = 0
     dropped_tokens: int = 0
     choices: int = 0
@@ -247,6 +268,8 @@ class Account:
     selection_seconds: float = 0.0
     planning_seconds: float = 0.0
     fallback_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FALLBACKS, 0))
+    told_flops: dict[str, np.ndarray] = field(default_factory=dict)
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
     pairs: np.ndarray = field(init=False)
     scored: np.ndarray = field(init=False)
     cubes_attended: np.ndarray = field(init=False)
@@ -267,6 +290,13 @@ class Account:
         for name in PER_LAYER:
             values = getattr(counts, name)
             getattr(self, name)[:] += values.sum(axis=1) if row is None else values[:, row]
+        for name in BY_NAME:
+            for part, values in getattr(counts, name).items():
+                self._add_named(name, part, values.sum(axis=1) if row is None else values[:, row])
+
+    def _add_named(self, name: str, part: str, values: np.ndarray) -> None:
+        mine = getattr(self, name)
+        mine[part] = mine.get(part, 0) + values
 
     def merge(self, other: Account) -> None:
         """Add another account's counts to these."""
@@ -276,12 +306,16 @@ class Account:
             self.fallback_tokens[reason] += tokens
         for name in PER_LAYER:
             getattr(self, name)[:] += getattr(other, name)
+        for name in BY_NAME:
+            for part, values in getattr(other, name).items():
+                self._add_named(name, part, values)
 
     def to_counts(self) -> dict[str, Any]:
         """The bare counts, msgpack-ready."""
         counts = {name: getattr(self, name) for name in (*OF_REQUEST, *SECONDS)}
         return counts | {
             **{name: getattr(self, name).tolist() for name in PER_LAYER},
+            **{n: {part: v.tolist() for part, v in getattr(self, n).items()} for n in BY_NAME},
             "fallback_tokens": dict(self.fallback_tokens),
             "settings": self.settings,
             "shape": dict(vars(self.shape)),
@@ -298,6 +332,8 @@ class Account:
         account.fallback_tokens |= counts["fallback_tokens"]
         for name in PER_LAYER:
             getattr(account, name)[:] = counts[name]
+        for name in BY_NAME:
+            setattr(account, name, {p: np.array(v, float) for p, v in counts[name].items()})
         return account
 
     def report(self) -> dict[str, Any]:
@@ -306,7 +342,8 @@ class Account:
         ``attention_density``: share of the preceding cubes attended, weighted by query tokens.
         ``ffn_density``: FFN evaluations per video token; a cube's centroid is one.  1.0 where there
         was nothing to leave out.  ``flops_ratio``: executed over dense.  ``flops.dropped``: what of
-        the dense FLOPs went with the tokens that the language model never saw.
+        the dense FLOPs went with the tokens that the language model never saw.  ``means``: what a
+        method told of each video token.
         """
         shape, number = self.shape, len(self.layers)
 
@@ -319,14 +356,16 @@ class Account:
 
         dense = densely(self.tokens + self.dropped_tokens, self.dense_pairs)
         dropped = densely(self.dropped_tokens, self.dropped_pairs)
+        counted = self.tokens - self.told_tokens  # tokens of steps that are counted here
         executed = {
-            "qkvo": dense["qkvo"] - dropped["qkvo"],
+            "qkvo": float(counted * number * shape.qkvo_flops_per_token),
             "attention": float(self.pairs.sum()) * shape.attention_flops_per_pair,
             "selection": float(self.scored.sum()) * shape.score_flops_per_pair,
-            "ffn": dense["ffn"]
-            - dropped["ffn"]
+            "ffn": float(counted * number * shape.ffn_flops_per_token)
             - float(self.ffn_skipped.sum()) * shape.ffn_flops_per_token,
         }
+        for part, flops in self.told_flops.items():
+            executed[part] = executed.get(part, 0.0) + float(flops.sum())
         for parts in (dense, executed, dropped):
             parts["total"] = sum(parts.values())
         layers = [
@@ -341,6 +380,11 @@ class Account:
             }
             for i, layer in enumerate(self.layers)
         ]
+        means = {name: sums / max(self.video_tokens, 1) for name, sums in self.sums.items()}
+        for i, layer in enumerate(layers):
+            if means:
+                layer["means"] = {name: float(mean[i]) for name, mean in means.items()}
+        of_all = {"means": {n: float(m.mean()) for n, m in means.items()}} if means else {}
         return {
             "tokens": self.tokens,
             "video_tokens": self.video_tokens,
@@ -353,6 +397,7 @@ class Account:
             "ffn_density": float(np.mean([x["ffn_density"] for x in layers])),
             "flops_ratio": _share(executed["total"], dense["total"]),
             "flops": {"dense": dense, "executed": executed, "dropped": dropped},
+            **of_all,
             "layers": layers,
         }
 

@@ -35,7 +35,7 @@ def keep_counts(plan: StepPlan | None) -> StepPlan | None:
     if plan is None:
         return None
     attention, ffn = _host_part(plan.attention), _host_part(plan.ffn)
-    return replace(plan, attention=attention, ffn=ffn, key_writes=None, trace=None)
+    return replace(plan, attention=attention, ffn=ffn, sum_writes=None, trace=None)
 
 
 def _host_part(part: Any) -> Any:
@@ -121,7 +121,7 @@ class Ledger:
     def add_step(self, request_ids: list[str], rows: StepRows, plan: StepPlan | None) -> None:
         """Account for a step whose layers have run; ``request_ids`` in row order."""
         whole = [self._whole.get(request_id) for request_id in request_ids]
-        counts = count_step(rows, plan, self._layers, whole)
+        counts = count_step(rows, plan, self._layers, self._shape, whole)
         for row, request_id in enumerate(request_ids):
             account = self._running.get(request_id)
             if account is None:

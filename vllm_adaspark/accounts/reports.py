@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .account import PER_LAYER, SECONDS, Account
+from .account import BY_NAME, PER_LAYER, SECONDS, Account
 
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
 DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback")
@@ -46,10 +46,30 @@ def merge_ranks(accounts: Sequence[dict[str, Any]]) -> Account:
     for name in PER_LAYER:
         parts = [np.mean([getattr(a, name) for a in stage], axis=0) for stage in ordered]
         setattr(merged, name, np.concatenate(parts))
+    for name in BY_NAME:
+        setattr(
+            merged, name, {part: _joined(ordered, name, part) for part in _parts(ordered, name)}
+        )
     for name in SECONDS:
         seconds = [np.mean([getattr(a, name) for a in stage]) for stage in ordered]
         setattr(merged, name, float(sum(seconds)))
     return merged
+
+
+def _parts(stages: list[list[Account]], name: str) -> list[str]:
+    """The parts that some rank has told, in the order of the first that did."""
+    return list(dict.fromkeys(part for stage in stages for a in stage for part in getattr(a, name)))
+
+
+def _joined(stages: list[list[Account]], name: str, part: str) -> np.ndarray:
+    """One told part of all layers: averaged over a stage's ranks, which have parts of its heads."""
+    nothing = [np.zeros(len(stage[0].layers)) for stage in stages]
+    return np.concatenate(
+        [
+            np.mean([getattr(a, name).get(part, none) for a in stage], axis=0)
+            for stage, none in zip(stages, nothing, strict=True)
+        ]
+    )
 
 
 def merge_engines(accounts: Iterable[Account]) -> Account:

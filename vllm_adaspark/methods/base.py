@@ -7,6 +7,7 @@ runner nor a model: those call it, at six moments of a request's life.
 1. **Settings.**  A frozen dataclass derived from :class:`~vllm_adaspark.settings.Settings` names
    the method's keys, their ranges, and who may set them.  vLLM's processor checks what a request
    asks for, and attaches it to the request's videos.
+   :meth:`Method.check_server` has had its say before that, when the server starts.
 2. **A request arrives** (:meth:`Method.describe`).  Every worker is told of it by the scheduler, on
    the host, and the method makes of that whatever its plans need.  :meth:`Method.refuse` has said
    before, in the API server, what the request may not ask: an error there is an HTTP 400, while
@@ -17,11 +18,13 @@ runner nor a model: those call it, at six moments of a request's life.
    do the plan is None and the step takes the stock path, untouched.
 4. **A layer attends** (:meth:`Method.attend`), if the plan says that the method runs this layer.
    A :class:`AttentionCall` has the queries, the block sums, and the kernel of the backend that vLLM
-   chose, which takes any choice of KV blocks.  Nothing here may wait for the device.
+   chose, which takes any choice of KV blocks.  A method may have weights of its own there
+   (:meth:`Method.attention_modules`).  Nothing here may wait for the device.
 5. **A layer's FFN runs** (:meth:`Method.ffn`): a method may run it on some of the tokens; None
    means all of them, by the stock path.
 6. **The step is over.**  Accounts, metrics and traces read the plan: what it kept in each layer.
-   They are the same for every method whose plan is a :class:`~vllm_adaspark.paged.plan.StepPlan`.
+   They are the same for every method whose plan is a :class:`~vllm_adaspark.paged.plan.StepPlan`;
+   one that is not made of tiles says itself what it cost (``StepPlan.tell``).
 
 What methods share over vLLM's paged KV cache (query tiles, block sums, tables, kernels) is in
 ``paged/``.  A method that no server uses costs nothing, and one needs no registration: a server is
@@ -33,18 +36,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
+from .. import VIDEONSA_ARCHITECTURE
 from ..paged.heads import HeadRanks
 from ..paged.plan import StepPlan
-from ..paged.state import KeySums, StepRows
-from ..requests import Request
+from ..paged.state import BlockSums, StepRows
+from ..requests import Prompt, Request
 from ..settings import METHOD_KEY, Settings, SettingsError
 
-BUILT_IN = {"adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark"}
+BUILT_IN = {
+    "adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark",
+    "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
+}
+# Architectures of checkpoints that were trained for one method and cannot run with another.
+OF_ARCHITECTURE = {VIDEONSA_ARCHITECTURE: "videonsa"}
 
 
 @dataclass(frozen=True)
@@ -54,23 +62,41 @@ class AttentionCall:
     Attributes:
         layer: its index in the model.
         query: ``[tokens, heads, head_size]``, this rank's.
+        key: ``[tokens, kv_heads, head_size]``, this rank's; already in the cache.
+        value: the same of the values.
+        hidden: ``[tokens, hidden]`` the layer's normed input; None unless ``wants_hidden``.
+        output: ``[tokens, heads, head_size]``, to be written.
         kv_heads: this rank's.
         scale: of the logits.
-        sums: the keys' sums of each block; None if no plan has asked for any yet.
+        key_sums: the keys' sums of each block; None if no plan has asked for any yet.
+        value_sums: the values' sums of each block; None unless ``sums_values``.
+        modules: the layer's, as :meth:`Method.attention_modules` made them, by name.
         head_ranks: the tensor-parallel ranks that hold the model's heads; None for a single rank.
-        choose: makes the tables of a choice ``[sparse tiles, kv_heads, blocks]`` (bool, candidates
-            to keep), and notes it for accounts and traces.
-        run: attends by such tables, and writes the layer's output.
+        choose: for a plan made of tiles: makes the tables of a choice ``[sparse tiles, kv_heads,
+            blocks]`` (bool, candidates to keep), and notes it for accounts and traces.
+        run: for a plan made of tiles: attends by such tables, and writes the layer's output.
+        run_sequences: attends by any sequences over the layer's KV cache, with the kernel of the
+            backend that vLLM chose: ``(query [queries, heads, head_size], sequences, output)``.
+            ``window=n`` lets a query see its last n keys only.  ``one_kv_head=True`` is for
+            sequences that see one KV head each, whose block b is ``b * kv_heads + head`` in their
+            tables, and whose queries have the heads of one GQA group.
     """
 
     layer: int
     query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    hidden: torch.Tensor | None
+    output: torch.Tensor
     kv_heads: int
     scale: float
-    sums: KeySums | None
+    key_sums: BlockSums | None
+    value_sums: BlockSums | None
+    modules: Mapping[str, torch.nn.Module]
     head_ranks: HeadRanks | None
     choose: Callable[[torch.Tensor], Any]
     run: Callable[[Any], None]
+    run_sequences: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -95,31 +121,66 @@ class FFNCall:
     fused: Callable[..., torch.Tensor] | None
 
 
-class Method(Protocol):
+class Method:
     """A sparsity method, made once per worker and once per API server.
+
+    A method derives from this class and overrides what it needs; what it leaves alone does nothing.
 
     Args:
         settings: the server's.
         text_config: of the language model, Hugging Face's.
         device_type: where the layers run, as PyTorch says it.
+
+    Attributes:
+        settings_class: the class of its settings.
+        media: the kinds of multimodal items whose tokens count as ``is_video``.  A request that
+            has none of them never reaches the method, and runs as in stock vLLM.
+        sums_values: whether sums of each block's values are kept beside those of its keys.
+        wants_hidden: whether attention needs the layer's normed input (``AttentionCall.hidden``).
+            Only then does the attention op carry it.
     """
 
     settings_class: ClassVar[type[Settings]]
+    media: ClassVar[tuple[str, ...]] = ("video",)
+    sums_values: ClassVar[bool] = False
+    wants_hidden: ClassVar[bool] = False
+
     settings: Settings
 
-    def __init__(self, settings: Settings, text_config: Any, device_type: str) -> None: ...
+    def __init__(self, settings: Settings, text_config: Any, device_type: str) -> None:
+        self.settings = settings
 
-    def refuse(self, settings: Settings, named: Any, is_video: np.ndarray) -> None:
+    @classmethod
+    def check_server(cls, settings: Settings, vllm_config: Any) -> None:
+        """Settle what the method needs of vLLM's configuration, before anything is built.
+
+        Raises:
+            SettingsError: the method cannot work with this model or these options.
+        """
+
+    @classmethod
+    def attention_modules(
+        cls, text_config: Any, quant_config: Any, prefix: str
+    ) -> dict[str, torch.nn.Module]:
+        """Weights of its own in a layer's attention, by their name there.
+
+        They are made with the layer, before weights are loaded, and must be sharded as the layer's
+        own heads are.  ``prefix`` is the attention's name in the model.
+        """
+        return {}
+
+    def refuse(self, settings: Settings, named: Any, prompt: Prompt) -> None:
         """Raise a ValueError for a request whose prompt cannot be run as its settings ask.
 
         Args:
             settings: the request's, the server's under it.
             named: what the request itself named.
-            is_video: ``[prompt tokens]`` bool.
+            prompt: where its videos and images lie.
         """
 
-    def describe(self, settings: Settings, is_video: np.ndarray) -> Request:
-        """What plans need to know of a request with video."""
+    def describe(self, settings: Settings, prompt: Prompt) -> Request:
+        """What plans need to know of a request that has some of ``media``."""
+        return Request(settings, prompt.of(self.media))
 
     def told(self, request: Request) -> dict[str, Any]:
         """What a request runs under, for its account: JSON-ready.
@@ -127,17 +188,42 @@ class Method(Protocol):
         ``off`` says that nothing can be left out; ``budget``, where there is one, what was asked
         and whether it can be kept.  The rest is shown as the request's settings.
         """
+        raise NotImplementedError
 
     def plan(
         self, rows: StepRows, requests: Sequence[Any], device: torch.device
     ) -> StepPlan | None:
         """The plan of a step; ``requests [rows]`` as :meth:`describe` made them, None without."""
+        raise NotImplementedError
 
     def attend(self, plan: StepPlan, call: AttentionCall) -> None:
         """Run the attention of a layer for which ``plan.attends(layer)``."""
+        raise NotImplementedError
 
     def ffn(self, plan: StepPlan, call: FFNCall) -> torch.Tensor | None:
         """The FFN's output ``[tokens, hidden]``, or None for the stock one."""
+        return None
+
+
+def method_name(additional: Mapping[str, Any] | None, architectures: Sequence[str]) -> str:
+    """The method that an operator asked for, or the one that the checkpoint was trained for.
+
+    Args:
+        additional: what ``--additional-config`` says.
+        architectures: of the checkpoint's config.json.
+
+    Raises:
+        SettingsError: the checkpoint was trained for another method than the operator names.
+    """
+    asked = (additional or {}).get(METHOD_KEY)
+    trained = next((OF_ARCHITECTURE[a] for a in architectures if a in OF_ARCHITECTURE), None)
+    if asked is not None and trained is not None and asked != trained:
+        raise SettingsError(
+            f"--additional-config {METHOD_KEY}={asked!r}: a checkpoint of architecture "
+            f"{', '.join(architectures)} was trained for {trained} and has weights that no other "
+            f"method uses; leave {METHOD_KEY} out"
+        )
+    return asked or trained or "adaspark"
 
 
 def load(name: str) -> type[Method]:
@@ -156,9 +242,17 @@ def load(name: str) -> type[Method]:
         ) from error
 
 
+def method_class(hf_config: Any) -> type[Method]:
+    """The class of the server's method, as startup.StartupCheck left it on the model's config."""
+    return load(_resolved(hf_config).get(METHOD_KEY, "adaspark"))
+
+
 def of_model(hf_config: Any, device_type: str) -> Method:
     """The server's method, as startup.StartupCheck left it on the model's config."""
-    told: Mapping[str, Any] = getattr(hf_config, "adaspark_resolved", None) or {}
-    method = load(told.get(METHOD_KEY, "adaspark"))
-    settings = method.settings_class().override(told.get("settings"))
+    method = method_class(hf_config)
+    settings = method.settings_class().override(_resolved(hf_config).get("settings"))
     return method(settings, hf_config.get_text_config(), device_type)
+
+
+def _resolved(hf_config: Any) -> Mapping[str, Any]:
+    return getattr(hf_config, "adaspark_resolved", None) or {}

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from ..requests import mask_of, videos_of
+from ..requests import videos_of
 from ..settings import Settings
 from ..video.order import cube_order
 from ..video.prune import VideoSpan, WholePrompt
@@ -119,15 +119,6 @@ class Layout(ABC):
         """
         videos = sorted(videos_of(features), key=lambda video: video.mm_position.offset)
         return WholePrompt(tokens, [self.span(v.mm_position, self.grid(v)) for v in videos])
-
-    def is_video(self, tokens: int, places: Iterable[Any]) -> np.ndarray:
-        """``[tokens]`` bool: which tokens of a prompt are video.
-
-        Args:
-            tokens: of the prompt.
-            places: vLLM's ``PlaceholderRange`` of each video.
-        """
-        return mask_of(tokens, places, self.after_video)
 
     def positions(
         self, tokens: int, videos: Iterable[Any], settings: Settings

@@ -73,6 +73,8 @@ class LlavaOnevisionLayout(Layout):
 
     def pixels(self, feature: Any) -> Any | None:
         """Normalised frames ``[frames, 3, height, width]``."""
+        if feature.data is None:  # the prefix cache holds the whole video
+            return None
         pixels = feature.data.get("pixel_values_videos")
         return None if pixels is None else pixels.data
 

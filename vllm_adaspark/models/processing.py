@@ -15,7 +15,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.platforms import current_platform
 
 from ..methods import base as methods
-from ..requests import FIELD, pack_settings
+from ..requests import FIELD, Prompt, pack_settings, with_settings
 from ..settings import SERVER_KEY, Settings
 from .checks import check_processor_kwargs
 from .layout import layout_of
@@ -36,13 +36,15 @@ class OurInfo:
 
 
 class OurProcessor:
-    """Mixed in before a stock processor: checks a request, attaches its settings to its videos.
+    """Mixed in before a stock processor: checks a request, attaches its settings to its media.
 
     The settings stay part of ``mm_processor_kwargs``, which enter the multimodal hash: requests
     with different settings never share cached video blocks.
     """
 
-    any_size = True  # whether a request may say how large its frames are made
+    # Whether a request may say how large its frames are made.  Else it has nothing to tell Hugging
+    # Face's processor, to which options of the video loader would mean other frames.
+    any_size = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,9 +66,9 @@ class OurProcessor:
         with sent_items.preparing() as prepared:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
-            places = processed["mm_placeholders"].get("video", [])
-            is_video = self._layout.is_video(len(processed["prompt_token_ids"]), places)
-            self._method.refuse(config, kwargs.get(REQUEST_KEY), is_video)
+            tokens, places = len(processed["prompt_token_ids"]), processed["mm_placeholders"]
+            prompt = Prompt(tokens, places, self._layout.after_video, self._dropped(processed))
+            self._method.refuse(config, kwargs.get(REQUEST_KEY), prompt)
             prepared.ok = not self._will_be_refused(processed)
         return processed
 
@@ -77,6 +79,10 @@ class OurProcessor:
 
     def _check_prompt(self, processed: Any) -> None:
         """Refuse, with a ValueError, a whole prompt that the model's worker would stumble over."""
+
+    def _dropped(self, processed: Any) -> int:
+        """How many tokens of the prompt's videos were dropped."""
+        return 0
 
     def _note_item(self, item: Any, modality: str, mm_hash: str) -> None:
         """Remember what checks need of a new image or video: later its data may be left out."""
@@ -101,13 +107,24 @@ class OurProcessor:
             cache, mm_hashes, mm_is_cached, mm_missing_kwargs, mm_missing_prompt_updates
         )
 
+    def _get_mm_hashes(self, inputs):
+        """As stock, with the settings behind each hash; see requests.py."""
+        settings = self._settings(inputs.hf_processor_mm_kwargs)
+        return {
+            kind: [with_settings(one, settings) for one in hashes]
+            if kind in self._method.media
+            else hashes
+            for kind, hashes in super()._get_mm_hashes(inputs).items()
+        }
+
     def _apply_hf_processor_main(self, mm_items, hf_kwargs) -> BatchFeature:
         """As stock, without our key, and with the request's settings attached to each video.
 
         Stock processors call Hugging Face's in several places below this one.
         """
+        named = without_ours(hf_kwargs) if self.any_size else {}
         try:
-            data = super()._apply_hf_processor_main(mm_items, without_ours(hf_kwargs))
+            data = super()._apply_hf_processor_main(mm_items, named)
         except ValueError as error:  # vLLM's, with all pixels of the request in its message
             cause = str(error.__cause__ or error)[:LONGEST_CAUSE]
             raise ValueError(f"these images or videos cannot be processed: {cause}") from error

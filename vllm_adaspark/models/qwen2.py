@@ -1,9 +1,12 @@
-"""Qwen2, the language model of Qwen2.5-VL, with AdaS-Attn and AdaS-FFN in every layer.
+"""Qwen2, the language model of Qwen2.5-VL, whose layers follow a method's plan.
 
-Weights, names and parallelism are stock; only the attention backend and the FFN's forward differ.
+Weights, names and parallelism are stock; only the attention backend and the FFN's forward differ,
+and a method may add weights of its own to the attention (``Method.attention_modules``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -22,9 +25,11 @@ from vllm.model_executor.models.qwen2 import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index, maybe_prefix
 
+from ..methods.base import method_class
 from ..paged.adapters import adapter_for
 from ..paged.backend import head_ranks
 from ..step import Runtime
+from .hidden_attention import HiddenAttention
 from .sparse_mlp import SparseMLP
 
 
@@ -40,7 +45,14 @@ class SparseDecoderLayer(Qwen2DecoderLayer):
     ) -> None:
         super().__init__(config, cache_config, quant_config, prefix)
         self.layer_index = extract_layer_index(prefix)
-        _use_adapter(self.self_attn, cache_config, quant_config)
+        method = method_class(get_current_vllm_config().model_config.hf_config)
+        self.wants_hidden = method.wants_hidden
+        attention = HiddenAttention if method.wants_hidden else Attention
+        _use_adapter(self.self_attn, attention, cache_config, quant_config)
+        modules = method.attention_modules(config, quant_config, f"{prefix}.self_attn")
+        for name, module in modules.items():
+            self.self_attn.add_module(name, module)
+        self.self_attn.attn.adaspark_modules = modules
         self.mlp: Qwen2MLP = SparseMLP(
             hidden_size=self.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -67,13 +79,25 @@ class SparseDecoderLayer(Qwen2DecoderLayer):
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        hidden_states = self._attend(positions, hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states, residual), residual
+
+    def _attend(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        attention = self.self_attn
+        if not self.wants_hidden:
+            return attention(positions=positions, hidden_states=hidden_states)
+        # As Qwen2Attention.forward, which has no way to hand on what it gets.
+        qkv, _ = attention.qkv_proj(hidden_states)
+        q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+        q, k = attention.rotary_emb(positions, q, k)
+        output, _ = attention.o_proj(attention.attn(q, k, v, hidden_states))
+        return output
 
 
 def _use_adapter(
     attention: Qwen2Attention,
+    layer_type: type[Attention],
     cache_config: CacheConfig | None,
     quant_config: QuantizationConfig | None,
 ) -> None:
@@ -83,7 +107,7 @@ def _use_adapter(
     """
     stock: Attention = attention.attn
     del get_current_vllm_config().compilation_config.static_forward_context[stock.layer_name]
-    attention.attn = Attention(
+    attention.attn = layer_type(
         stock.num_heads,
         stock.head_size,
         attention.scaling,
@@ -126,5 +150,14 @@ class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
     def share(self, runtime: Runtime) -> None:
         """Hand the runtime to this rank's layers, and the other ranks to the runtime."""
         runtime.head_ranks = head_ranks(self.config.num_key_value_heads)
-        for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
+        for layer in self._my_layers():
             layer.share(runtime)
+
+    def method_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The method's own modules in this rank's layers, by their name in this model."""
+        for layer in self._my_layers():
+            for name, module in layer.self_attn.attn.adaspark_modules.items():
+                yield f"model.layers.{layer.layer_index}.self_attn.{name}", module
+
+    def _my_layers(self) -> Iterable[SparseDecoderLayer]:
+        return self.model.layers[self.model.start_layer : self.model.end_layer]

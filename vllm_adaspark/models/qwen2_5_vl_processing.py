@@ -88,18 +88,29 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
 
     def _check_prompt(self, processed: Any) -> None:
         media = [
-            (place.length, self._grid(item, modality, mm_hash))
-            for modality, places in processed["mm_placeholders"].items()
-            for place, item, mm_hash in zip(
-                places,
-                processed["mm_kwargs"][modality],
-                processed["mm_hashes"][modality],
-                strict=True,
-            )
+            placed
+            for kind in processed["mm_placeholders"]
+            for placed in self._media(processed, kind)
         ]
         tokens = len(processed["prompt_token_ids"])
         limit = position_limit(self.info.get_hf_config().get_text_config())
         check_positions(tokens, media, self.info.ctx.model_config.max_model_len, limit)
+
+    def _dropped(self, processed: Any) -> int:
+        videos = self._media(processed, "video")
+        return sum(grid.frames * grid.rows * grid.columns - length for length, grid in videos)
+
+    def _media(self, processed: Any, modality: str) -> list[tuple[int, Grid]]:
+        """(tokens in the prompt, whole grid) of each image or each video."""
+        return [
+            (place.length, self._grid(item, modality, mm_hash))
+            for place, item, mm_hash in zip(
+                processed["mm_placeholders"].get(modality, ()),
+                processed["mm_kwargs"].get(modality, ()),
+                processed["mm_hashes"].get(modality, ()),
+                strict=True,
+            )
+        ]
 
     def _grid(self, item: Any, modality: str, mm_hash: str) -> Grid:
         if mm_hash not in self._grids:

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from .backend import SparseBackend, SparseImpl, SparseMetadataBuilder, virtual_cache
 from .heads_apart import HeadsApart
+from .tables import Sequences
 
 SUPPORTED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
@@ -69,48 +70,57 @@ def _cpu() -> type[AttentionBackend]:
             table = batch.block_table[:, : max(1, int(batch.kept_blocks.max()))]
             for part in apart.parts:
                 rows = apart.query[part.rows].unflatten(0, (-1, part.heads))
-                self._virtual.forward(
+                self._run_sequences(
                     layer,
                     rows,
-                    None,
-                    None,
                     virtual_cache(kv_cache),
-                    self._part_metadata(layer, metadata, batch.seq_lens, table, plan, part),
+                    metadata,
+                    self._sequences(batch.seq_lens, table, plan, part),
                     apart.output[part.rows].unflatten(0, (-1, part.heads)),
+                    one_kv_head=True,
                 )
             apart.scatter(output)
 
-        def _part_metadata(self, layer, metadata, seq_lens, table, plan, part) -> Any:
+        def _sequences(self, seq_lens, table, plan, part) -> Sequences:
             seq_lens = seq_lens[part.sequences]
             room = (len(seq_lens), table.shape[1])
             here = plan.scratch.take("part", room, table.dtype, table.device)
             torch.index_select(table, 0, part.sequences, out=here)
-            # The CPU kernel splits work over threads by a schedule made from the lengths.
-            schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=len(seq_lens),
-                num_heads=part.heads,
-                num_kv_heads=1,
-                head_dim=self.head_size,
-                seq_lens=seq_lens,
-                dtype=plan.shared.query.dtype,
-                query_start_loc=part.query_start,
-                causal=True,
-                sliding_window_size=self.sliding_window,
-                isa=layer.isa,
-                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                dynamic_causal=None,
-                kv_cache_dtype=self.kv_cache_dtype,
-            )
-            return replace(
-                metadata,
-                num_actual_tokens=(part.rows.stop - part.rows.start) // part.heads,
-                max_query_len=part.max_query_len,
-                max_seq_len=plan.max_seq_len,
-                query_start_loc=part.query_start,
+            return Sequences(
+                query_start=part.query_start,
                 seq_lens=seq_lens,
                 block_table=here,
-                scheduler_metadata=schedule,
+                queries=(part.rows.stop - part.rows.start) // part.heads,
+                max_query_len=part.max_query_len,
+                max_seq_len=plan.max_seq_len,
             )
+
+        def _metadata_of(self, layer, metadata, sequences, impl, query) -> Any:
+            # The CPU kernel splits work over threads by a schedule made from the lengths.
+            heads = query.shape[1]
+            key = (heads, impl.num_kv_heads, impl.sliding_window)
+            if key not in sequences.schedules:
+                sequences.schedules[key] = _custom_ops.cpu_attn_get_scheduler_metadata(
+                    num_reqs=len(sequences.seq_lens),
+                    num_heads=heads,
+                    num_kv_heads=impl.num_kv_heads,
+                    head_dim=self.head_size,
+                    seq_lens=sequences.seq_lens,
+                    dtype=query.dtype,
+                    query_start_loc=sequences.query_start,
+                    causal=True,
+                    sliding_window_size=impl.sliding_window,
+                    isa=layer.isa,
+                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                    dynamic_causal=None,
+                    kv_cache_dtype=self.kv_cache_dtype,
+                )
+            metadata = super()._metadata_of(layer, metadata, sequences, impl, query)
+            return replace(metadata, scheduler_metadata=sequences.schedules[key])
+
+        @staticmethod
+        def _window_value(window: int) -> int:
+            return window
 
     return _assemble(CPUAttentionBackend, AdaSparkCPUImpl)
 
@@ -121,8 +131,8 @@ def _flash() -> type[AttentionBackend]:
     class AdaSparkFlashImpl(SparseImpl, FlashAttentionImpl):
         stock_impl = FlashAttentionImpl
 
-        def _virtual_metadata(self, *arguments) -> Any:
-            metadata = super()._virtual_metadata(*arguments)
+        def _metadata_of(self, *arguments) -> Any:
+            metadata = super()._metadata_of(*arguments)
             return replace(metadata, max_num_splits=0)  # let the kernel choose: no plan was made
 
     return _assemble(FlashAttentionBackend, AdaSparkFlashImpl)
@@ -134,8 +144,8 @@ def _triton() -> type[AttentionBackend]:
     class AdaSparkTritonImpl(SparseImpl, TritonAttentionImpl):
         stock_impl = TritonAttentionImpl
 
-        def _virtual_metadata(self, *arguments) -> Any:
-            metadata = super()._virtual_metadata(*arguments)
+        def _metadata_of(self, *arguments) -> Any:
+            metadata = super()._metadata_of(*arguments)
             # The 3D (split-KV) kernel's scratch is sized for the real batch, so use the 2D one.
             return replace(metadata, seq_threshold_3D=0)
 

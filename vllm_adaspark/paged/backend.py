@@ -1,13 +1,15 @@
-"""Where AdaS-Attn plugs into vLLM: one thin adapter per stock attention backend.
+"""Where a method's attention plugs into vLLM: one thin adapter per stock attention backend.
 
 An adapter subclasses the stock backend and hands its kernel either the stock arguments (the dense
-path, untouched) or a virtual batch (see tables.py).  The kernel, the cache and its layout, fp8 and
-everything else stay vLLM's.  Tested with vLLM 0.32.0; out-of-tree backends have no stable contract
-yet (vLLM RFC #57566), hence the exact pin.
+path, untouched), a virtual batch, or any sequences that a method makes (see tables.py).  The
+kernel, the cache and its layout, fp8 and everything else stay vLLM's.  Tested with vLLM 0.32.0;
+out-of-tree backends have no stable contract yet (vLLM RFC #57566), hence the exact pin.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,8 +25,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from ..methods.base import AttentionCall
 from .heads import HeadRanks
-from .state import KeySums, StepRows
-from .tables import SharedTensors, VirtualBatch, build_tables, to_virtual
+from .plan import StepPlan
+from .state import BlockSums, StepRows
+from .tables import Sequences, SharedTensors, VirtualBatch, build_tables, to_virtual
 from .tiles import TilePlan
 
 
@@ -93,10 +96,13 @@ class SparseImpl:
         **kwargs: Any,
     ) -> None:
         super().__init__(num_heads, head_size, scale, num_kv_heads, *args, **kwargs)
+        self._stock = self.stock_impl(num_heads, head_size, scale, num_kv_heads, *args, **kwargs)
         # The same kernel as a virtual sequence sees it: one KV head and its group of query heads.
         group = num_heads // num_kv_heads
         self._virtual = self.stock_impl(group, head_size, scale, 1, *args, **kwargs)
-        self._key_sums: KeySums | None = None
+        self._windowed: dict[tuple[bool, int], Any] = {}  # by (one KV head?, window)
+        self._key_sums: BlockSums | None = None
+        self._value_sums: BlockSums | None = None
 
     def do_kv_cache_update(
         self,
@@ -107,13 +113,19 @@ class SparseImpl:
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        plan = layer.adaspark.plan
-        if plan is None or plan.key_writes is None or plan.key_writes.empty:
+        runtime = layer.adaspark
+        plan = runtime.plan
+        if plan is None or plan.sum_writes is None or plan.sum_writes.empty:
             return
         if self._key_sums is None:
             blocks, kv_heads, block_size, _ = kv_cache.shape
-            self._key_sums = KeySums(blocks, kv_heads, self.head_size, block_size, key.device)
-        self._key_sums.write(key, plan.key_writes)
+            shape = (blocks, kv_heads, self.head_size, block_size, key.device)
+            self._key_sums = BlockSums(*shape)
+            if runtime.method.sums_values:
+                self._value_sums = BlockSums(*shape)
+        self._key_sums.write(key, plan.sum_writes)
+        if self._value_sums is not None:
+            self._value_sums.write(value, plan.sum_writes)
 
     def forward(
         self,
@@ -126,20 +138,69 @@ class SparseImpl:
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the stock ``forward``; shapes ``[tokens, heads, head_size]``."""
+        """As the stock ``forward``; shapes ``[tokens, heads, head_size]``.
+
+        ``hidden [tokens, hidden]`` is the layer's normed input, for a method that wants it.
+        """
         step = layer.adaspark.plan if attn_metadata is not None else None
-        index = layer.adaspark_layer
-        if step is None or not step.attends(index):
+        if step is None or not step.attends(layer.adaspark_layer):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
         assert output_scale is None and output_block_scale is None, "no fused output quantization"
-        plan = step.attention
-        query, output_here = query[: plan.num_tokens], output[: plan.num_tokens]
-        # With an fp8 cache some kernels take queries that were divided by the layer's q scale.
-        scale = self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
+        runtime, index = layer.adaspark, layer.adaspark_layer
+        tokens = int(runtime.rows.query_start[-1])
+        query, output_here = query[:tokens], output[:tokens]
+        choose, run = self._by_tiles(layer, step, query, kv_cache, attn_metadata, output_here)
+
+        def run_sequences(
+            query: torch.Tensor,
+            sequences: Sequences,
+            output: torch.Tensor,
+            *,
+            one_kv_head: bool = False,
+            window: int | None = None,
+        ) -> None:
+            cache = virtual_cache(kv_cache) if one_kv_head else kv_cache
+            self._run_sequences(
+                layer, query, cache, attn_metadata, sequences, output, one_kv_head, window
+            )
+
+        call = AttentionCall(
+            layer=index,
+            query=query,
+            key=None if key is None else key[:tokens],
+            value=None if value is None else value[:tokens],
+            hidden=None if hidden is None else hidden[:tokens],
+            output=output_here,
+            kv_heads=kv_cache.shape[1],
+            # With an fp8 cache some kernels take queries divided by the layer's q scale.
+            scale=self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0),
+            key_sums=self._key_sums,
+            value_sums=self._value_sums,
+            modules=getattr(layer, "adaspark_modules", None) or {},
+            head_ranks=runtime.head_ranks,
+            choose=choose,
+            run=run,
+            run_sequences=run_sequences,
+        )
+        runtime.method.attend(step, call)
+        return output
+
+    def _by_tiles(
+        self,
+        layer: torch.nn.Module,
+        step: StepPlan,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> tuple[Callable[[torch.Tensor], VirtualBatch], Callable[[VirtualBatch], None]]:
+        """``choose`` and ``run`` of a call, for a plan that is made of tiles."""
+        plan, index = step.attention, layer.adaspark_layer
 
         def choose(chosen: torch.Tensor) -> VirtualBatch:
             batch = build_tables(chosen, plan, kv_cache.shape[2])
@@ -149,14 +210,9 @@ class SparseImpl:
             return batch
 
         def run(batch: VirtualBatch) -> None:
-            self._attend(layer, query, kv_cache, attn_metadata, batch, plan, output_here)
+            self._attend(layer, query, kv_cache, metadata, batch, plan, output)
 
-        runtime, kv_heads = layer.adaspark, kv_cache.shape[1]
-        call = AttentionCall(
-            index, query, kv_heads, scale, self._key_sums, runtime.head_ranks, choose, run
-        )
-        runtime.method.attend(step, call)
-        return output
+        return choose, run
 
     def _attend(
         self,
@@ -173,31 +229,79 @@ class SparseImpl:
         if plan.shared is None:  # made by the first layer of a step, used by all
             plan.shared = SharedTensors.make(plan, query, output, kv_heads)
         shared = plan.shared
-        self._virtual.forward(
+        sequences = Sequences(
+            query_start=shared.query_start,
+            seq_lens=batch.seq_lens,
+            block_table=batch.block_table,
+            queries=plan.num_tokens * kv_heads,
+            max_query_len=plan.max_query_len,
+            max_seq_len=plan.max_seq_len,
+        )
+        self._run_sequences(
             layer,
             to_virtual(query, shared.query).flatten(0, 1),
-            None,
-            None,
             virtual_cache(kv_cache),
-            self._virtual_metadata(metadata, batch, plan, shared.query_start),
+            metadata,
+            sequences,
             shared.output.flatten(0, 1),
+            one_kv_head=True,
         )
         output.unflatten(1, (kv_heads, -1)).copy_(shared.output.transpose(0, 1))
 
-    def _virtual_metadata(
-        self, metadata: Any, batch: VirtualBatch, plan: TilePlan, query_start: torch.Tensor
+    def _run_sequences(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        sequences: Sequences,
+        output: torch.Tensor,
+        one_kv_head: bool,
+        window: int | None = None,
+    ) -> None:
+        """Run the stock kernel on ``query [queries, heads, d]``; ``kv_cache`` has its KV heads."""
+        impl = self._virtual if one_kv_head else self._stock
+        if window is not None:
+            impl = self._with_window(impl, one_kv_head, window)
+        metadata = self._metadata_of(layer, metadata, sequences, impl, query)
+        impl.forward(layer, query, None, None, kv_cache, metadata, output)
+
+    def _metadata_of(
+        self,
+        layer: torch.nn.Module,
+        metadata: Any,
+        sequences: Sequences,
+        impl: Any,
+        query: torch.Tensor,
     ) -> Any:
-        """The stock metadata with the virtual batch in place of the requests."""
+        """The stock metadata with ``sequences`` in place of the requests, for ``impl``."""
         return replace(
             metadata,
-            num_actual_tokens=plan.num_tokens * batch.kept_blocks.shape[0],
-            max_query_len=plan.max_query_len,
-            max_seq_len=plan.max_seq_len,
-            query_start_loc=query_start,
-            seq_lens=batch.seq_lens,
-            block_table=batch.block_table,
+            num_actual_tokens=sequences.queries,
+            max_query_len=sequences.max_query_len,
+            max_seq_len=sequences.max_seq_len,
+            query_start_loc=sequences.query_start,
+            seq_lens=sequences.seq_lens,
+            block_table=sequences.block_table,
             scheduler_metadata=None,
         )
+
+    def _with_window(self, impl: Any, one_kv_head: bool, window: int) -> Any:
+        """``impl`` with a causal sliding window of so many keys, a query's own among them.
+
+        A stock impl takes its window when it is made, and reads nothing but ``sliding_window`` of
+        it later; a copy with another window saves making one while a step runs.
+        """
+        key = (one_kv_head, window)
+        if key not in self._windowed:
+            self._windowed[key] = made = copy(impl)
+            made.sliding_window = self._window_value(window)
+        return self._windowed[key]
+
+    @staticmethod
+    def _window_value(window: int) -> Any:
+        """``sliding_window`` as the stock impl keeps it: keys to the left and right of a query."""
+        return (window - 1, 0)
 
 
 def head_ranks(kv_heads: int) -> HeadRanks | None:

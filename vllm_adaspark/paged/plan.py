@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..accounts.timing import Stopwatch
-from .state import KeyWrites
+from .state import SumWrites
 from .tiles import TilePlan
 
 # A text token costs a kernel as much as a decode token.  Past so many of them in one request's
@@ -22,21 +22,43 @@ FALLBACKS = ("cut_cube", "mixed_block", "long_text")
 
 
 @dataclass
+class Told:
+    """What a step cost, as its plan says it; see :meth:`StepPlan.tell`.
+
+    Attributes:
+        flops: by part, ``[layers, rows]``: the FLOPs that were executed, over all heads of the
+            model.  Parts that stock vLLM has, too, are called ``qkvo``, ``attention`` and ``ffn``,
+            as in ``flops.dense``; a method's own parts may have any name.
+        choices: ``[rows]`` how many choices were made that could leave something out.
+        attended: ``[layers, rows]`` how many of the (query token, preceding cube) pairs of
+            ``StepPlan.cubes_seen`` were attended.
+        sums: by name, ``[layers, rows]``: sums over the row's video tokens of what reports shall
+            show the mean of, under ``means``.
+    """
+
+    flops: dict[str, np.ndarray]
+    choices: np.ndarray
+    attended: np.ndarray
+    sums: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
 class StepPlan:
     """Everything the layers share in one step, and the counts they leave behind.
 
     Attributes:
-        attention: the tiles, if the method leaves cubes out in this step.
+        attention: the tiles, if the method leaves cubes out in this step; a method whose attention
+            is not made of tiles has a plan of its own here, with a ``first_layer``.
         ffn: the method's own plan for the FFN, if it skips tokens in this step.  Accounts and
             traces read ``tokens [cubes, block_size]``, ``row [cubes]`` and ``extra [cubes]`` of it:
             which tokens are a cube's, whose it is, and how many FFN evaluations are made for the
             tokens that skip.
-        key_writes: which keys are summed in this step; None for none.
+        sum_writes: which keys are summed in this step; None for none.
     """
 
-    attention: TilePlan | None
+    attention: TilePlan | Any
     ffn: Any
-    key_writes: KeyWrites | None
+    sum_writes: SumWrites | None
     video_tokens: np.ndarray  # [rows] video tokens in this step
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
     block_size: int
@@ -50,3 +72,17 @@ class StepPlan:
     def attends(self, layer: int) -> bool:
         """Whether the method, not the stock path, runs this layer's attention."""
         return self.attention is not None and layer >= self.attention.first_layer
+
+    def tell(self, shape: Any, layers: range) -> Told | None:
+        """What this step cost, once the layers have run; for the accounts.
+
+        None lets the accounts count tiles, and the cubes of ``ffn``.  A method whose layers do
+        something else derives its plan from this class and says here what each layer executed for
+        each row, projections and FFN included.  It is called on the copy that accounts/ledger.py
+        makes (``keep_counts``), in which ``attention`` and ``ffn`` have only what is on the host.
+
+        Args:
+            shape: the sizes of a layer (accounts/account.py: ModelShape).
+            layers: this rank's layers, the first dimension of what is told.
+        """
+        return None

@@ -1,4 +1,4 @@
-"""The step's rows, and the sums of keys that are kept for each physical KV block.
+"""The step's rows, and the sums of keys (and values) that are kept for each physical KV block.
 
 Sums are keyed by physical block and written when a block's tokens are written.  Prefix caching,
 chunked prefill and preemption then need nothing more: a cached block keeps its sums, a block filled
@@ -51,8 +51,8 @@ class StepRows:
         return np.arange(len(self.token_row)) + first[self.token_row]
 
 
-class KeySums:
-    """Per layer: the sum of each block's keys, in fp32, of which a cube's mean key is made.
+class BlockSums:
+    """One layer's sum of each block's keys, in fp32, of which mean keys are made; or of its values.
 
     Sums come from the keys as they are written, not from the cache, whose layout belongs to the
     kernel and may be packed or fp8.  Only blocks that may become cubes are kept up to date.
@@ -66,17 +66,17 @@ class KeySums:
 
     @staticmethod
     def bytes_per_block(kv_heads: int, head_size: int) -> int:
-        """Memory that a KV block needs beside the cache, in one layer."""
+        """Memory that one kind of sums takes for a KV block beside the cache, in one layer."""
         return kv_heads * head_size * torch.float32.itemsize
 
-    def write(self, key: torch.Tensor, writes: KeyWrites) -> None:
-        """Add this step's keys ``[tokens, kv_heads, head_size]``."""
+    def write(self, vectors: torch.Tensor, writes: SumWrites) -> None:
+        """Add this step's keys (or values) ``[tokens, kv_heads, head_size]``."""
         if writes.whole_blocks is not None:
-            cubes = key[writes.whole_tokens].unflatten(0, (-1, self.block_size))
+            cubes = vectors[writes.whole_tokens].unflatten(0, (-1, self.block_size))
             self._sums[writes.whole_blocks] = cubes.sum(dim=1, dtype=torch.float32)
         if writes.part_blocks is not None:
             self._sums[writes.fresh_blocks] = 0
-            self._sums.index_add_(0, writes.part_blocks, key[writes.part_tokens].float())
+            self._sums.index_add_(0, writes.part_blocks, vectors[writes.part_tokens].float())
 
     @property
     def sums(self) -> torch.Tensor:
@@ -89,8 +89,8 @@ class KeySums:
 
 
 @dataclass(frozen=True)
-class KeyWrites:
-    """Which tokens of the step feed which key sums; index tensors on the device.
+class SumWrites:
+    """Which tokens of the step feed which block sums; index tensors on the device.
 
     Blocks written whole in this step are summed at once; video blocks that a chunk edge cuts
     accumulate over the steps that write them.

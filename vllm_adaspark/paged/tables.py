@@ -8,12 +8,38 @@ Virtual sequences are ordered head by head, so queries need one transposition an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..kernels import use_triton
 from .tiles import TilePlan
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences for a paged attention kernel; their queries lie one after the other.
+
+    The last query of a sequence sees all of its keys, each one before it sees one key less.
+
+    Attributes:
+        query_start: ``[n + 1]`` int32 first query of each sequence.
+        seq_lens: ``[n]`` int32 keys of each.
+        block_table: ``[n, blocks]`` int32; columns past a sequence's keys are never read.
+        queries: of all sequences.
+        max_query_len: the most queries that a sequence has.
+        max_seq_len: the most keys, or more.
+        schedules: what the CPU adapter made of these lengths before, so that the layers of a step
+            need not do it again.
+    """
+
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    queries: int
+    max_query_len: int
+    max_seq_len: int
+    schedules: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

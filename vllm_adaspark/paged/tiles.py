@@ -23,7 +23,7 @@ import torch
 
 from ..requests import Request
 from .scratch import Scratch
-from .state import StepRows
+from .state import StepRows, SumWrites
 
 DENSE, VIDEO, TEXT = range(3)
 
@@ -208,3 +208,35 @@ def cut_tiles(
     tail_gap = (block + 1) * size - tokens.position[last] - 1
     asked = np.select([kind == VIDEO, kind == TEXT], [asked[row], np.minimum(asked[row], 1)], 0)
     return Tiles(row, start, length, block, kind, asked, tail_gap, candidates)
+
+
+def sum_writes(
+    tokens: Tokens, wanted: np.ndarray, table: np.ndarray, size: int, device: torch.device
+) -> SumWrites:
+    """Which of the step's tokens are summed: those of cubes.
+
+    Args:
+        tokens: of the step.
+        wanted: ``[rows]`` bool, rows in which a query may have to choose by sums.
+        table: ``[rows, blocks]`` physical blocks.
+        size: tokens in a KV block.
+        device: where the layers run.
+    """
+
+    def to(array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array)).to(device, torch.int64)
+
+    whole_tokens = whole_blocks = part_tokens = part_blocks = fresh = None
+    first = tokens.whole_cubes
+    first = first[wanted[tokens.row[first]]]
+    if len(first):
+        whole_tokens = slice(int(first[0]), int(first[-1]) + size)
+        if (np.diff(first) != size).any():
+            whole_tokens = to((first[:, None] + np.arange(size)).reshape(-1))
+        whole_blocks = to(table[tokens.row[first], tokens.block[first]])
+    part = np.flatnonzero(tokens.cut & wanted[tokens.row])
+    if len(part):
+        block = table[tokens.row[part], tokens.block[part]]
+        part_tokens, part_blocks = to(part), to(block)
+        fresh = to(block[tokens.position[part] % size == 0])
+    return SumWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)

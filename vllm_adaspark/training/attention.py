@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..methods.adaspark.plan import AttentionPlan
 from ..methods.adaspark.score import choose_cubes
-from ..paged.state import KeySums
+from ..paged.state import BlockSums
 from .packing import Step
 
 NAME = "adaspark"  # as attn_implementation
@@ -122,8 +122,8 @@ def _choose(q: torch.Tensor, k: torch.Tensor, step: Step, layer: int, scale: flo
     """``[sparse, kv_heads, blocks]`` bool: the cubes each tile keeps.  No gradient."""
     size = step.plan.block_size
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        sums = KeySums(step.num_blocks, k.shape[1], k.shape[2], size, k.device)
-        sums.write(k, step.plan.key_writes)
+        sums = BlockSums(step.num_blocks, k.shape[1], k.shape[2], size, k.device)
+        sums.write(k, step.plan.sum_writes)
         by_head = q.unflatten(1, (k.shape[1], -1)).transpose(0, 1)
         return choose_cubes(by_head, sums, step.plan.attention, scale, layer)
 

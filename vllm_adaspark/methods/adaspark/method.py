@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...accounts.account import ModelShape
 from ...paged.plan import StepPlan
 from ...paged.state import StepRows
+from ...requests import Prompt
 from ...settings import SERVER_KEY, SettingsError
-from ..base import AttentionCall, FFNCall
+from ..base import AttentionCall, FFNCall, Method
 from .budget import PromptCost, prompt_cost
 from .ffn import active_tokens, sparse_ffn
 from .planner import build_plan
@@ -22,40 +22,42 @@ from .score import choose_cubes
 from .settings import AdaSparkConfig
 
 
-class AdaSpark:
+class AdaSpark(Method):
     """Cube-selective attention and a token-selective FFN (arXiv 2604.08077)."""
 
     settings_class = AdaSparkConfig
 
     def __init__(self, settings: AdaSparkConfig, text_config: Any, device_type: str) -> None:
-        self.settings = settings
+        super().__init__(settings, text_config, device_type)
         self._shape = ModelShape.of(text_config, device_type)
         self._layers = text_config.num_hidden_layers
 
-    def refuse(self, settings: AdaSparkConfig, named: Any, is_video: np.ndarray) -> None:
+    def refuse(self, settings: AdaSparkConfig, named: Any, prompt: Prompt) -> None:
         """Refuse a budget that the request itself names and that its prompt cannot keep."""
-        if settings.flops is None or not settings.enabled or not is_video.any():
+        if settings.flops is None or not settings.enabled or not prompt.of(self.media).any():
             return
         if not isinstance(named, Mapping) or named.get("flops") is None:
             return
-        least = self._cost(settings, is_video).least
+        least = self._cost(settings, prompt).least
         if settings.flops < least:
             raise SettingsError(
                 f"mm_processor_kwargs.{SERVER_KEY}: flops={settings.flops} cannot be met: of this "
-                f"request's {len(is_video)} tokens, what always runs (projections, text, "
+                f"request's {prompt.tokens} tokens, what always runs (projections, text, "
                 f"min_cubes={settings.min_cubes}) takes more; the smallest budget that can is "
                 f"{math.ceil(least * 100) / 100}"
             )
 
-    def describe(self, settings: AdaSparkConfig, is_video: np.ndarray) -> AdaSparkRequest:
+    def describe(self, settings: AdaSparkConfig, prompt: Prompt) -> AdaSparkRequest:
         """A request with video; with a budget, the share that its own prompt leaves."""
+        is_video = prompt.of(self.media)
         if settings.flops is None or not settings.enabled:
             return AdaSparkRequest(settings, is_video)
-        cost = self._cost(settings, is_video)
+        cost = self._cost(settings, prompt)
         return AdaSparkRequest(settings, is_video, cost.share(settings.flops), cost.least)
 
-    def _cost(self, settings: AdaSparkConfig, is_video: np.ndarray) -> PromptCost:
-        return prompt_cost(self._shape, self._layers, is_video, settings)
+    def _cost(self, settings: AdaSparkConfig, prompt: Prompt) -> PromptCost:
+        is_video = prompt.of(self.media)
+        return prompt_cost(self._shape, self._layers, is_video, settings, prompt.dropped)
 
     def told(self, request: AdaSparkRequest) -> dict[str, Any]:
         """Its settings under the names that users know.
@@ -102,11 +104,11 @@ class AdaSpark:
 
     def attend(self, plan: StepPlan, call: AttentionCall) -> None:
         """Score the cubes, choose, attend (score.py, choose.py)."""
-        assert call.sums is not None, "cubes to choose from, but no keys were written"
+        assert call.key_sums is not None, "cubes to choose from, but no keys were written"
         with plan.selection.running(call.query.device):
             by_head = call.query.unflatten(1, (call.kv_heads, -1)).transpose(0, 1)
             chosen = choose_cubes(
-                by_head, call.sums, plan.attention, call.scale, call.layer, call.head_ranks
+                by_head, call.key_sums, plan.attention, call.scale, call.layer, call.head_ranks
             )
             tables = call.choose(chosen)
         call.run(tables)

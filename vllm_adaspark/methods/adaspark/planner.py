@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...paged.plan import FALLBACKS, MAX_TEXT_TILES, StepPlan
-from ...paged.state import KeyWrites, StepRows
+from ...paged.state import StepRows
 from ...paged.tiles import (
     DENSE,
     TEXT,
@@ -21,6 +21,7 @@ from ...paged.tiles import (
     Tokens,
     cubes_of,
     cut_tiles,
+    sum_writes,
     tile_fields,
 )
 from ...video.order import spread_tokens
@@ -72,7 +73,7 @@ def build_plan(
             rows, tokens, tiles, table, row_cubes, settings, may_choose, asking, size, device
         ),
         ffn=_ffn_plan(tokens, settings, size, device),
-        key_writes=_key_writes(tokens, settings, table, size, device),
+        sum_writes=sum_writes(tokens, settings.attention_share < 1, table, size, device),
         video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=number),
         cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=number),
         block_size=size,
@@ -280,28 +281,3 @@ def _ffn_budget(
         left = len(cubes) * max(share * size, 1) - cut_tokens[r] * (1 - share)
         groups.append(BudgetGroups.of(cubes[None], np.array([max(left, len(cubes))]), device))
     return tuple(groups)
-
-
-def _key_writes(
-    tokens: Tokens, settings: RowSettings, table: np.ndarray, size: int, device: torch.device
-) -> KeyWrites:
-    """Only keys that a query may have to choose by are summed."""
-
-    def to(array: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array)).to(device, torch.int64)
-
-    whole_tokens = whole_blocks = part_tokens = part_blocks = fresh = None
-    chosen_from = settings.attention_share[tokens.row] < 1
-    first = tokens.whole_cubes
-    first = first[chosen_from[first]]
-    if len(first):
-        whole_tokens = slice(int(first[0]), int(first[-1]) + size)
-        if (np.diff(first) != size).any():
-            whole_tokens = to((first[:, None] + np.arange(size)).reshape(-1))
-        whole_blocks = to(table[tokens.row[first], tokens.block[first]])
-    part = np.flatnonzero(tokens.cut & chosen_from)
-    if len(part):
-        block = table[tokens.row[part], tokens.block[part]]
-        part_tokens, part_blocks = to(part), to(block)
-        fresh = to(block[tokens.position[part] % size == 0])
-    return KeyWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)

@@ -24,7 +24,7 @@ import torch
 from ...kernels import scores_heads_of, use_triton
 from ...paged.heads import HeadRanks
 from ...paged.scratch import Scratch
-from ...paged.state import KeySums
+from ...paged.state import BlockSums
 from ...paged.tiles import VIDEO
 from . import choose as selection
 from .plan import AttentionPlan, ScoreJob
@@ -36,7 +36,7 @@ SLAB_LOGITS = 1 << 21
 
 def choose_cubes(
     query: torch.Tensor,
-    key_sums: KeySums,
+    key_sums: BlockSums,
     plan: AttentionPlan,
     scale: float,
     layer: int,
@@ -177,7 +177,7 @@ def _queries(query: torch.Tensor, tokens: torch.Tensor, scratch: Scratch) -> tor
 def _score_fused(
     probs: torch.Tensor,
     query: torch.Tensor,
-    key_sums: KeySums,
+    key_sums: BlockSums,
     plan: AttentionPlan,
     job: ScoreJob,
     scale: float,

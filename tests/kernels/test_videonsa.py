@@ -1,0 +1,195 @@
+"""VideoNSA over pages, on vLLM's CPU kernel, against its slow twin on random batches.
+
+Selected blocks must be exactly equal and outputs equal to rounding.  Where two blocks are so nearly
+equally important that fp32 cannot tell (the twin's ``margin``), either is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from harness import PagedLayer, sizes
+
+from kernels.scenes import gather, known_of, random_request, relative_rms, rows_of
+from vllm_adaspark.methods.videonsa import gates, reference
+from vllm_adaspark.methods.videonsa.method import VideoNSA
+from vllm_adaspark.methods.videonsa.request import VideoNSARequest
+from vllm_adaspark.methods.videonsa.settings import BLOCK, VideoNSASettings
+
+CASES = 220
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+TIE = 2e-6
+HIDDEN = 24
+SAMPLED = 24  # tokens of a request's chunk that the twin looks at
+
+
+class Projection(torch.nn.Linear):
+    """As vLLM's linear layers, which also hand out a bias that was left to the caller."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+@dataclass
+class Scene:
+    """Requests that share a layer."""
+
+    layer: PagedLayer
+    modules: dict[str, Projection]
+    requests: list
+
+    def step(self, step: list) -> torch.Tensor:
+        """Run a step: ``[(request, tokens)]``."""
+        tensors = [gather(step, name) for name in ("q", "k", "v", "hidden")]
+        return self.layer.step(rows_of(step), known_of(step), *tensors)
+
+    def gates(self, request) -> torch.Tensor:
+        return gates.gates_of(request.hidden, self.modules)
+
+
+def scene(rng: np.random.Generator, configs: list, layouts: list, **shape) -> Scene:
+    torch.manual_seed(int(rng.integers(1 << 31)))
+    heads, kv_heads, head_size = (shape[name] for name in ("heads", "kv_heads", "head_size"))
+    dtype = shape["dtype"]
+    modules = {
+        "g_proj_1": Projection(HIDDEN, HIDDEN, dtype=dtype),
+        "g_proj_2": Projection(HIDDEN, 3 * heads, dtype=dtype),
+    }
+    for module in modules.values():
+        module.requires_grad_(False)
+    settings = VideoNSASettings()
+    method = VideoNSA(settings, sizes(heads, kv_heads, head_size), "cpu")
+    layer = PagedLayer(settings, num_blocks=120, method=method, modules=modules, **shape)
+    layer.kv_cache.normal_()  # what a block held before must not matter
+    pool = list(range(1, 120))
+    requests = []
+    for config, layout in zip(configs, layouts, strict=True):
+        sharpness = float(rng.choice([0.5, 1.0, 3.0]))
+        request = random_request(rng, config, layout, **shape, pool=pool, sharpness=sharpness)
+        request.hidden = torch.randn(len(request.is_video), HIDDEN).to(dtype)
+        request.kind = VideoNSARequest
+        requests.append(request)
+    return Scene(layer, modules, requests)
+
+
+def random_layout(rng: np.random.Generator) -> list[tuple[str, int]]:
+    """Text, then one to three videos or images with text between."""
+    layout = [("text", int(rng.integers(1, 2 * BLOCK)))]
+    for _ in range(int(rng.integers(1, 4))):
+        layout.append(("video", int(rng.integers(1, 7 * BLOCK))))
+        layout.append(("text", int(rng.integers(1, BLOCK + 8))))
+    return layout
+
+
+def random_config(rng: np.random.Generator) -> VideoNSASettings:
+    return VideoNSASettings(
+        enabled=bool(rng.random() > 0.05),
+        block_counts=int(rng.choice([1, 2, 3, 4, 8, 32])),
+        window_size=int(rng.choice([1, 17, 64, 100, 256])),
+    )
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_pages_equal_twin(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    dtype = torch.float32 if seed % 4 else torch.bfloat16
+    kv_heads = int(rng.choice([1, 2]))
+    shape = dict(
+        heads=kv_heads * int(rng.choice([1, 2, 7])),
+        kv_heads=kv_heads,
+        head_size=int(rng.choice([32, 64])),
+        dtype=dtype,
+    )
+    number = int(rng.integers(1, 4))
+    layouts = [
+        random_layout(rng) if rng.random() > 0.15 else [("text", 150)] for _ in range(number)
+    ]
+    made = scene(rng, [random_config(rng) for _ in range(number)], layouts, **shape)
+    chunk = int(rng.choice([63, 64, 100, 333, 10_000]))
+    while step := next_step(rng, made.requests, chunk):
+        output = made.step(step)
+        check_step(rng, made, step, output, TOLERANCE[dtype])
+        for request, count in step:
+            request.done += count
+
+
+def next_step(rng: np.random.Generator, requests: list, chunk: int) -> list:
+    """Some requests, each with its next chunk; towards its end a request decodes token by token."""
+    step = []
+    for request in requests:
+        left = len(request.is_video) - request.done
+        if not left or (step and rng.random() < 0.3):
+            continue
+        prefill = left - min(2, request.layout[-1][1] - 1)
+        step.append((request, min(chunk, prefill) if prefill > 0 else 1))
+    rng.shuffle(step)
+    return step
+
+
+def check_step(rng, made: Scene, step: list, output: torch.Tensor, tolerance: float) -> None:
+    assert output.isfinite().all(), "every token is written"
+    selected = selected_by_token(made, step)
+    first = 0
+    for row, (request, count) in enumerate(step):
+        start, end = request.done, request.done + count
+        edges = np.flatnonzero(np.diff(request.is_video[start:end].numpy())) + start
+        some = rng.integers(start, end, min(SAMPLED, count))
+        tokens = np.unique(np.concatenate([[start, end - 1], edges, edges + 1, some]))
+        want = twin(made, request, tokens.tolist())
+        got = output[first - start + tokens]
+        for t, of_token, of_twin in zip(tokens.tolist(), got, want.output[tokens], strict=True):
+            tied = False
+            for kv_head in range(made.layer.kv_heads):
+                mine = selected.get((row, t, kv_head))
+                theirs = want.selected.get((t, kv_head))
+                assert (mine is None) == (theirs is None), "only vision tokens select"
+                if mine is not None and mine != theirs.cubes:
+                    assert theirs.margin < TIE, f"token {t}: {mine} instead of {theirs}"
+                    tied = True
+            if not tied:
+                assert relative_rms(of_token, of_twin) < 5 * tolerance, f"token {t}"
+        ties = any(s.margin < TIE for s in want.selected.values())
+        if not ties:
+            assert relative_rms(got, want.output[tokens]) < tolerance
+        first += count
+
+
+def twin(made: Scene, request, tokens) -> reference.Result:
+    """The twin's, with the request's own settings; off is a request all of text."""
+    config = request.config
+    on = torch.full_like(request.is_video, config.enabled)
+    return reference.attention(
+        request.q,
+        request.k,
+        request.v,
+        made.gates(request),
+        request.is_video & on,
+        block_counts=config.block_counts,
+        window_size=config.window_size,
+        scale=made.layer.head_size**-0.5,
+        tokens=tokens,
+    )
+
+
+def selected_by_token(made: Scene, step: list) -> dict[tuple[int, int, int], list[int]]:
+    """(row, token, KV head) -> logical cubes, own block left out, as the last step's table says."""
+    plan, kv_heads = made.layer.runtime.plan, made.layer.kv_heads
+    if plan is None:
+        return {}
+    branches = plan.attention
+    rows = made.layer.runtime.rows
+    vision = np.arange(len(rows.token_row))[branches.vision]
+    table = branches.shared.block_table.view(kv_heads, branches.number, -1)
+    found = {}
+    for nth, token in enumerate(vision.tolist()):
+        row, places = int(rows.token_row[token]), int(branches.places[nth])
+        logical = {int(b): i for i, b in enumerate(step[row][0].blocks)}
+        for kv_head in range(kv_heads):
+            chosen = table[kv_head, nth, :places].tolist()
+            assert all(block % kv_heads == kv_head for block in chosen)
+            key = row, int(rows.token_position[token]), kv_head
+            found[key] = sorted(logical[block // kv_heads] for block in chosen)
+    return found

@@ -1,0 +1,73 @@
+"""VideoNSA's own settings: how many blocks a token selects, how far its window reaches, which mode.
+
+A checkpoint says ``block_counts`` and ``window_size`` in its text config, as the released one does
+(``vision_config.window_size`` is the vision tower's and has nothing to do with it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...settings import Settings, SettingsError, setting
+
+BLOCK = 64  # tokens in a block, fixed in the weights' training
+MODES = ("paper", "faithful")
+OF_TEXT_CONFIG = ("block_counts", "window_size")
+
+
+@dataclass(frozen=True)
+class VideoNSASettings(Settings):
+    """VideoNSA's settings.
+
+    Blocks are 64 tokens in a row, and a video's tokens stay in raster order, so ``cube`` and
+    ``order`` are as they are.  ``"off"`` attends densely with the same weights, which is a model
+    nobody trained (the paper has it as a contender).
+
+    Raises:
+        SettingsError: a value has the wrong type or is out of range.
+    """
+
+    cube: tuple[int, int, int] = setting(
+        (4, 4, 4), "a block's 64 tokens; fixed", request=False, checkpoint=False
+    )
+    order: str = setting(
+        "raster",
+        "order of a video's tokens in the prompt; fixed",
+        request=False,
+        checkpoint=False,
+        choices=("raster",),
+    )
+    mode: str = setting(
+        "paper",
+        "the paper's rules, or what the released code computes",
+        request=False,
+        choices=MODES,
+    )
+    block_counts: int = setting(
+        32, "blocks a vision token selects, its own among them", low=1, high=4096
+    )
+    window_size: int = setting(
+        256, "tokens that a vision token's window holds, its own among them", low=1, high=1 << 20
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cube != (4, 4, 4):
+            raise SettingsError(
+                f"cube={list(self.cube)}: VideoNSA's blocks are {BLOCK} tokens in a row, whatever "
+                "a video's shape; leave cube out"
+            )
+
+    @classmethod
+    def of_checkpoint(cls, hf_config: Any) -> Mapping[str, Any] | None:
+        """What the checkpoint's text config says, and over it its ``adaspark_config``."""
+        text = hf_config.get_text_config()
+        said = {
+            key: getattr(text, key)
+            for key in OF_TEXT_CONFIG
+            if getattr(text, key, None) is not None
+        }
+        own = super().of_checkpoint(hf_config)
+        return own if isinstance(own, str) else said | dict(own or {})
