@@ -101,8 +101,17 @@ def architecture_of(checkpoint) -> str:
 
 
 @contextmanager
-def engine(checkpoint, config: dict | None, method: str = "adaspark", **options):
+def engine(
+    checkpoint,
+    config: dict | None,
+    method: str | None = "adaspark",
+    architecture: str | None = "",
+    **options,
+):
     """A running engine; ``config`` None is the stock model, else the method's server settings.
+
+    ``method`` and ``architecture`` None leave the checkpoint to say which; an architecture that is
+    not named is our name for its model.
 
     It runs in this process, which starts in two seconds, unless it has several ranks.
     """
@@ -123,10 +132,11 @@ def engine(checkpoint, config: dict | None, method: str = "adaspark", **options)
     if config is None:
         options.setdefault("block_size", 64)
     else:
-        options |= {
-            "hf_overrides": {"architectures": [architecture_of(checkpoint)]},
-            "additional_config": {"method": method, "adaspark": config},
-        }
+        named = {} if method is None else {"method": method}
+        options["additional_config"] = named | {"adaspark": config}
+        if architecture is not None:
+            name = architecture or architecture_of(checkpoint)
+            options["hf_overrides"] = {"architectures": [name]}
     llm = LLM(str(checkpoint), **options)
     try:
         yield llm

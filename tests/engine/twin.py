@@ -127,8 +127,7 @@ class TwinModel:
         return set(ranked[:stay])
 
     def _forward(self, x, positions, is_video, caches) -> torch.Tensor:
-        start, end = len(is_video) - len(x), len(is_video)
-        block = self.config.cube_volume
+        start = len(is_video) - len(x)
         cos, sin = self._rope(x[None], positions)
         self.tiles = []
         for index, layer in enumerate(self.text.layers):
@@ -144,25 +143,34 @@ class TwinModel:
                 k, v = torch.cat([past_k, k]), torch.cat([past_v, v])
             caches[index] = (k, v)
             q = torch.cat([q.new_zeros(start, *q.shape[1:]), q])
-            attended, tiles = tile_attention(
-                q, k, v, is_video, block, (start, end), self.config, layer=index
-            )
-            self.tiles.append(tiles)
+            attended = self._attend(q, k, v, normed, is_video, start, index)
             x = x + attention.o_proj(attended.flatten(1))
             normed = layer.post_attention_layernorm(x)
-            pad = x.new_zeros(start, x.shape[1])
-            branch, _ = tile_ffn(
-                torch.cat([pad, x]),
-                torch.cat([pad, normed]),
-                layer.mlp,
-                is_video,
-                block,
-                (start, end),
-                self.config,
-                layer=index,
-            )
-            x = x + branch
+            x = x + self._ffn(x, normed, is_video, start, index)
         return self.text.norm(x)
+
+    def _attend(self, q, k, v, normed, is_video, start: int, index: int) -> torch.Tensor:
+        """Attention of the tokens from ``start`` on, ``[n, heads, d]``; q, k, v are of all."""
+        step = (start, len(is_video))
+        block = self.config.cube_volume
+        attended, tiles = tile_attention(q, k, v, is_video, block, step, self.config, layer=index)
+        self.tiles.append(tiles)
+        return attended
+
+    def _ffn(self, x, normed, is_video, start: int, index: int) -> torch.Tensor:
+        """The FFN's output of the tokens from ``start`` on, ``[n, hidden]``."""
+        pad = x.new_zeros(start, x.shape[1])
+        branch, _ = tile_ffn(
+            torch.cat([pad, x]),
+            torch.cat([pad, normed]),
+            self.text.layers[index].mlp,
+            is_video,
+            self.config.cube_volume,
+            (start, len(is_video)),
+            self.config,
+            layer=index,
+        )
+        return branch
 
     def _rope(self, x, positions):
         """cos and sin ``[1, n, d]`` of positions ``[3, n]``."""

@@ -87,11 +87,8 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
         ]
 
     def _check_prompt(self, processed: Any) -> None:
-        media = [
-            placed
-            for kind in processed["mm_placeholders"]
-            for placed in self._media(processed, kind)
-        ]
+        kinds = processed["mm_placeholders"]
+        media = [one for kind in kinds for one in self._media(processed, kind)]
         tokens = len(processed["prompt_token_ids"])
         limit = position_limit(self.info.get_hf_config().get_text_config())
         check_positions(tokens, media, self.info.ctx.model_config.max_model_len, limit)

@@ -1,0 +1,181 @@
+"""VideoNSA in the real engine, on a tiny checkpoint with random gates."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_videonsa
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from engine.engines import (
+    VIDEO,
+    Answer,
+    ask,
+    chat,
+    clip,
+    engine,
+    five_prompts,
+    last_reports,
+    video_prompt,
+)
+from engine.twin import TwinModel
+from vllm_adaspark.methods.videonsa import reference
+from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
+from vllm_adaspark.settings import SettingsError
+
+pytestmark = pytest.mark.engine
+CLOSE = 1e-3  # of log-probabilities in float32
+OURS = {"method": None, "architecture": None}  # the checkpoint says it all
+BRANCHES = ("cmp", "slc", "swa")
+
+
+@pytest.fixture(scope="module")
+def videonsa(tmp_path_factory):
+    """A checkpoint with weights called as they are in memory; see tests/tiny_videonsa.py."""
+    return tiny_videonsa.build(tmp_path_factory.mktemp("videonsa"), new_names=True)
+
+
+def prompts() -> dict[str, dict]:
+    """One of each kind; the long video first."""
+    return {"question": video_prompt(clip(60, seed=1), question="Which digit?"), **five_prompts()}
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint) -> dict[str, Answer]:
+    """Stock Qwen2.5-VL's answers with the same weights, gates aside; each prompt alone."""
+    with engine(checkpoint, None) as llm:
+        return {name: ask(llm, [prompt])[0] for name, prompt in prompts().items()}
+
+
+@pytest.fixture(scope="module")
+def alone(videonsa, stock) -> dict[str, Answer]:
+    """Each prompt alone and in one chunk; what else one engine has to show is shown here."""
+    with engine(videonsa, {}, **OURS) as llm:
+        answers = {name: ask(llm, [prompt])[0] for name, prompt in prompts().items()}
+        (report,) = last_reports(llm)
+        for name, answer in answers.items():
+            if name == "text only":
+                assert answer == stock[name], "the stock path, to the bit"
+            else:
+                assert answer.difference(stock[name]) > CLOSE, "images are vision tokens, too"
+        equals_twin(videonsa, llm)
+        account_tells_branches(llm)
+        mixed_batch_equals_alone(llm, answers)
+        prefix_hit_inside_a_video(llm)
+        settings_per_request(llm, stock)
+    assert report["mode"] == "sparse" and report["video_tokens"] > 0, "of the image"
+    return answers
+
+
+def test_one_engine_asked_many_things(alone) -> None:
+    """See ``alone``."""
+
+
+class VideoNSATwin(TwinModel):
+    """Hugging Face's modules, the slow twin's rules, gates as the checkpoint has them."""
+
+    def __init__(self, checkpoint, config: VideoNSASettings) -> None:
+        super().__init__(checkpoint, config)
+        self.weights = load_file(checkpoint / "model.safetensors")
+
+    def _attend(self, q, k, v, normed, is_video, start, index) -> torch.Tensor:
+        layer = f"model.language_model.layers.{index}.self_attn.g_proj"
+        for nth in (1, 2):
+            weight, bias = (self.weights[f"{layer}_{nth}.{what}"] for what in ("weight", "bias"))
+            normed = functional.linear(
+                functional.gelu(normed) if nth == 2 else normed, weight, bias
+            )
+        gates = torch.sigmoid(normed / 0.3).unflatten(-1, (-1, 3))
+        gates = torch.cat([gates.new_zeros(start, *gates.shape[1:]), gates])
+        result = reference.attention(
+            q, k, v, gates, is_video,
+            block_counts=self.config.block_counts, window_size=self.config.window_size,
+            scale=q.shape[-1] ** -0.5, tokens=range(start, len(q)),
+        )  # fmt: skip
+        return result.output[start:].float()
+
+    def _ffn(self, x, normed, is_video, start, index) -> torch.Tensor:
+        return self.text.layers[index].mlp(normed)
+
+
+def equals_twin(checkpoint, llm) -> None:
+    """The whole model against the naive one, prompt and decode, at the checkpoint's settings."""
+    video = clip(40, seed=7)
+    answer = ask(llm, [video_prompt(video, question="Which digit?")], max_tokens=4, logprobs=20)[0]
+    settings = VideoNSASettings(
+        block_counts=tiny_videonsa.BLOCK_COUNTS, window_size=tiny_videonsa.WINDOW_SIZE
+    )
+    twin = VideoNSATwin(checkpoint, settings)
+    expected = twin.logprobs(chat(VIDEO, "Which digit?"), video, list(answer.ids))
+    for step, (got, want) in enumerate(zip(answer.logprobs, expected, strict=True)):
+        named = torch.tensor(list(got))
+        difference = (want[named] - torch.tensor(list(got.values()))).abs().max()
+        assert difference < CLOSE, f"step {step}: {difference}"
+
+
+def account_tells_branches(llm) -> None:
+    """FLOPs by branch, mean gates by branch and layer, of a request with one video."""
+    video = clip(40, seed=8)
+    ask(llm, [video_prompt(video)], max_tokens=3)
+    (report,) = last_reports(llm)
+    executed, dense = report["flops"]["executed"], report["flops"]["dense"]
+    assert all(executed[branch] > 0 for branch in (*BRANCHES, "gates", "text"))
+    assert 0 < executed["attention"] < executed["text"], "decode steps take the stock path"
+    assert executed["qkvo"] == dense["qkvo"] and executed["ffn"] == dense["ffn"]
+    # A video token selects 2 of the cubes before it.
+    first, tokens = 4, report["video_tokens"]  # 4 tokens of the chat template come before
+    before = [(first + t) // 64 - 1 for t in range(tokens)]  # block 0 also holds text
+    before = [max(0, n) for n in before]
+    kept = sum(min(2, n) for n in before)
+    assert report["attention_density"] == pytest.approx(kept / sum(before))
+    pairs = sum(min(first + t + 1, tiny_videonsa.WINDOW_SIZE) for t in range(tokens))
+    layers, heads, head_size = 4, 8, 32
+    assert executed["swa"] == layers * 4 * heads * head_size * pairs
+    for part in (report, *report["layers"]):
+        assert all(0.05 < part["means"][f"gate_{branch}"] < 0.95 for branch in BRANCHES)
+    assert len({layer["means"]["gate_cmp"] for layer in report["layers"]}) == layers
+
+
+def mixed_batch_equals_alone(llm, answers: dict[str, Answer]) -> None:
+    together = ask(llm, list(prompts().values()))
+    for (name, want), got in zip(answers.items(), together, strict=True):
+        assert got.difference(want) < CLOSE, name
+
+
+def prefix_hit_inside_a_video(llm) -> None:
+    video = clip(40, seed=11)
+    cold = ask(llm, [video_prompt(video, question="What moves?")])[0]
+    hit = ask(llm, [video_prompt(video, question="What moves?")])[0]
+    assert cold.cached_tokens == 0 and hit.cached_tokens >= 64 * 8
+    assert hit.difference(cold) < CLOSE
+
+
+def settings_per_request(llm, stock) -> None:
+    """More blocks than there are and a window over all; off; what a request may not set."""
+    video = clip(60, seed=1)
+    few = ask(llm, [video_prompt(video, question="Which digit?")])[0]
+    many = ask(llm, [video_prompt(video, question="Which digit?", block_counts=99)])[0]
+    assert many.cached_tokens == 0 and many.difference(few) > CLOSE
+    (off,) = ask(llm, [prompts()["question"] | {"mm_processor_kwargs": {"adaspark": "off"}}])
+    assert off.difference(stock["question"]) < CLOSE
+    assert last_reports(llm)[0]["reason"] == "off"
+    for settings, message in (
+        ({"block_counts": 0}, r"block_counts=0: expected an integer from 1"),
+        ({"mode": "faithful"}, r"'mode' is a server setting"),
+        ({"order": "cube"}, r"'order' is a server setting"),
+        ({"p_attn": 0.5}, r"unknown key 'p_attn'.*block_counts"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            ask(llm, [video_prompt(video, **settings)])
+
+
+@pytest.mark.parametrize("chunk", [100, 256])
+def test_chunks(videonsa, alone, chunk) -> None:
+    """Odd chunks, and chunks of whole blocks: the same answers, with prefix hits between them."""
+    with engine(videonsa, {}, max_num_scheduled_tokens=chunk, **OURS) as llm:
+        for name, prompt in prompts().items():
+            assert ask(llm, [prompt])[0].difference(alone[name]) < CLOSE, name
+        together = ask(llm, list(prompts().values()))
+        for (name, want), got in zip(alone.items(), together, strict=True):
+            assert got.difference(want) < CLOSE, name
