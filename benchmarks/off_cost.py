@@ -2,9 +2,9 @@
 
     python benchmarks/off_cost.py
 
-Two requests, prefill and decoding: one about a video, with the worker's accounts switched off and as
-served (accounts kept, nothing traced); and one of text alone, after the engine has seen videos,
-with the books and the planning switched off and as served.  Printed are the fastest run, the
+Two requests, prefill and decoding: one about a video, with the worker's accounts switched off and
+as served (accounts kept, nothing traced); and one of text alone, after the engine has seen videos,
+with the accounts and the planning switched off and as served.  Printed are the fastest run, the
 median, and the median of the ratios of runs that followed each other.
 """
 

@@ -10,7 +10,9 @@ import shlex
 import pytest
 from deploy_tools import DEPLOY, ENTRYPOINT, ROOT, serve_arguments
 
+from vllm_adaspark.methods import built_in, settings_class
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.settings import Settings
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 TEXT = (ROOT / "docs" / "deployment.md").read_text()
@@ -50,12 +52,27 @@ def test_modules_that_pages_name_exist(page):
             assert name in there, name
 
 
-def test_the_table_of_settings_is_that_of_the_code():
+def settings_of(method: str) -> dict[str, dataclasses.Field | None]:
+    """The keys and words (None) of a method alone; of all of them for "every method"."""
+    cls = Settings if method == "every method" else settings_class(method)
+    known = {spec.name: spec for spec in dataclasses.fields(cls)} | dict.fromkeys(cls.words)
+    return known if cls is Settings else {k: v for k, v in known.items() if k not in COMMON}
+
+
+COMMON = settings_of("every method")
+
+
+@pytest.mark.parametrize("method", ["every method", *built_in()])
+def test_the_tables_of_settings_are_those_of_the_code(method):
     text = (ROOT / "docs" / "settings.md").read_text()
-    rows = dict(re.findall(r"(?m)^\| `(\w+)`([^|]*\| [^|]*)", text))
-    known = {spec.name: spec for spec in dataclasses.fields(AdaSparkConfig)}
-    assert rows.keys() == known.keys() | AdaSparkConfig.words.keys()
+    _, _, section = text.partition(f"\n## Keys of {method}\n")
+    table = section.partition("\n## ")[0]
+    rows = dict(re.findall(r"(?m)^\| `(\w+)`([^|]*\| [^|]*)", table))
+    known = settings_of(method)
+    assert rows.keys() == known.keys(), f"docs/settings.md, ## Keys of {method}"
     for name, spec in known.items():
+        if spec is None:
+            continue
         who, _, default = rows[name].partition("|")
         default = default.strip().strip("`")
         assert default == ("none" if spec.default is None else plain(spec.default)), name

@@ -110,8 +110,8 @@ def engine(
 ):
     """A running engine; ``config`` None is the stock model, else the method's server settings.
 
-    ``method`` and ``architecture`` None leave the checkpoint to say which; an architecture that is
-    not named is our name for its model.
+    ``method`` and ``architecture`` None leave the checkpoint to say which; an empty architecture is
+    ours for its model.
 
     It runs in this process, which starts in two seconds, unless it has several ranks.
     """
@@ -135,8 +135,8 @@ def engine(
         named = {} if method is None else {"method": method}
         options["additional_config"] = named | {"adaspark": config}
         if architecture is not None:
-            name = architecture or architecture_of(checkpoint)
-            options["hf_overrides"] = {"architectures": [name]}
+            named = architecture or architecture_of(checkpoint)
+            options["hf_overrides"] = {"architectures": [named]}
     llm = LLM(str(checkpoint), **options)
     try:
         yield llm

@@ -149,7 +149,7 @@ def frames_are_shown_as_sent(llm) -> None:
     ((summary, *_),) = llm.collective_rpc("adaspark_traces")
     (meta,) = llm.collective_rpc("adaspark_trace", args=(summary["id"],))
     (video,) = meta["videos"]
-    assert video["grid"] == [6, 5, 5] and video["seconds"] is None
+    assert video["grid"] == [6, 5, 5] and video["seconds_per_frame"] is None
     for index, sent in enumerate(frames):
         (jpeg,) = llm.collective_rpc("adaspark_trace", args=(summary["id"], "frame", 0, index))
         shown = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]

@@ -149,6 +149,10 @@ class TwinModel:
             x = x + self._ffn(x, normed, is_video, start, index)
         return self.text.norm(x)
 
+    def _rope(self, x, positions):
+        """cos and sin ``[1, n, d]`` of positions ``[3, n]``."""
+        return self.text.rotary_emb(x, positions[:, None])
+
     def _attend(self, q, k, v, normed, is_video, start: int, index: int) -> torch.Tensor:
         """Attention of the tokens from ``start`` on, ``[n, heads, d]``; q, k, v are of all."""
         step = (start, len(is_video))
@@ -171,10 +175,6 @@ class TwinModel:
             layer=index,
         )
         return branch
-
-    def _rope(self, x, positions):
-        """cos and sin ``[1, n, d]`` of positions ``[3, n]``."""
-        return self.text.rotary_emb(x, positions[:, None])
 
     @staticmethod
     def _rotate(q, k, cos, sin):

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 VIDEO = dict(HEAD_SIZE=128, QUERIES=448, GROUP=7, ROWS=64, COLUMNS=128, WIDEN=False)
-SCORE = "*bf16 *bf16 *fp32 *u8 *i64 *i64 *i32 *fp32"
+SCORE = "*bf16 *bf16 *u8 *i64 *i64 *i32 *fp32"
 TOP_P = "*fp32 *u8 *fp32 *i64 *u8 i32" + " i32" * 12
 PAGED = "*bf16 *bf16 *i32 *i32 *i32 *bf16 i32 fp32"
 PAGED_CONSTANTS = dict(GROUP=7, HEAD_SIZE=128, WIDEN=False)
@@ -32,8 +32,8 @@ CASES = {
         dict(HEAD_SIZE=128, ROWS=16),
         {},
     ),
-    "_query_lse": ("score", SCORE + " i32 i32 i32 fp32", VIDEO | {"HAS_EXTRA": False}, {}),
-    "_pool": ("score", SCORE + " *fp32 i32 i32 i32 fp32", VIDEO | {"HAS_EXTRA": True}, {}),
+    "_query_lse": ("score", SCORE + " i32 i32 i32 fp32", VIDEO, {}),
+    "_pool": ("score", SCORE + " *fp32 i32 i32 i32 fp32", VIDEO, {}),
     "_token_probabilities": (
         "score",
         "*bf16 *fp32 *i64 *u8 *i64 *i64 *i64 *i32 *fp32 i32 i32 i32 fp32",

@@ -33,24 +33,21 @@ def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
 # Scores
 
 
-def naive_probabilities(query, means, valid, scale, extra=None) -> torch.Tensor:
+def naive_probabilities(query, means, valid, scale) -> torch.Tensor:
     """``[tile_size, group, d]`` and ``[width, d]`` to pooled probabilities ``[width]``, fp64."""
     logits = query.double().flatten(0, 1) @ means.double().T * scale
-    if extra is not None:
-        logits += extra.double()
     return logits.masked_fill(~valid, float("-inf")).softmax(-1).mean(0)
 
 
 @pytest.mark.parametrize(
-    "group, size, width, dtype, with_extra",
+    "group, size, width, dtype",
     [
-        (7, 32, 150, torch.bfloat16, False),  # more cubes than a block of columns
-        (7, 64, 40, torch.bfloat16, True),
-        (1, 64, 5, torch.float32, False),  # fewer queries and cubes than a block
-        (2, 128, 130, torch.float32, True),
+        (7, 32, 150, torch.bfloat16),  # more cubes than a block of columns
+        (1, 64, 5, torch.float32),  # fewer queries and cubes than a block
+        (2, 128, 130, torch.float32),
     ],
 )
-def test_score_pools_probabilities(group, size, width, dtype, with_extra) -> None:
+def test_score_pools_probabilities(group, size, width, dtype) -> None:
     torch.manual_seed(width)
     kv_heads, d, tiles, physical = 2, 32, 3, width + 9
     sums = torch.randn(physical, kv_heads, d) * size
@@ -74,11 +71,8 @@ def test_score_pools_probabilities(group, size, width, dtype, with_extra) -> Non
     for tile, sparse in enumerate(tile_of):
         candidates[sparse] = is_cube & (torch.arange(width) < limit[tile])
     query = (2 * torch.randn(kv_heads, 4 * size + 3, group, d)).to(dtype)
-    extra = torch.randn(kv_heads, width) if with_extra else None
     probs = torch.full((5, kv_heads, width), -1.0)
-    score.pool_probabilities(
-        probs, query, means, candidates, tile_of, tokens, limit, size, d**-0.5, 1.5, extra
-    )
+    score.pool_probabilities(probs, query, means, candidates, tile_of, tokens, limit, size, d**-0.5)
     for tile in range(tiles):
         for head in range(kv_heads):
             mine = slice(first[tile], first[tile] + size)
@@ -86,8 +80,7 @@ def test_score_pools_probabilities(group, size, width, dtype, with_extra) -> Non
                 query[head, mine],
                 means[head],
                 candidates[tile_of[tile]],
-                d**-0.5 * 1.5,
-                None if extra is None else extra[head],
+                d**-0.5,
             )
             got = probs[tile_of[tile], head]
             assert torch.allclose(got[: limit[tile]].double(), want[: limit[tile]], atol=2e-6)
@@ -147,7 +140,7 @@ def test_score_of_single_tokens(dtype: torch.dtype) -> None:
     query = torch.randn(kv_heads, 9, group, d).to(dtype)
     probs = torch.full((8, kv_heads, width), -1.0)
     score.token_probabilities(
-        probs, query, sums, row_blocks, candidates, row, tile_of, tokens, limit, size, 0.5, 1.5
+        probs, query, sums, row_blocks, candidates, row, tile_of, tokens, limit, size, 0.75
     )
     for i, j in np.ndindex(2, 3):
         tile, end = tile_of[i, j], limit[i, j]

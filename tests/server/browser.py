@@ -74,11 +74,11 @@ class Page:
         self._open.callback(self._end)
         try:
             port = self._port(profile / "DevToolsActivePort")
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=10) as reply:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as reply:
                 targets = json.load(reply)
             address = next(t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page")
             self._socket = self._open.enter_context(
-                connect(address, max_size=None, open_timeout=10)
+                connect(address, max_size=None, open_timeout=60)
             )
             for domain in ("Page", "Runtime", "Log"):
                 self.call(f"{domain}.enable")

@@ -64,7 +64,7 @@ def test_two_concurrent_requests_answer_as_each_alone(served: Served, media: Pat
     def ask(nth: int, salt: str, start: threading.Barrier | None = None):
         clip, settings = questions[nth]
         if start is not None:
-            start.wait(10)
+            start.wait(60)
         began = time.monotonic()
         # The salt keeps the prefix cache out of it: both compute their whole prompt.
         answer = served.ask(clip.as_uri(), max_tokens=64, cache_salt=salt, **mm(settings))

@@ -26,7 +26,7 @@ from vllm_adaspark.server import metrics
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
-SETTLE_SECONDS = 10
+SETTLE_SECONDS = 60  # on a busy machine; it takes less than one
 PARTS = ("qkvo", "attention", "selection", "ffn")
 
 

@@ -337,8 +337,8 @@ def page(viewed, browser, trace):
 
 def settled(page: Page) -> None:
     """Wait for what was asked of the server, and for the drawing after it."""
-    page.wait("!document.querySelector('main').hidden")
-    page.run("new Promise(done => setTimeout(() => requestAnimationFrame(done), 400))")
+    page.wait("!document.querySelector('main').hidden && document.body.ariaBusy === 'false'")
+    page.run("new Promise(requestAnimationFrame)")
 
 
 def stage(page: Page) -> np.ndarray:

@@ -32,8 +32,8 @@ PURE = (
     "traces.picture",
     "analysis.measure",
     "analysis.plots",
-    "analysis.report",
     "cli",
+    "cli.offline",
 )
 
 BLOCK_VLLM = """

@@ -127,7 +127,7 @@ def test_what_a_video_costs() -> None:
     told = cost(model, Video(9000, 25.0, 1920, 1080), CUBE, Sampling(), text_tokens=60)
     assert (told.frames, told.resized, told.grid) == (32, (384, 384), (32, 14, 14))
     assert told.video_tokens == 6272 and told.prompt_tokens == 6272 + 1 + 60
-    assert told.patches == 32 * 27 * 27 and told.fits
+    assert told.fits and told.host_bytes == 32 * 3 * (1920 * 1080 + 4 * 384 * 384)
     long = cost(model, Video(9000, 25.0, 1920, 1080), CUBE, Sampling(max_frames=300))
     assert not long.fits and long.fitting_pixels is None
     assert cost(

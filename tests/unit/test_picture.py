@@ -143,17 +143,8 @@ LACKS = {
 @pytest.mark.parametrize("changes", LACKS.values(), ids=LACKS)
 def test_what_is_missing_is_left_out(tmp_path: Path, changes: dict) -> None:
     pixels = drawn(make_trace(**changes), tmp_path / "a.png")
-    assert pixels.shape[1] == 1240 and 350 < pixels.shape[0] < 1500
+    assert pixels.shape[1] == 1240 and 200 < pixels.shape[0] < 1500
     assert (pixels < 200).any()
-
-
-def test_long_text_is_cut(tmp_path: Path) -> None:
-    short = drawn(make_trace(), tmp_path / "a.png")
-    trace = make_trace()
-    trace["spans"][1]["texts"] = ["word "] * 5000
-    trace["spans"][2]["texts"] = ["x" * 5000]  # one word, longer than a line
-    pixels = drawn(trace, tmp_path / "b.png")
-    assert short.shape[0] < pixels.shape[0] < short.shape[0] + 150
 
 
 def test_two_videos(tmp_path: Path) -> None:

@@ -92,9 +92,7 @@ def test_settings_survive_the_ride_with_a_video(settings) -> None:
         assert settings_of(feature, AdaSparkConfig) == config
 
 
-@pytest.mark.parametrize(
-    "identifier", ["0f3a", "x#adaspark=", "x#adaspark={", 'x#adaspark={"p":1}']
-)
+@pytest.mark.parametrize("behind", ["", "#adaspark=", "#adaspark={", '#adaspark={"p":1}'])
 def test_a_video_that_came_past_the_processor_runs_dense(behind) -> None:
     feature = SimpleNamespace(identifier="0f3a" + behind, data=None)
     assert settings_of(feature, AdaSparkConfig) == AdaSparkConfig().override("off")

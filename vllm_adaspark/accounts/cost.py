@@ -28,7 +28,7 @@ from ..methods.adaspark.settings import AdaSparkConfig
 from ..models.layout import FrameRules, Layout, LayoutError, Sampling, Video, layout_class
 from ..models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
 from ..models.qwen2_5_vl_layout import Qwen2_5_VLLayout, QwenFrames
-from ..settings import CHECKPOINT_KEY
+from ..settings import CHECKPOINT_KEY, Settings
 from .account import ModelShape
 
 KEY_SUM_BYTES = 4  # float32
@@ -163,14 +163,13 @@ class Cost:
     frames: int
     resized: tuple[int, int]  # height, width in pixels
     grid: tuple[int, int, int]  # merged tokens in time, height, width
-    patches: int  # that the vision tower encodes
     video_tokens: int
     prompt_tokens: int
     cubes: int
     dense_flops: float
-    flops: float  # an estimate, except for a budget that can be met
-    flops_ratio: float
-    least_budget: float  # the smallest FLOPs budget that can be met
+    flops: float | None  # an estimate, except for a budget that can be met; only AdaSpark's
+    flops_ratio: float | None
+    least_budget: float | None  # the smallest FLOPs budget that can be met
     kv_bytes: int
     key_sum_bytes: int
     encoder_cache_bytes: int
@@ -190,7 +189,7 @@ class Cost:
 def cost(
     model: Model,
     video: Video,
-    config: AdaSparkConfig,
+    config: Settings,
     sampling: Sampling,
     *,
     text_tokens: int = 64,
@@ -223,13 +222,12 @@ def cost(
         frames=frames,
         resized=size,
         grid=grid,
-        patches=rules.patches(frames, size),
         video_tokens=tokens,
         prompt_tokens=prompt,
         cubes=tokens // volume,
         dense_flops=dense,
         flops=spent,
-        flops_ratio=spent / dense,
+        flops_ratio=None if spent is None else spent / dense,
         least_budget=least,
         kv_bytes=blocks
         * volume
@@ -247,14 +245,20 @@ def cost(
 
 
 def _flops(
-    model: Model, config: AdaSparkConfig, prompt: int, video: int
-) -> tuple[float, float, float]:
-    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU."""
+    model: Model, config: Settings, prompt: int, video: int
+) -> tuple[float, float | None, float | None]:
+    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU.
+
+    What is spent, and the least budget, are None for another method than AdaSpark.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
     is_video = np.zeros(prompt, bool)
     start = min(model.rules.text_before, prompt - video)
     is_video[start : start + video] = True
+    if not isinstance(config, AdaSparkConfig):
+        dense = prompt_cost(shape, model.layers, is_video, AdaSparkConfig()).dense
+        return dense, None if config.enabled else dense, None
     cost = prompt_cost(shape, model.layers, is_video, config)
     if not config.enabled:
         return cost.dense, cost.dense, cost.least

@@ -1,7 +1,8 @@
-"""The runs of an analysis: sparse at several p, one dense and measured, one traced.
+"""The runs of an analysis: sparse at several p, and one dense that hooks on the layers measure.
 
 All ask the same question about the same video, one after the other.  The KV cache shares nothing
-between them (prefix caching must be off), so each computes its whole prompt.
+between them (prefix caching must be off), and each prompt is computed in one step: then every
+layer's attention is handed all queries and keys at once, and only the numbers have to be kept.
 """
 
 from __future__ import annotations
@@ -11,13 +12,10 @@ from typing import Any
 
 import torch
 
-from ..accounts.reports import merge_reports
-from .measure import MASSES, Prompt
-from .probe import Probe
+from .measure import MASSES, AttentionMass, Prompt, ffn_change, statistics
 
 LEAST_CUBES = 4  # before a query: of fewer there is little to choose
 PER_LAYER = ("attention_density", "ffn_density")
-PER_RUN = (*PER_LAYER, "flops_ratio")
 
 
 class StudyError(ValueError):
@@ -26,20 +24,20 @@ class StudyError(ValueError):
 
 def study(
     llm: Any,
-    prompt: dict[str, Any],
+    ask: Callable[[dict[str, Any]], Any],
     shares: Sequence[float],
     queries: int,
-    step: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run and measure.
 
     Args:
         llm: vLLM's ``LLM`` in this process, that computes the prompt in one step, eagerly and
             without prefix caching.
-        prompt: vLLM's prompt with one video.
+        ask: asks it under a request's settings (:class:`vllm_adaspark.cli.offline.Answer`).
         shares: values of p (p_attn and p_ffn alike) to run at.
         queries: how many query tokens of each kind to measure.
-        step: told what is being done.
+        say: told what is being done.
 
     Returns:
         JSON-ready: ``tokens``, ``cubes``, ``queries``, ``layers`` (of the dense run),
@@ -51,62 +49,88 @@ def study(
     config = llm.llm_engine.vllm_config
     selection = []
     for share in shares:
-        step(f"sparse, p = {share:g}")
-        output = run(llm, prompt, {"enabled": True, "p_attn": share, "p_ffn": share})
-        selection.append(_selection(llm, output.request_id, share))
+        say(f"sparse, p = {share:g}")
+        answer = ask({"enabled": True, "p_attn": share, "p_ffn": share})
+        account = answer.account
+        layers = {key: [layer[key] for layer in account["layers"]] for key in PER_LAYER}
+        told = {key: account[key] for key in (*PER_LAYER, "flops_ratio")}
+        selection.append({"p": share, **told, "layers": layers})
         if len(selection) == 1:
-            ids = torch.tensor(output.prompt_token_ids)
+            ids = torch.tensor(answer.prompt_token_ids)
             is_video = ids == config.model_config.hf_config.video_token_id
-            tokens = Prompt(is_video, config.cache_config.block_size)
-            chosen = _queries(tokens, queries)
+            prompt = Prompt(is_video, config.cache_config.block_size)
+            chosen = _queries(prompt, queries)
 
-    step("dense, measured")
-    probe = Probe(tokens, chosen)
-    (handles,) = llm.apply_model(probe.attach)
+    say("dense, measured")
+    measured: dict[int, dict[str, Any]] = {}
+    (handles,) = llm.apply_model(lambda model: _attach(model, prompt, chosen, measured))
     try:
-        run(llm, prompt, {"enabled": False})
+        ask({"enabled": False})
     finally:
         for handle in handles:
             handle.remove()
     return {
-        "tokens": {"all": len(tokens.is_video), "video": int(tokens.is_video.sum())},
-        "cubes": int(tokens.cubes.sum()),
-        "block_size": tokens.block,
+        "tokens": {"all": len(prompt.is_video), "video": int(prompt.is_video.sum())},
+        "cubes": int(prompt.cubes.sum()),
+        "block_size": prompt.block,
         "queries": {kind: len(at) for kind, at in chosen.items()},
         "masses": list(MASSES),
-        "layers": probe.layers(),
+        "layers": [measured[index] for index in sorted(measured)],
         "selection": selection,
     }
 
 
-def run(llm: Any, prompt: dict[str, Any], settings: dict[str, Any], max_tokens: int = 1) -> Any:
-    """vLLM's output of the prompt under these AdaSpark settings."""
-    from vllm import SamplingParams
-
-    keywords = {**prompt.get("mm_processor_kwargs", {}), "adaspark": settings}
-    (output,) = llm.generate(
-        [{**prompt, "mm_processor_kwargs": keywords}],
-        SamplingParams(max_tokens=max_tokens, temperature=0),
-        use_tqdm=False,
-    )
-    return output
-
-
-def _queries(tokens: Prompt, number: int) -> dict[str, torch.Tensor]:
-    chosen = tokens.queries(number, LEAST_CUBES)
+def _queries(prompt: Prompt, number: int) -> dict[str, torch.Tensor]:
+    chosen = prompt.queries(number, LEAST_CUBES)
     if not len(chosen["question"]):
         raise StudyError(
-            f"the video fills {int(tokens.cubes.sum())} KV blocks of {tokens.block} tokens; "
+            f"the video fills {int(prompt.cubes.sum())} KV blocks of {prompt.block} tokens; "
             f"{LEAST_CUBES} are needed for something to choose from: take more frames (--fps) or "
             "a longer video"
         )
     return chosen
 
 
-def _selection(llm: Any, request_id: str, share: float) -> dict[str, Any]:
-    """What one run kept, per layer and in all, from its account."""
-    requests = merge_reports(llm.collective_rpc("adaspark_report"))["requests"]
-    # The engine's id is the output's and a random suffix.
-    account = next(r for r in requests if r["request_id"].rpartition("-")[0] == request_id)
-    layers = {key: [layer[key] for layer in account["layers"]] for key in PER_LAYER}
-    return {"p": share, **{key: account[key] for key in PER_RUN}, "layers": layers}
+def _attach(
+    model: torch.nn.Module, prompt: Prompt, queries: dict[str, torch.Tensor], measured: dict
+) -> list[Any]:
+    """Hooks on the layers, that put what they measure of the prompt's step into ``measured``.
+
+    Returns:
+        Handles, whose ``remove()`` takes the hooks off.
+    """
+    tokens, is_video = len(prompt.is_video), prompt.is_video
+
+    def attention(index: int, attn: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+        q = query[:tokens].view(tokens, attn.num_heads, attn.head_size)
+        k = key[:tokens].view(tokens, attn.num_kv_heads, attn.head_size)
+        measured.setdefault(index, {"layer": index})["attention"] = {
+            kind: AttentionMass.of(q[at.to(q.device)], k, at, attn.impl.scale, prompt).summary()
+            for kind, at in queries.items()
+            if len(at)
+        }
+
+    def ffn(index: int, before: torch.Tensor, branch: torch.Tensor) -> None:
+        ratio, cosine = (x.cpu() for x in ffn_change(before[:tokens], branch[:tokens]))
+        measured[index]["ffn"] = {
+            kind: {"norm_ratio": statistics(ratio[who]), "cosine": statistics(cosine[who])}
+            for kind, who in {"video": is_video, "text": ~is_video}.items()
+        }
+
+    def hooks(index: int, layer: Any) -> tuple[Any, Any]:
+        def before_attention(attn: Any, given: tuple[torch.Tensor, ...]) -> None:
+            if len(given[0]) >= tokens:  # not a decode step
+                attention(index, attn, *given[:2])
+
+        def after_ffn(_mlp: Any, given: tuple[torch.Tensor, ...], branch: torch.Tensor) -> None:
+            if len(branch) >= tokens:
+                ffn(index, given[1], branch)
+
+        return (
+            layer.self_attn.attn.register_forward_pre_hook(before_attention),
+            layer.mlp.register_forward_hook(after_ffn),
+        )
+
+    stack = model.language_model.model
+    within = range(stack.start_layer, stack.end_layer)
+    return [handle for index in within for handle in hooks(index, stack.layers[index])]

@@ -1,8 +1,9 @@
 """The command ``vllm-adaspark``: serve, ask, inspect, doctor and analyze.
 
 A subcommand's module is imported when it is called, and vLLM only when it is needed, so ``--help``
-is quick and works without vLLM.  Such a module has ``add_parser(subparsers)`` and ``run(args)``,
-which returns the exit code.  Exit codes: 0 done, 1 failed, 2 wrong arguments.
+is quick and works without vLLM.  Such a module has ``add_parser(subparsers, arguments)``, which
+sees the arguments because ``--method`` says which flags there are, and ``run(args)``, which returns
+the exit code.  Exit codes: 0 done, 1 failed, 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .redact import redact_text
 
 PROGRAM = "vllm-adaspark"
 COMMANDS = {
-    "serve": "start an OpenAI-compatible server (vllm serve with AdaSpark)",
+    "serve": "start an OpenAI-compatible server (vllm serve with a sparsity method)",
     "ask": "ask one question about a video, without a server",
     "inspect": "tell what a video costs: tokens, FLOPs, memory and the flags it needs",
     "doctor": "look for what is wrong with this installation, and say how to mend it",
@@ -68,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     module = importlib.import_module(f"{__name__}.{chosen}")
-    module.add_parser(subparsers)
-    args, args.rest = parser.parse_known_args(argv)
-    if args.rest and not getattr(module, "PASSES_ON", False):  # to vLLM
-        own = subparsers.choices[chosen]
-        own.error(_unrecognized(args.rest, own))
     try:
+        module.add_parser(subparsers, argv)
+        args, args.rest = parser.parse_known_args(argv)
+        if args.rest and not getattr(module, "PASSES_ON", False):  # to vLLM
+            own = subparsers.choices[chosen]
+            own.error(_unrecognized(args.rest, own))
         return module.run(args)
     except UsageError as error:
         print(f"{PROGRAM} {chosen}: error: {redact_text(str(error))}", file=sys.stderr)

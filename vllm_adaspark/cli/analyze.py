@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..methods import DEFAULT
 from . import CommandError, UsageError
-from .settings import add_rules, add_sampling, checked, given_rules, refuse_misspelt
+from .settings import add_rules, add_sampling, checked, given_settings, refuse_misspelt
 
 PASSES_ON = True  # unknown options are vLLM's
 
 ANSWER_TOKENS = 32  # of the traced run, to be read below its picture
 SHARES = "0.5,0.7,0.8,0.9,0.95"
 # Settings that the study's runs choose themselves, or that it has no use for.
-CHOSEN = ("p_attn", "p_ffn", "flops", "prune", "trace", "report_file")
+CHOSEN = ("p_attn", "p_ffn", "flops", "prune", "off", "trace", "report_file")
 # Fixed, because the numbers are taken in this process from a prompt computed in one step.
 OURS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     """Add this subcommand."""
     parser = subparsers.add_parser(
         "analyze",
@@ -28,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
         description="Draw the paper's analysis plots: how few tokens and cubes hold most of the "
         "attention, what the FFN does to video and text tokens, what each layer keeps at several "
-        "p, and where the question looked. Writes PNG, JSON and Markdown.",
+        "p, and where the question looked. Writes PNG and JSON.",
         epilog="Any other option is one of vLLM's, e.g. --dtype. The model runs in this process, "
         "on one device; --max-model-len is chosen to fit the video.",
     )
@@ -43,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--queries", type=int, default=64, help="query tokens of each kind to measure (64)"
     )
-    add_rules(parser, without=CHOSEN)
+    add_rules(parser, DEFAULT, without=CHOSEN)
     add_sampling(parser)
 
 
@@ -57,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--queries {args.queries}: expected 1 or more")
     if not args.question.strip():
         raise UsageError("--question is empty")
-    refuse_misspelt(args.rest)
-    settings = given_rules(args) | {"prune": 0.0}  # the runs are compared token by token
-    checked(settings)
+    refuse_misspelt(args)
+    settings = given_settings(args) | {"prune": 0.0}  # runs are compared token by token
+    checked(args.settings_class, settings)
     try:
         plots.require_matplotlib()
     except plots.MatplotlibMissing as error:
@@ -68,67 +71,58 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {args.out}: {error.strerror}") from None
-    numbers, pictures = _analyze(args, shares, settings)
-
-    from ..analysis import report
-
-    files = plots.draw_all(numbers, args.out) + pictures
-    for file in [*files, *report.write(numbers, files, args.out)]:
+    numbers = _analyze(args, shares, settings)
+    files = [*plots.draw_all(numbers, args.out), args.out / "case.png", args.out / "analysis.json"]
+    files[-1].write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    for file in files:
         print(file)
     return 0
 
 
 def _analyze(
     args: argparse.Namespace, shares: list[float], settings: dict[str, Any]
-) -> tuple[dict[str, Any], list[Path]]:
-    """The numbers, and the picture that needs the engine."""
-    from ..analysis.probe import ProbeError
+) -> dict[str, Any]:
+    """The numbers; the picture that needs the engine is drawn on the way."""
     from ..analysis.study import StudyError, study
-    from . import media, offline
-    from .inspect import fitting_cost
-    from .progress import Progress
-
-    data = media.read_video(args.video)
-    model = media.find_model(args.model, args.revision)
-    config = checked(settings, checkpoint=model.settings)
-    sampling = media.sampling(args, model.rules)
-    text_tokens = 64 + len(args.question.encode())  # at the most
-    video = media.probe(data, args.video)
-    cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
-    offline.prepare_environment()
-    options = _engine_options(args, model.name, cost)
-    with Progress("decode", None, "frames", quiet=True) as decoding:
-        frames = offline.decode(data, model, sampling, options, decoding)
-    _say("starting the engine")
-    with offline.engine(options, model, settings, config.cube_volume, cost) as llm:
-        prompt = offline.video_prompt(llm, args.question, frames, args.max_pixels)
-        try:
-            numbers = study(llm, prompt, shares, args.queries, _say)
-        except (StudyError, ProbeError) as error:
-            raise CommandError(str(error)) from None
-        picture = _case(llm, prompt, args.out / "case.png")
-    asked = {"model": model.name, "video": args.video[:200], "question": args.question}
-    return {**asked, **numbers}, [picture]
-
-
-def _case(llm: Any, prompt: dict[str, Any], path: Path) -> Path:
-    """The heat map of a traced run at the server's own p."""
-    from ..analysis.study import run as ask
     from ..traces.picture import save_heatmap
     from ..traces.reader import read_offline
+    from . import media, offline
+    from .inspect import fitting_cost
 
-    _say("sparse, traced")
-    ask(llm, prompt, {"trace": True}, max_tokens=ANSWER_TOKENS)
-    save_heatmap(read_offline(llm), path, source="question")
-    return path
+    model = media.find_model(args.model, args.revision)
+    config = checked(args.settings_class, settings, checkpoint=model.settings)
+    sampling = media.sampling(args, model.rules)
+    text_tokens = 64 + len(args.question.encode())  # at the most
+    with ExitStack() as stack:
+        file = stack.enter_context(offline.video_file(args.video))
+        video = media.probe(file.read_bytes(), args.video)
+        cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
+        offline.prepare_environment()
+        revision = ["--revision", args.revision] if args.revision else []
+        options = offline.engine_options(model, sampling, file, [*args.rest, *revision])
+        _fix(options, cost.max_model_len)
+        offline.say("starting the engine")
+        llm = stack.enter_context(
+            offline.engine(options, model, DEFAULT, settings, config.cube_volume, cost)
+        )
+        question = offline.Question(file, args.question, args.max_pixels)
+
+        def ask(request: dict[str, Any], max_tokens: int = 1) -> offline.Answer:
+            return offline.ask(llm, question, request, max_tokens=max_tokens)
+
+        try:
+            numbers = study(llm, ask, shares, args.queries, offline.say)
+        except StudyError as error:
+            raise CommandError(str(error)) from None
+        offline.say("sparse, traced")
+        ask({"trace": True}, ANSWER_TOKENS)
+        save_heatmap(read_offline(llm), args.out / "case.png", source="question")
+    asked = {"model": model.name, "video": args.video[:200], "question": args.question}
+    return {**asked, **numbers}
 
 
-def _engine_options(args: argparse.Namespace, model: str, cost: Any) -> Any:
+def _fix(options: Any, prompt_tokens: int) -> None:
     """One device, one process, one step for the whole prompt, hooks that fire."""
-    from . import offline
-
-    revision = ["--revision", args.revision] if args.revision else []
-    options = offline.engine_options(model, [*args.rest, *revision])
     for name in OURS:
         if getattr(options, name) > 1:
             flag = "--" + name.replace("_", "-")
@@ -138,9 +132,8 @@ def _engine_options(args: argparse.Namespace, model: str, cost: Any) -> Any:
     options.enforce_eager = True
     options.enable_prefix_caching = False
     options.distributed_executor_backend = "uni"
-    options.max_num_batched_tokens = options.max_num_batched_tokens or cost.max_model_len
+    options.max_num_batched_tokens = options.max_num_batched_tokens or prompt_tokens
     options.max_num_scheduled_tokens = options.max_num_batched_tokens
-    return options
 
 
 def _shares(text: str) -> list[float]:
@@ -153,7 +146,3 @@ def _shares(text: str) -> list[float]:
             f"--p {text}: expected numbers above 0 and at most 1, with commas, e.g. {SHARES}"
         ) from None
     return shares
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from .settings import (
     add_settings,
     checked,
     given_settings,
+    method_named,
     refuse_misspelt,
     request_settings,
 )
@@ -23,7 +23,7 @@ from .settings import (
 PASSES_ON = True  # unknown options are vLLM's
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     """Add this subcommand."""
     parser = subparsers.add_parser(
         "ask",
@@ -51,60 +51,55 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, show no progress")
     add_sampling(parser)
-    add_settings(parser)
+    add_settings(parser, method_named(arguments))
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask, and print answer, times and account."""
-    from . import media
+    from . import media, offline
     from .inspect import fitting_cost
-    from .progress import Progress
 
-    refuse_misspelt(args.rest)
+    refuse_misspelt(args)
     settings = given_settings(args)
-    checked(settings)
+    checked(args.settings_class, settings)
     model = media.find_model(args.model, args.revision)
     sampling = media.sampling(args, model.rules)
-    config = checked(settings, checkpoint=model.settings)
+    config = checked(args.settings_class, settings, checkpoint=model.settings)
     _check(args, config)
-    # All that can be refused is refused before the engine starts.
-    data = _read(args.video, quiet=args.json)
-    video = media.probe(data, args.video)
-    for remark in video.remarks:
-        print(f"VIDEO: {remark}", file=sys.stderr)
-    cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
-
-    from . import offline
-
-    offline.prepare_environment()
-    rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
-    options = offline.engine_options(model.name, rest)
-    with Progress("decode", None, "frames", quiet=args.json) as decoding:
-        frames = offline.decode(data, model, sampling, options, decoding)
     with ExitStack() as stack:
-        with Progress("start", None, "", quiet=args.json) as starting:
-            engine = offline.engine(options, model, settings, config.cube_volume, cost)
-            llm = stack.enter_context(engine)
-        prompt = offline.video_prompt(llm, args.question, frames, args.max_pixels)
-        watched = {"max_tokens": args.max_tokens, "quiet": args.json}
+        file = stack.enter_context(offline.video_file(args.video))
+        # All that can be refused is refused before the engine starts.
+        video = media.probe(file.read_bytes(), args.video)
+        for remark in video.remarks:
+            offline.say(f"VIDEO: {remark}")
+        cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
+        offline.prepare_environment()
+        rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
+        options = offline.engine_options(model, sampling, file, rest)
+        offline.say("starting the engine")
+        engine = offline.engine(options, model, args.method, settings, config.cube_volume, cost)
+        llm = stack.enter_context(engine)
+        question = offline.Question(file, args.question, args.max_pixels)
+
+        def ask(request: Any) -> offline.Answer:
+            return offline.ask(llm, question, request, max_tokens=args.max_tokens, quiet=args.json)
+
         # Named by the request too, since a budget that cannot be met is refused only there.
-        ours = request_settings(settings) | ({"trace": True} if args.picture else {})
-        first = "sparse" if config.enabled else "off"
+        ours = request_settings(settings, args.settings_class)
         runs = {
-            first: offline.ask(
-                llm, _with(prompt, ours), cost, name=first if args.dense else "", **watched
+            "sparse" if config.enabled else "off": ask(
+                ours | ({"trace": True} if args.picture else {})
             )
         }
         if args.picture:
             _save_picture(llm, args.picture)
         if args.dense:
-            runs["dense"] = offline.ask(llm, _with(prompt, "off"), cost, name="dense", **watched)
+            runs["dense"] = ask("off")
 
-    times = {"decode": decoding.seconds, "start": starting.seconds}
     if args.json:
-        print(json.dumps(_report(args, model, config, cost, times, runs), indent=2))
+        print(json.dumps(_report(args, model, config, cost, runs), indent=2))
     else:
-        print(render(runs, times))
+        print(render(runs))
         if args.picture:
             print(f"\npicture: {args.picture}")
     return 0
@@ -119,28 +114,12 @@ def _check(args: argparse.Namespace, config: Any) -> None:
         raise UsageError("--dense and --off: there is nothing to compare; leave one of them out")
     if args.picture is None:
         return
-    if not config.sparse_attention:
+    if not getattr(config, "sparse_attention", config.enabled):
         raise UsageError("--picture: dense attention attends to every cube; leave --off out")
     if args.picture.suffix.lower() != ".png":
         raise UsageError(f"--picture {args.picture}: expected a name that ends in .png")
     if not args.picture.absolute().parent.is_dir():
         raise UsageError(f"--picture {args.picture}: no such folder")
-
-
-def _read(source: str, *, quiet: bool) -> bytes:
-    from . import media
-    from .progress import Progress
-
-    if not re.match(r"https?://", source, re.IGNORECASE):
-        return media.read_video(source)
-    with Progress("fetch", None, "bytes", quiet=quiet) as progress:
-        return media.read_video(source, progress.to)
-
-
-def _with(prompt: dict[str, Any], settings: Any) -> dict[str, Any]:
-    """The prompt with a request's AdaSpark settings."""
-    others = prompt.get("mm_processor_kwargs", {})
-    return prompt | {"mm_processor_kwargs": {**others, "adaspark": settings}}
 
 
 def _save_picture(llm: Any, path: Path) -> None:
@@ -154,19 +133,18 @@ def _save_picture(llm: Any, path: Path) -> None:
         raise CommandError(f"--picture {path}: {error}") from None
 
 
-def _report(args, model, config, cost, times, runs) -> dict[str, Any]:
+def _report(args, model, config, cost, runs) -> dict[str, Any]:
     return {
         "model": model.name,
         "question": args.question,
         "settings": config.to_dict(),
         "cost": cost.to_dict(),
-        "seconds": times,
         "picture": str(args.picture) if args.picture else None,
         "runs": {
             name: {
                 "answer": answer.text,
                 "tokens": answer.tokens,
-                "prompt_tokens": answer.prompt_tokens,
+                "prompt_tokens": len(answer.prompt_token_ids),
                 "seconds": answer.seconds,
                 "account": answer.account,
             }
@@ -175,29 +153,24 @@ def _report(args, model, config, cost, times, runs) -> dict[str, Any]:
     }
 
 
-def render(runs: dict[str, Any], times: dict[str, float]) -> str:
+def render(runs: dict[str, Any]) -> str:
     """Answers, times and accounts as text."""
-    lines = []
+    lines, answers = [], runs.values()
     for name, answer in runs.items():
         lines += [f"{name}: {answer.text}" if len(runs) > 1 else answer.text, ""]
-    columns = ("", *runs)
     rows = [
-        ("prompt tokens", [f"{answer.prompt_tokens:,}" for answer in runs.values()]),
-        ("answer tokens", [f"{answer.tokens:,}" for answer in runs.values()]),
+        ("prompt tokens", [f"{len(answer.prompt_token_ids):,}" for answer in answers]),
+        ("answer tokens", [f"{answer.tokens:,}" for answer in answers]),
     ]
-    for stage in ("prepare", "encode", "prefill", "answer", "total"):
-        taken = [answer.seconds[stage] for answer in runs.values()]
-        cells = ["in prefill" if time is None else f"{time:.2f}" for time in taken]
-        rows.append((f"{stage}, s", cells))
-    for title, key, form in (
-        ("cubes attended", "attention_density", "{:.1%}"),
-        ("FFN active", "ffn_density", "{:.1%}"),
-        ("FLOPs of dense", "flops_ratio", "{:.1%}"),
+    for stage in ("read", "prefill", "answer", "total"):
+        rows.append((f"{stage}, s", [f"{answer.seconds[stage]:.2f}" for answer in answers]))
+    for title, key in (
+        ("cubes attended", "attention_density"),
+        ("FFN active", "ffn_density"),
+        ("FLOPs of dense", "flops_ratio"),
     ):
-        accounts = [answer.account for answer in runs.values()]
-        rows.append((title, [form.format(a[key]) if a else "unknown" for a in accounts]))
+        rows.append((title, [f"{answer.account[key]:.1%}" for answer in answers]))
     if len(runs) > 1:
-        lines.append(f"{columns[0]:<16}" + "".join(f"{name:>12}" for name in columns[1:]))
+        rows.insert(0, ("", list(runs)))
     lines += [f"{title:<16}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows]
-    lines.append(f"and once: decode {times['decode']:.2f} s, engine start {times['start']:.2f} s")
     return "\n".join(lines)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from . import PROGRAM, UsageError
-from .settings import add_sampling, add_settings, checked, given_settings
+from .settings import add_sampling, add_settings, checked, given_settings, method_named
 
 NUMBER = r"(\d+(?:\.\d+)?)"
 LENGTH = re.compile(f"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s?)?")  # 90s, 10m, 1h30m
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     """Add this subcommand."""
     parser = subparsers.add_parser(
         "inspect",
@@ -51,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_sampling(parser)
-    add_settings(parser)
+    add_settings(parser, method_named(arguments))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models.layout import LayoutError
     from . import media
 
-    checked(given_settings(args))
+    checked(args.settings_class, given_settings(args))
     model = media.find_model(args.model)
     sampling = media.sampling(args, model.rules)
     for name in ("text_tokens", "answer_tokens"):
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("VIDEO and --duration or --size: give a video, or both of those")
     else:
         video = media.probe(media.read_video(args.video), args.video)
-    config = checked(given_settings(args), checkpoint=model.settings)
+    config = checked(args.settings_class, given_settings(args), checkpoint=model.settings)
     try:
         cost = costs.cost(
             model,
@@ -157,7 +158,7 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
         ("cubes", f"{cost.cubes:,} of {config.cube_volume} tokens (one KV block each)"),
         ("", ""),
         ("FLOPs, dense", f"{_si(cost.dense_flops)}FLOPs for the prompt"),
-        ("FLOPs, AdaSpark", _spent(config, cost)),
+        ("FLOPs, sparse", _spent(config, cost)),
         ("", ""),
         (
             "KV cache",
@@ -211,6 +212,8 @@ def ways_to_fit(cost: Any) -> list[str]:
 def _spent(config: Any, cost: Any) -> str:
     if not config.enabled:
         return "off: the same"
+    if cost.flops is None:
+        return "not estimated for this method; 'ask' and usage.adaspark count them"
     text = f"{_si(cost.flops)}FLOPs, {cost.flops_ratio:.1%} of dense"
     if config.flops is not None:
         if config.flops < cost.least_budget:

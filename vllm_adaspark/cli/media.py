@@ -11,7 +11,6 @@ import binascii
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 from ..accounts.cost import PRESETS, Model, read_model
@@ -21,8 +20,7 @@ from ..video.container import VideoError, scan
 from ..video.sampling import MAX_FPS, MAX_FRAMES, most_frames
 from . import CommandError, UsageError
 
-FETCH_SECONDS = 60
-BLOCK = 1 << 20
+FETCH_SECONDS = 60  # without a sign of life
 
 
 def sampling(args: argparse.Namespace, rules: FrameRules) -> Sampling:
@@ -46,21 +44,19 @@ def sampling(args: argparse.Namespace, rules: FrameRules) -> Sampling:
     return Sampling(fps=args.fps, max_frames=args.max_frames, max_pixels=args.max_pixels)
 
 
-def read_video(source: str, progress: Callable[[int, int | None], None] | None = None) -> bytes:
-    """The bytes of a video.
+def is_web_address(source: str) -> bool:
+    """Whether a video is to be fetched."""
+    return re.match(r"https?://", source, re.IGNORECASE) is not None
 
-    Args:
-        source: a path, or an ``http(s):``, ``file:`` or ``data:`` URL.
-        progress: called with (bytes so far, bytes in all or None) while a URL is read.
+
+def local_path(source: str) -> Path | None:
+    """The file that a path or a ``file:`` URL names; None for another URL.
 
     Raises:
-        UsageError: no such file, a folder, a data URL that is none.
-        CommandError: it could not be fetched.
+        UsageError: no such file, or a folder.
     """
-    if source[:5].lower() == "data:":
-        return _data_url(source)
-    if re.match(r"https?://", source, re.IGNORECASE):
-        return _fetch(source, progress)
+    if source[:5].lower() == "data:" or is_web_address(source):
+        return None
     if source[:7].lower() == "file://":
         source = urllib.request.url2pathname(source[7:])
     path = Path(source).expanduser()
@@ -70,7 +66,23 @@ def read_video(source: str, progress: Callable[[int, int | None], None] | None =
         )
     if not path.is_file():
         raise UsageError(f"VIDEO {source!r}: not a file")
-    return path.read_bytes()
+    return path
+
+
+def read_video(source: str) -> bytes:
+    """The bytes of a video.
+
+    Args:
+        source: a path, or an ``http(s):``, ``file:`` or ``data:`` URL.
+
+    Raises:
+        UsageError: no such file, a folder, a data URL that is none.
+        CommandError: it could not be fetched.
+    """
+    path = local_path(source)
+    if path is not None:
+        return path.read_bytes()
+    return _fetch(source) if is_web_address(source) else _data_url(source)
 
 
 def _data_url(source: str) -> bytes:
@@ -83,17 +95,10 @@ def _data_url(source: str) -> bytes:
         raise UsageError(f"VIDEO {source[:40]!r}...: not a base64 data URL: {error}") from None
 
 
-def _fetch(url: str, progress: Callable[[int, int | None], None] | None) -> bytes:
+def _fetch(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as response:
-            length = response.headers.get("Content-Length")
-            total = int(length) if length else None
-            data = bytearray()
-            while block := response.read(BLOCK):
-                data += block
-                if progress is not None:
-                    progress(len(data), total)
-            return bytes(data)
+            return response.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise CommandError(f"VIDEO {url!r} could not be fetched: {error}") from None
 

@@ -13,17 +13,25 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..methods.adaspark.settings import AdaSparkConfig
-from ..settings import CHECKPOINT_KEY, SettingsError, operator_settings
+from ..methods import DEFAULT
+from ..settings import CHECKPOINT_KEY, METHOD_KEY, Settings, SettingsError, operator_settings
 from . import PROGRAM, CommandError, UsageError
 from .checkpoints import architecture_of, config_of
 from .redact import redact_arguments
-from .settings import add_settings, checked, given_settings, refuse_misspelt
+from .settings import (
+    ADDITIONAL,
+    add_settings,
+    checked,
+    given_settings,
+    method_named,
+    refuse_misspelt,
+)
 from .vllm_options import from_config_file, json_object, merge, take_json, value_of
 
 PASSES_ON = True  # unknown options are vLLM's
@@ -51,7 +59,7 @@ REFUSED = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     """Add this subcommand."""
     parser = subparsers.add_parser(
         "serve",
@@ -62,7 +70,7 @@ def add_parser(subparsers: Any) -> None:
         epilog="'vllm serve --help=all' lists vLLM's options; videos usually want "
         f"--max-num-batched-tokens, see '{PROGRAM} inspect'.",
     )
-    add_settings(parser)
+    add_settings(parser, method_named(arguments))
     group = parser.add_argument_group("server")
     group.add_argument(
         "--request-settings",
@@ -106,7 +114,7 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     Raises:
         UsageError: something that cannot be used, or that does not go together.
     """
-    refuse_misspelt(args.rest)
+    refuse_misspelt(args)
     file = from_config_file(args.rest)
     given = args.rest[0] if args.rest and not args.rest[0].startswith("-") else None
     model = given or value_of(args.rest, "--model") or file.get("--model")
@@ -116,7 +124,7 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
         _refuse_missing(str(model))
 
     overrides, rest = _json_option(args.rest, "--hf-overrides", file)
-    additional, rest = _json_option(rest, "--additional-config", file)
+    additional, rest = _json_option(rest, ADDITIONAL, file)
     checkpoint = config_of(str(model), value_of(rest, "--revision"))
     architecture = architecture_of(str(model), checkpoint)
     named = overrides.get("architectures", [architecture])
@@ -125,25 +133,28 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
             f"--hf-overrides architectures={named!r}: it must be [{architecture!r}], which is "
             "filled in if it is left out"
         )
+    cls = args.settings_class
     try:
-        settings = operator_settings(additional, AdaSparkConfig) or {}
+        settings = operator_settings(additional, cls) or {}
     except SettingsError as error:
         raise UsageError(str(error)) from None
-    if isinstance(settings, str) and settings in AdaSparkConfig.words:
+    if isinstance(settings, str) and settings in cls.words:
         settings = {settings: True}
     if not isinstance(settings, dict):
-        raise UsageError(f"--additional-config {PLUGIN}={settings!r}: expected an object")
+        raise UsageError(f"{ADDITIONAL} {PLUGIN}={settings!r}: expected an object")
     settings = settings | given_settings(args)
     trained = overrides.get(CHECKPOINT_KEY, checkpoint.get(CHECKPOINT_KEY))
-    config = checked(settings, f"--additional-config {PLUGIN}", trained)
+    config = checked(cls, settings, f"{ADDITIONAL} {PLUGIN}", trained)
     _refuse_conflicts(rest, file, config)
 
     arguments = ["serve", *rest]
     arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [architecture]})]
+    if args.method != DEFAULT:
+        additional[METHOD_KEY] = args.method
     if settings:
         additional[PLUGIN] = settings
     if additional:
-        arguments += ["--additional-config", json.dumps(additional)]
+        arguments += [ADDITIONAL, json.dumps(additional)]
     trusting = "--trust-request-mm-kwargs"
     if args.request_settings and value_of(rest, trusting) is None:
         arguments.append(trusting)
@@ -170,7 +181,7 @@ def _json_option(
     return merge(dict(base), found), rest
 
 
-def _refuse_conflicts(rest: list[str], file: dict[str, Any], config: AdaSparkConfig) -> None:
+def _refuse_conflicts(rest: list[str], file: dict[str, Any], config: Settings) -> None:
     def given(option: str) -> str | None:
         value = value_of(rest, option)
         return str(file[option]) if value is None and option in file else value

@@ -1,59 +1,111 @@
-"""Flags that several subcommands share: AdaSpark's settings, and which frames are taken.
+"""Flags that several subcommands share: the method, its settings, and which frames are taken.
 
-There is a flag for every field of AdaSparkConfig, which also checks the values.
+There is a flag for every field of the method's settings, whose class also checks the values.  Which
+method that is must be known before the flags are: ``--method`` is looked for in the arguments
+before they are parsed.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..methods.adaspark.settings import AdaSparkConfig
-from ..settings import SettingsError, check_cube_volume
+from ..methods import DEFAULT, built_in, settings_class
+from ..settings import METHOD_KEY, OFF, Settings, SettingsError, check_cube_volume
 from . import UsageError
+from .vllm_options import from_config_file, json_object, take_json, value_of
+
+ADDITIONAL = "--additional-config"
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting and short word, and ``--p``; unset flags leave no trace."""
-    group = add_rules(parser, without=())
-    group.add_argument(
-        "--p", type=float, metavar="P", help="short for --p-attn P --p-ffn P, 0 < P <= 1"
-    )
-    group.add_argument(
-        "--off", action="store_true", default=None, help="dense, exactly as the stock model"
-    )
+def method_named(arguments: Sequence[str]) -> str:
+    """The method that the arguments ask for: ours, or vLLM's ``--additional-config`` with it.
 
-
-def add_rules(parser: argparse.ArgumentParser, without: Collection[str]) -> Any:
-    """Add ``--paper`` and a flag for every setting that is not in ``without``; returns the group.
-
-    For a command that chooses the others, ``--p`` and ``--off`` included, by itself.
+    Raises:
+        UsageError: both name one, and not the same.
     """
-    group = parser.add_argument_group("AdaSpark", "unset: the defaults of docs/settings.md")
-    group.add_argument("--paper", action="store_true", default=None, help="the paper's own rules")
-    for spec in fields(AdaSparkConfig):
-        rule, flag = spec.metadata, _flag(spec.name)
-        if spec.name == "enabled" or spec.name in without:
-            continue  # --off is there for the first
-        if spec.name == "cube":
-            options = {"type": _cube, "metavar": "T,H,W"}
-        elif isinstance(spec.default, bool):
-            options = {"action": "store_true"}
-        elif "choices" in rule:
-            options = {"choices": rule["choices"]}
-        elif rule.keys() & {"share", "budget", "part"}:
-            options = {"type": float, "metavar": "SHARE"}
-        elif "low" in rule:
-            options = {"type": int, "metavar": "N"}
-        else:
-            options = {"metavar": "PATH"}
-        default = f" (default: {spec.default})" if spec.default not in (None, False) else ""
-        text = rule["doc"] + default
-        group.add_argument(flag, dest=spec.name, default=None, help=text, **options)
+    arguments = list(arguments)
+    flag = value_of(arguments, "--method")
+    try:
+        in_file = from_config_file(arguments).get(ADDITIONAL) or {}
+        if isinstance(in_file, str):
+            in_file = json_object(ADDITIONAL, in_file)
+        told = take_json(arguments, ADDITIONAL)[0].get(METHOD_KEY, in_file.get(METHOD_KEY))
+    except UsageError:  # the command itself says so, once its flags are parsed
+        told = None
+    if flag is not None and told is not None and flag != told:
+        raise UsageError(
+            f"--method {flag} and {ADDITIONAL} {METHOD_KEY}={told!r}: leave one of them out"
+        )
+    return flag or told or DEFAULT
+
+
+def add_settings(parser: argparse.ArgumentParser, method: str) -> None:
+    """Add ``--method``, a flag for every setting and short word of the method, and ``--p``.
+
+    Unset flags leave no trace.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    parser.add_argument(
+        "--method",
+        default=method,
+        metavar="NAME",
+        help=f"{', '.join(built_in())}, or module:class (default: {DEFAULT}); "
+        "with --help: the settings of that method",
+    )
+    group = add_rules(parser, method)
+    if {"p_attn", "p_ffn"} <= names(parser.get_default("settings_class")):
+        group.add_argument(
+            "--p", type=float, metavar="P", help="short for --p-attn P --p-ffn P, 0 < P <= 1"
+        )
+
+
+def add_rules(
+    parser: argparse.ArgumentParser, method: str, without: Collection[str] = ()
+) -> argparse._ArgumentGroup:
+    """Add a flag for every setting and word of a method that is not in ``without``.
+
+    Returns:
+        The group of the flags, for a command that adds its own.
+    """
+    cls = _class_of(method)
+    parser.set_defaults(settings_class=cls)
+    group = parser.add_argument_group(
+        f"settings of {method}", "unset: the defaults of docs/settings.md"
+    )
+    for word, meaning in cls.words.items():
+        if word not in without:
+            text = "dense, exactly as the stock model" if word == OFF else f"short for {meaning}"
+            group.add_argument(_flag(word), action="store_true", default=None, help=text)
+    for spec in fields(cls):
+        if spec.name != "enabled" and spec.name not in without:  # --off is there for the first
+            _add_setting(group, spec)
     return group
+
+
+def _add_setting(group: argparse._ArgumentGroup, spec: Any) -> None:
+    rule = spec.metadata
+    if spec.name == "cube":
+        options = {"type": _cube, "metavar": "T,H,W"}
+    elif isinstance(spec.default, bool):
+        options = {"action": "store_true"}
+    elif "choices" in rule:
+        options = {"choices": rule["choices"]}
+    elif rule.keys() & {"share", "budget", "part"}:
+        options = {"type": float, "metavar": "SHARE"}
+    elif "low" in rule:
+        options = {"type": int, "metavar": "N"}
+    else:
+        options = {"metavar": "PATH"}
+    default = f" (default: {spec.default})" if spec.default not in (None, False) else ""
+    group.add_argument(
+        _flag(spec.name), dest=spec.name, default=None, help=rule["doc"] + default, **options
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -70,31 +122,30 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_rules(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the flags of :func:`add_rules` name, as a JSON-ready object."""
-    settings = {spec.name: getattr(args, spec.name, None) for spec in fields(AdaSparkConfig)}
-    settings |= {"off": getattr(args, "off", None), "paper": args.paper}
-    return {key: value for key, value in settings.items() if value is not None}
+def names(cls: type[Settings]) -> set[str]:
+    """The names of a method's settings."""
+    return {spec.name for spec in fields(cls)}
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the flags of :func:`add_settings` name, as a JSON-ready object."""
-    settings = given_rules(args)
-    if args.p is not None:
-        settings = {"p_attn": args.p, "p_ffn": args.p} | settings
-    return settings
+    """The settings that the flags name, as a JSON-ready object."""
+    cls = args.settings_class
+    settings = {name: getattr(args, name, None) for name in [*names(cls), *cls.words]}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    both = getattr(args, "p", None)  # analyze has another --p
+    return ({"p_attn": both, "p_ffn": both} if isinstance(both, float) else {}) | settings
 
 
-def refuse_misspelt(arguments: list[str]) -> None:
+def refuse_misspelt(args: argparse.Namespace) -> None:
     """Refuse what is nearly an option of ours, before vLLM is started to do so in its own words."""
-    if wrong := misspelt(arguments):
+    if wrong := misspelt(args.rest, args.settings_class):
         raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
 
 
-def misspelt(arguments: list[str]) -> tuple[str, str] | None:
+def misspelt(arguments: list[str], cls: type[Settings]) -> tuple[str, str] | None:
     """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
-    ours = [_flag(spec.name) for spec in fields(AdaSparkConfig) if spec.name != "enabled"]
-    ours += ["--paper", "--request-settings"]
+    ours = [_flag(name) for name in sorted((names(cls) | set(cls.words)) - {"enabled", OFF})]
+    ours.append("--request-settings")
     for argument in arguments:
         name = argument.partition("=")[0]
         close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
@@ -103,24 +154,34 @@ def misspelt(arguments: list[str]) -> tuple[str, str] | None:
     return None
 
 
-def request_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def request_settings(settings: dict[str, Any], cls: type[Settings]) -> dict[str, Any]:
     """Those that a request may set."""
-    server = {spec.name for spec in fields(AdaSparkConfig) if not spec.metadata["request"]}
+    server = {spec.name for spec in fields(cls) if not spec.metadata["request"]}
     return {key: value for key, value in settings.items() if key not in server}
 
 
 def checked(
-    settings: dict[str, Any], source: str = "settings", checkpoint: Any = None
-) -> AdaSparkConfig:
-    """The config that these settings make, laid over those of a checkpoint's config.json.
+    cls: type[Settings],
+    settings: dict[str, Any],
+    source: str = "settings",
+    checkpoint: Any = None,
+) -> Settings:
+    """What these settings come to, laid over those of a checkpoint's config.json.
 
     Raises:
-        UsageError: AdaSparkConfig refuses them.
+        UsageError: the method refuses them.
     """
     try:
-        config = AdaSparkConfig.settled(checkpoint, settings, source=source)
+        config = cls.settled(checkpoint, settings, source=source)
         check_cube_volume(config)
         return config
+    except SettingsError as error:
+        raise UsageError(str(error)) from None
+
+
+def _class_of(method: str) -> type[Settings]:
+    try:
+        return settings_class(method)
     except SettingsError as error:
         raise UsageError(str(error)) from None
 
@@ -130,7 +191,7 @@ def _flag(name: str) -> str:
 
 
 def _cube(text: str) -> list[int]:
-    """``4,4,4`` or ``4x4x4``; AdaSparkConfig checks the numbers."""
+    """``4,4,4`` or ``4x4x4``; the settings check the numbers."""
     try:
         sizes = [int(part) for part in text.replace("x", ",").strip("[]").split(",")]
     except ValueError:

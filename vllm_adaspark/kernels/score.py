@@ -86,12 +86,10 @@ def pool_probabilities(
     limit: torch.Tensor,
     tile_size: int,
     scale: float,
-    sharpness: float = 1.0,
-    extra: torch.Tensor | None = None,
 ) -> None:
     """Write the pooled probabilities of one request's VIDEO tiles into ``probs``.
 
-    A logit is ``scale * sharpness * (q . mean_key) + extra``.
+    A logit is ``scale * (q . mean_key)``.
 
     Args:
         probs: ``[sparse, kv_heads, blocks]`` fp32, contiguous.  Of the rows of ``tile_of`` the
@@ -104,8 +102,6 @@ def pool_probabilities(
         limit: ``[tiles]`` int32, a tile's candidates lie below it; at most ``width``.
         tile_size: tokens of a tile, which is the block size.
         scale: softmax scale.
-        sharpness: further factor of the scaled products.
-        extra: ``[kv_heads, width]`` fp32 added to the logits of each cube, or None.
     """
     kv_heads, in_step, group, head_size = query.shape
     if not scores_heads_of(head_size):
@@ -119,19 +115,17 @@ def pool_probabilities(
         GROUP=group,
         ROWS=rows,
         COLUMNS=columns,
-        HAS_EXTRA=extra is not None,
         WIDEN=interpreted(),  # the interpreter has no bf16 products
         num_warps=4,
         num_stages=stages,
     )
-    valid, factor = candidates.view(torch.uint8), scale * sharpness * LOG2_E
-    extra = means if extra is None else extra  # any pointer: it is not read
+    valid, factor = candidates.view(torch.uint8), scale * LOG2_E
     _query_lse[triton.cdiv(tile_size * group, rows), tiles, kv_heads](
-        query, means, extra, valid, tile_of, tokens, limit, lse,
+        query, means, valid, tile_of, tokens, limit, lse,
         in_step, width, candidates.shape[1], factor, **shared,
     )  # fmt: skip
     _pool[triton.cdiv(width, columns), tiles, kv_heads](
-        query, means, extra, valid, tile_of, tokens, limit, lse, probs,
+        query, means, valid, tile_of, tokens, limit, lse, probs,
         in_step, width, candidates.shape[1], factor, **shared,
     )  # fmt: skip
 
@@ -149,10 +143,10 @@ def block_shape(head_size: int, element_bytes: int, width: int) -> tuple[int, in
 
 @triton.jit
 def _query_lse(
-    query, means, extra, candidates, tile_of, tokens, limit, lse,
+    query, means, candidates, tile_of, tokens, limit, lse,
     in_step, width, blocks, factor,
     HEAD_SIZE: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_EXTRA: tl.constexpr, WIDEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp, base 2, of a block of a tile's queries; plus infinity without candidates."""
     tile, head = tl.program_id(1), tl.program_id(2)
@@ -180,8 +174,6 @@ def _query_lse(
         if WIDEN:
             q, k = q.to(tl.float32), k.to(tl.float32)
         logit = tl.dot(q, k, input_precision="ieee") * factor
-        if HAS_EXTRA:
-            logit += tl.load(extra + key_row, mask=inside, other=0.0)[None, :] * 1.4426950408889634
         valid = tl.load(valid_row + column, mask=inside, other=0) != 0
         logit = tl.where(valid[None, :], logit, float("-inf"))
         higher = tl.maximum(top, tl.max(logit, 1))
@@ -196,10 +188,10 @@ def _query_lse(
 
 @triton.jit
 def _pool(
-    query, means, extra, candidates, tile_of, tokens, limit, lse, probs,
+    query, means, candidates, tile_of, tokens, limit, lse, probs,
     in_step, width, blocks, factor,
     HEAD_SIZE: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_EXTRA: tl.constexpr, WIDEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Mean over a tile's queries of the probabilities of a block of cubes."""
     tile, head = tl.program_id(1), tl.program_id(2)
@@ -229,8 +221,6 @@ def _pool(
         if WIDEN:
             q, k = q.to(tl.float32), k.to(tl.float32)
         logit = tl.dot(k, q, input_precision="ieee") * factor
-        if HAS_EXTRA:
-            logit += tl.load(extra + key_row, mask=inside, other=0.0)[:, None] * 1.4426950408889634
         row_lse = tl.load(lse + lse_row + row, mask=there, other=float("inf"))
         mass += tl.sum(tl.exp2(logit - row_lse[None, :]), 1)
     probs_row = tl.load(tile_of + tile).to(tl.int64)
@@ -251,7 +241,6 @@ def token_probabilities(
     limit: torch.Tensor,
     block_size: int,
     scale: float,
-    sharpness: float = 1.0,
 ) -> None:
     """As :func:`pool_probabilities` for TEXT tiles: single tokens of several requests, in fp32.
 
@@ -266,13 +255,13 @@ def token_probabilities(
         tile_of, tokens: ``[job rows, tokens]`` int64, contiguous.
         limit: ``[job rows, tokens]`` int32, a token's candidates lie below it.
         block_size: tokens in a KV block.
-        scale, sharpness: as there.
+        scale: as there.
     """
     kv_heads, in_step, group, head_size = query.shape
     per_row = tokens.shape[1]
     _token_probabilities[tokens.numel(), kv_heads](
         query, key_sums, row_blocks, candidates.view(torch.uint8), row, tile_of, tokens, limit,
-        probs, in_step, candidates.shape[1], per_row, scale * sharpness * LOG2_E / block_size,
+        probs, in_step, candidates.shape[1], per_row, scale * LOG2_E / block_size,
         HEAD_SIZE=head_size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         COLUMNS=32 if head_size <= 128 else 16, num_warps=8, num_stages=2,
     )  # fmt: skip

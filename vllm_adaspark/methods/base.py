@@ -235,7 +235,7 @@ def load(name: str) -> type[Method]:
     module, _, cls = BUILT_IN.get(name, name).partition(":")
     try:
         return getattr(import_module(module), cls)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SettingsError(
             f"--additional-config {METHOD_KEY}={name!r}: no such method ({error}); allowed: "
             f"{', '.join(BUILT_IN)}, or module:class"

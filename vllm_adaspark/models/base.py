@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
@@ -36,10 +35,6 @@ class SparseModel:
         self.runtime = Runtime(methods.of_model(hf_config, current_platform.device_type))
         self._settings_class = self.runtime.method.settings_class
         self.language_model.share(self.runtime)
-
-    def encoder_feed_forward(self) -> Sequence[nn.Module]:
-        """The modules of the vision tower, one a layer, whose output has a row for each patch."""
-        raise NotImplementedError
 
     # -- from video to embeddings ---------------------------------------------------------------
 

@@ -250,9 +250,6 @@ class FrameRules(Protocol):
     def grid(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
         """Video tokens in time, height and width."""
 
-    def patches(self, frames: int, size: tuple[int, int]) -> int:
-        """Patches that the vision tower encodes."""
-
     def pixel_bytes(self, frames: int, size: tuple[int, int]) -> int:
         """Bytes of what the processor makes of the frames."""
 

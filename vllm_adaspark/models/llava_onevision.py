@@ -9,10 +9,7 @@ those of video tokens in cube order are overwritten by the positions that they h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
@@ -37,9 +34,6 @@ class AdaSparkLlavaOnevision(SparseModel, LlavaOnevisionForConditionalGeneration
         config.text_config.architectures = [LANGUAGE_MODEL]
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._share_runtime(config)
-
-    def encoder_feed_forward(self) -> Sequence[nn.Module]:
-        return [layer.mlp for layer in self.vision_tower.vision_model.encoder.layers]
 
     def _process_video_pixels(self, inputs) -> tuple[torch.Tensor, ...]:
         """Each video's embeddings ``[tokens + 1, hidden]``: in cube order, then the newline."""

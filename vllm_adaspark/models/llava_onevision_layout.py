@@ -148,9 +148,6 @@ class LlavaFrames:
         side = tokens_along(self.image_size, self.patch)
         return frames, side, side
 
-    def patches(self, frames: int, size: tuple[int, int]) -> int:
-        return frames * (self.image_size // self.patch) ** 2
-
     def pixel_bytes(self, frames: int, size: tuple[int, int]) -> int:
         return frames * size[0] * size[1] * 3 * 4  # float32
 

@@ -14,7 +14,7 @@ At the top of ``forward`` the step is planned, from what the worker knows of its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -76,9 +76,6 @@ class AdaSparkQwen2_5_VL(SparseModel, PrunedVideos, Qwen2_5_VLForConditionalGene
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self._share_runtime(config)
-
-    def encoder_feed_forward(self) -> Sequence[nn.Module]:
-        return [block.mlp for block in self.visual.blocks]
 
     # -- from video to embeddings ---------------------------------------------------------------
 

@@ -219,11 +219,8 @@ class QwenFrames:
     def grid(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
         return -(-frames // PAIR), size[0] // self.side, size[1] // self.side
 
-    def patches(self, frames: int, size: tuple[int, int]) -> int:
-        return -(-frames // PAIR) * (size[0] // self.patch) * (size[1] // self.patch)
-
     def pixel_bytes(self, frames: int, size: tuple[int, int]) -> int:
-        return self.patches(frames, size) * 3 * PAIR * self.patch**2 * 4  # float32
+        return -(-frames // PAIR) * PAIR * size[0] * size[1] * 3 * 4  # float32
 
     def fitting(self, room: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
         frames, pixels = room // (grid[1] * grid[2]) * PAIR, room // grid[0] * self.side**2

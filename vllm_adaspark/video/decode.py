@@ -26,7 +26,6 @@ def read(
     wanted: Sequence[int],
     *,
     check_size: Callable[[int, int], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, list[int]]:
     """Frames as a player shows them: where one is damaged, the one before it stays.
 
@@ -36,7 +35,6 @@ def read(
         wanted: numbers of frames, ascending; may repeat.
         check_size: called with a frame's width and height before any memory is taken for them;
             may raise.
-        progress: called with (packets decoded, packets to decode).
 
     Returns:
         (frames uint8 ``[n, h, w, 3]`` RGB, the number of the frame that each is).  ``n`` is less
@@ -47,7 +45,7 @@ def read(
     """
     picker = _Picker(wanted, check_size)
     needed = _needed(contents, picker.wanted)
-    for number, frame in _decoded(data, contents, needed, picker.wanted, progress):
+    for number, frame in _decoded(data, contents, needed, picker.wanted):
         if picker.take(number, frame):
             break
     if not picker.exact and not needed.all():
@@ -55,7 +53,7 @@ def read(
         # loses nothing beside what is damaged.
         picker = _Picker(wanted, check_size)
         everything = np.ones_like(needed)
-        for number, frame in _decoded(data, contents, everything, None, progress):
+        for number, frame in _decoded(data, contents, everything, None):
             if picker.take(number, frame):
                 break
     if picker.frames is None:
@@ -78,7 +76,7 @@ def ends(data: bytes, contents: Contents) -> tuple[np.ndarray, int, int]:
         (None, np.ones(len(contents.numbers), bool)),
     ):
         picture, seen = None, []
-        for number, frame in _decoded(data, contents, needed, wanted, None):
+        for number, frame in _decoded(data, contents, needed, wanted):
             if picture is None:
                 picture = _rgb(frame, frame.width, frame.height, _orientation(frame))
             seen = [*seen[:1], number]
@@ -177,15 +175,13 @@ def _decoded(
     contents: Contents,
     needed: np.ndarray,
     wanted: np.ndarray | None,
-    progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[int, Any]]:
     """(number, frame) of what the needed packets hold, as shown.
 
     With ``wanted``, quickly: several threads, and without frames that are neither wanted nor
     needed for another.
     """
-    last, total, done = int(np.flatnonzero(needed)[-1]), int(needed.sum()), 0
-    count = 0
+    last, count = int(np.flatnonzero(needed)[-1]), 0
     with opened(data) as (container, stream):
         codec = stream.codec_context
         if wanted is not None:
@@ -217,9 +213,6 @@ def _decoded(
                     codec.skip_frame = "DEFAULT" if is_wanted[index] else "NONREF"
                 running = True
                 yield from frames(packet)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
             elif running:
                 yield from frames(None)  # what the decoder still holds
                 codec.flush_buffers()

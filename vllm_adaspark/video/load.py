@@ -14,7 +14,6 @@ which is HTTP 400; so is a video that cannot be used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from io import BytesIO
 from typing import Any, ClassVar
 
@@ -42,8 +41,6 @@ UNSET_NUM_FRAMES = (inspect.signature(VideoMediaIO.__init__).parameters["num_fra
 DECORD_SEEKS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # FFmpeg's names
 SAME_TIME = 0.4  # of the shortest time between two frames: the same frame, by two clocks
 
-Progress = Callable[[int, int], None]  # (packets decoded, packets to decode)
-
 
 class _Unreadable(Exception):
     """OpenCV or decord cannot read a file as PyAV does; says why."""
@@ -66,7 +63,17 @@ class VideoLoader(StockLoader):
         """
         if num_frames not in UNSET_NUM_FRAMES:
             options["num_frames"] = num_frames
-        return cls.load(data, cls.options(options))
+        return cls._load(data, cls.options(options))
+
+    @classmethod
+    def _load(cls, data: bytes, options: Options | Evenly) -> tuple[np.ndarray, dict[str, Any]]:
+        contents = scan(data)
+        if contents.cut_short:
+            logger.warning("AdaSpark: a video: %s", contents.cut_short)
+        taken = options.sample(contents)
+        frames, read, decoder = cls._read(data, contents, taken.numbers)
+        _tell_what_is_missing(contents, taken.numbers, read)
+        return frames, metadata(contents, taken, read, decoder)
 
     @classmethod
     def options(cls, given: dict[str, Any]) -> Options | Evenly:
@@ -92,26 +99,11 @@ class VideoLoader(StockLoader):
         return options.get("max_frames", MAX_FRAMES)
 
     @classmethod
-    def load(
-        cls, data: bytes, options: Options | Evenly, progress: Progress | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The same with checked options; ``progress`` hears how much is decoded."""
-        contents = scan(data)
-        if contents.cut_short:
-            logger.warning("AdaSpark: a video: %s", contents.cut_short)
-        taken = options.sample(contents)
-        frames, read, decoder = cls._read(data, contents, taken.numbers, progress)
-        _tell_what_is_missing(contents, taken.numbers, read)
-        return frames, metadata(contents, taken, read, decoder)
-
-    @classmethod
     def _read(
-        cls, data: bytes, contents: Contents, numbers: list[int], progress: Progress | None
+        cls, data: bytes, contents: Contents, numbers: list[int]
     ) -> tuple[np.ndarray, list[int], str]:
         """(frames, their numbers, the decoder's name)."""
-        frames, read = decode.read(
-            data, contents, numbers, check_size=check_frame_pixel_limit, progress=progress
-        )
+        frames, read = decode.read(data, contents, numbers, check_size=check_frame_pixel_limit)
         return frames, read, VideoLoader.decoder
 
 
@@ -121,7 +113,7 @@ class UniformVideoLoader(VideoLoader):
 
     @classmethod
     def load_bytes(cls, data, num_frames=EVEN_FRAMES, **options):
-        return cls.load(data, cls.options({"num_frames": num_frames, **options}))
+        return cls._load(data, cls.options(options | {"num_frames": num_frames}))
 
     @classmethod
     def options(cls, given):
@@ -137,7 +129,7 @@ class _OtherDecoder(VideoLoader):
     """Reads plain files with another decoder, all else with PyAV."""
 
     @classmethod
-    def _read(cls, data, contents, numbers, progress):
+    def _read(cls, data, contents, numbers):
         try:
             if contents.counted or contents.hdr or not contents.whole or contents.cut_short:
                 # decord ends the process at some files that are cut off.
@@ -145,7 +137,7 @@ class _OtherDecoder(VideoLoader):
             return cls._try(data, contents, numbers), numbers, cls.decoder
         except _Unreadable as reason:
             logger.warning("AdaSpark: read a video with PyAV, not %s: %s", cls.decoder, reason)
-        return super()._read(data, contents, numbers, progress)
+        return super()._read(data, contents, numbers)
 
     @classmethod
     def _try(cls, data: bytes, contents: Contents, numbers: list[int]) -> np.ndarray:

@@ -23,8 +23,16 @@ function say(text) {
   $("message").hidden = !text;
 }
 
+let running = 0; // attempts under way: the page is busy until all it asked for is shown
+
+function count(change) {
+  running += change;
+  document.body.setAttribute("aria-busy", String(running > 0));
+}
+
 /** Run something that talks to the server; ask for the key if it must, say what went wrong. */
 async function attempt(action) {
+  count(1);
   try {
     say("");
     await action();
@@ -36,6 +44,8 @@ async function attempt(action) {
       $("key-value").focus();
     }
     say(error.message);
+  } finally {
+    count(-1);
   }
 }
 
@@ -81,9 +91,8 @@ async function choose(id) {
   $("token").max = Math.max(...meta.spans.map((span) => span.end)) - 1;
   showText();
   showFacts();
-  setVideo(0);
   const answered = meta.density.answer.some((share) => share !== null);
-  await setSource(answered ? "answer" : "question");
+  await Promise.all([setVideo(0), setSource(answered ? "answer" : "question")]);
 }
 
 function setVideo(number) {
@@ -92,7 +101,7 @@ function setVideo(number) {
   state.video = number;
   state.geometry = new Geometry(meta, number, before);
   $("frame").max = state.geometry.frames - 1;
-  setFrame(0);
+  return setFrame(0);
 }
 
 // -- what is shown --------------------------------------------------------------------------------
@@ -347,7 +356,7 @@ $("play").addEventListener("click", play);
 $("frame").addEventListener("input", () => attempt(() => setFrame(Number($("frame").value))));
 $("layer").addEventListener("change", () => setLayer(Number($("layer").value)));
 $("video").addEventListener("change", () => {
-  setVideo(Number($("video").value));
+  attempt(() => setVideo(Number($("video").value)));
   draw();
 });
 for (const id of ["show-heat", "show-ffn", "show-order", "opacity"]) {
