@@ -74,18 +74,37 @@ def videos_of(features: Iterable[Any] | None) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class Video:
+    """One video of a request, in a worker.
+
+    Attributes:
+        grid: (T, H, W) its tokens in time, height and width.
+        encoded: gives what the vision tower made of it, ``[T * H * W, hidden]``, maybe with more
+            rows behind; only in the steps that run some of its tokens.
+    """
+
+    grid: tuple[int, int, int]
+    encoded: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Where a prompt's videos and images lie.
 
     Attributes:
         places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
         tokens: of the prompt.
+        videos: in the order of the prompt; only workers know them.
+        wants_all: whether the answer needs the last layer's output of every token, as
+            ``prompt_logprobs`` do; only workers know.
         after_video: how many tokens at the end of each video's place are no video.
         dropped: tokens that its videos had more (video/prune.py).
     """
 
     tokens: int
     places: Mapping[str, Sequence[Any]]
+    videos: Sequence[Video] = ()
+    wants_all: bool = False
     after_video: int = 0
     dropped: int = 0
 
@@ -98,18 +117,12 @@ class Prompt:
         return mask
 
     @classmethod
-    def from_features(
-        cls,
-        tokens: int,
-        features: Iterable[Any] | None,
-        after_video: int = 0,
-        dropped: int = 0,
-    ) -> Prompt:
-        """From vLLM's ``MultiModalFeatureSpec`` of a request."""
+    def from_features(cls, tokens: int, features: Iterable[Any] | None, **known: Any) -> Prompt:
+        """From vLLM's ``MultiModalFeatureSpec`` of a request; ``known``: the other attributes."""
         places: dict[str, list[Any]] = {}
         for feature in features or ():
             places.setdefault(feature.modality, []).append(feature.mm_position)
-        return cls(tokens, places, after_video, dropped)
+        return cls(tokens, places, **known)
 
 
 @dataclass(frozen=True)

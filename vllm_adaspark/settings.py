@@ -57,7 +57,8 @@ def setting(
         checkpoint: whether a checkpoint may.
         rule: what is allowed: ``choices``, ``low`` and ``high`` of an integer, ``share`` for a
             number above 0 and at most 1, ``budget`` for such a number or None, ``part`` for a
-            number from 0 to below 1; by the default's type otherwise.
+            number from 0 to below 1, ``check`` for a function of ("name=value" for its error, the
+            value) to the value in its canonical type; by the default's type otherwise.
     """
     who = {"request": request, "checkpoint": checkpoint}
     return field(default=default, metadata={"doc": doc, **who, **rule})
@@ -281,6 +282,8 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     """``value`` in its canonical type, or an SettingsError that says what is allowed."""
     rule = spec.metadata
     problem = f"{spec.name}={value!r}"
+    if "check" in rule:
+        return rule["check"](problem, value)
     if spec.name == "cube":
         parts = list(value) if isinstance(value, (list, tuple)) else []
         if len(parts) != 3 or not all(_is_int(n) and 1 <= n <= 64 for n in parts):

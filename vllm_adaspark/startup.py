@@ -70,9 +70,16 @@ class StartupCheck(VerifyAndUpdateConfig):
         hf_config.adaspark_resolved = {
             METHOD_KEY: name,
             "settings": config.to_dict(),
+            "step_tokens": _step_tokens(vllm_config),
             "no_prune": no_prune,  # a request's is refused with the same reason
         }
         logger.info("AdaSpark: %s", config)
+
+
+def _step_tokens(vllm_config: VllmConfig) -> int:
+    """The most tokens that a step holds."""
+    scheduler = vllm_config.scheduler_config
+    return scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
 
 
 def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:

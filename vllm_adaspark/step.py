@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -83,6 +84,30 @@ class Runtime:
             # No copy of nothing: after the prompt there is none to make.
             if len(moved):
                 positions[start : start + len(moved)] = torch.from_numpy(moved)
+
+    # -- between layers: nothing happens unless the plan drops tokens (paged/depths.py) ------------
+
+    def positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """RoPE positions ``[..., tokens]`` of the tokens that a layer gets."""
+        return self.plan.depths.positions if self._drops else positions
+
+    def after_layer(
+        self, layer: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes on to the next layer; both ``[tokens, hidden]``."""
+        if self.plan is None or not self.plan.drops_after(layer):
+            return hidden, residual
+        index = self.plan.depths.drop(self.method.survivors(self.plan, layer))
+        return hidden[index], residual[index]
+
+    def restore(self, hidden: Any, tokens: int) -> Any:
+        """The last layer's ``[tokens, hidden]`` with a row for every token of the step again."""
+        return self.plan.depths.restore(hidden, tokens) if self._drops else hidden
+
+    @property
+    def _drops(self) -> bool:
+        plan = self.plan
+        return plan is not None and plan.depths is not None and plan.depths.dropping
 
     def plan_step(
         self, rows: StepRows, requests: Sequence[Request | None], device: torch.device

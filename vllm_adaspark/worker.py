@@ -34,7 +34,7 @@ from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import BlockSums, StepRows
-from .requests import Prompt, Request, RequestTable, media_of, settings_of, videos_of
+from .requests import Prompt, Request, RequestTable, Video, media_of, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
 from .video.prune import WholePrompt
@@ -224,11 +224,28 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         settings = settings_of(media[0], method.settings_class)
+        sampling = new.sampling_params
+        videos = videos_of(new.mm_features)
         prompt = Prompt.from_features(
-            tokens, new.mm_features, self._layout.after_video, self._whole_prompt(new).dropped
+            tokens,
+            new.mm_features,
+            videos=[self._video(video) for video in videos],
+            wants_all=sampling is not None and sampling.prompt_logprobs is not None,
+            after_video=self._layout.after_video,
+            dropped=self._whole_prompt(new).dropped,
         )
-        positions = self._layout.positions(tokens, videos_of(new.mm_features), settings)
+        positions = self._layout.positions(tokens, videos, settings)
         return replace(method.describe(settings, prompt), positions=positions)
+
+    def _video(self, feature: Any) -> Video:
+        """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
+
+        def encoded() -> torch.Tensor:
+            # Runner V2's cache is an object that holds the same dictionary.
+            cache = self.model_runner.encoder_cache
+            return getattr(cache, "encoder_outputs", cache)[feature.identifier]
+
+        return Video(self._layout.grid(feature), encoded)
 
     def _whole_prompt(self, new: Any) -> WholePrompt:
         """What a new request's prompt was before some tokens of its videos were dropped."""

@@ -286,13 +286,17 @@ class Account:
             added = values.sum() if row is None else values[row]
             setattr(self, name, getattr(self, name) + added.item())
         for reason, tokens in counts.fallback_tokens.items():
-            self.fallback_tokens[reason] += int(tokens.sum() if row is None else tokens[row])
+            self._add_fallback(reason, int(tokens.sum() if row is None else tokens[row]))
         for name in PER_LAYER:
             values = getattr(counts, name)
             getattr(self, name)[:] += values.sum(axis=1) if row is None else values[:, row]
         for name in BY_NAME:
             for part, values in getattr(counts, name).items():
                 self._add_named(name, part, values.sum(axis=1) if row is None else values[:, row])
+
+    def _add_fallback(self, reason: str, tokens: int) -> None:
+        if tokens or reason in self.fallback_tokens:  # another method's reasons, once they happen
+            self.fallback_tokens[reason] = self.fallback_tokens.get(reason, 0) + tokens
 
     def _add_named(self, name: str, part: str, values: np.ndarray) -> None:
         mine = getattr(self, name)
@@ -303,7 +307,7 @@ class Account:
         for name in (*OF_REQUEST, *SECONDS):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, tokens in other.fallback_tokens.items():
-            self.fallback_tokens[reason] += tokens
+            self._add_fallback(reason, tokens)
         for name in PER_LAYER:
             getattr(self, name)[:] += getattr(other, name)
         for name in BY_NAME:

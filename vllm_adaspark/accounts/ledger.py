@@ -35,7 +35,7 @@ def keep_counts(plan: StepPlan | None) -> StepPlan | None:
     if plan is None:
         return None
     attention, ffn = _host_part(plan.attention), _host_part(plan.ffn)
-    return replace(plan, attention=attention, ffn=ffn, sum_writes=None, trace=None)
+    return replace(plan.host_part(), attention=attention, ffn=ffn)
 
 
 def _host_part(part: Any) -> Any:

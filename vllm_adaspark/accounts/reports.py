@@ -18,8 +18,10 @@ import numpy as np
 
 from .account import BY_NAME, PER_LAYER, SECONDS, Account
 
+# Why a method that must see a whole prompt at once let it run dense (docs/adatp.md).
+PROMPT_REASONS = ("no_text", "one_step", "prompt_logprobs")
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
-DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback")
+DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback", *PROMPT_REASONS)
 
 
 def merge_ranks(accounts: Sequence[dict[str, Any]]) -> Account:
@@ -155,6 +157,9 @@ def mode_of(account: Account) -> tuple[str, str | None]:
         return "dense", "no_video"
     if account.settings["off"]:
         return "dense", "off"
+    for reason in PROMPT_REASONS:
+        if account.fallback_tokens.get(reason):
+            return "dense", reason
     if account.fallback_tokens["cut_cube"] or account.fallback_tokens["long_text"]:
         return "dense", "fallback"
     return "dense", "few_cubes"

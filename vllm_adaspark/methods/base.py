@@ -49,6 +49,7 @@ from ..settings import METHOD_KEY, Settings, SettingsError
 
 BUILT_IN = {
     "adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark",
+    "adatp": "vllm_adaspark.methods.adatp.method:AdaTP",
     "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
 }
 # Architectures of checkpoints that were trained for one method and cannot run with another.
@@ -138,6 +139,9 @@ class Method:
         sums_values: whether sums of each block's values are kept beside those of its keys.
         wants_hidden: whether attention needs the layer's normed input (``AttentionCall.hidden``).
             Only then does the attention op carry it.
+        settings: the server's.
+        step_tokens: the most tokens that a step of this server holds; None where nobody said.
+        agree: makes a tensor the same on all tensor-parallel ranks; the model sets it.
     """
 
     settings_class: ClassVar[type[Settings]]
@@ -146,6 +150,8 @@ class Method:
     wants_hidden: ClassVar[bool] = False
 
     settings: Settings
+    step_tokens: int | None = None
+    agree: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda tensor: tensor)
 
     def __init__(self, settings: Settings, text_config: Any, device_type: str) -> None:
         self.settings = settings
@@ -190,6 +196,13 @@ class Method:
         """
         raise NotImplementedError
 
+    def needs_one_step(self, settings: Settings) -> bool:
+        """Whether a prompt with video must run in one step and in KV blocks that nobody shares.
+
+        The scheduler sees to it (scheduler.py), if :meth:`check_server` has chosen ours.
+        """
+        return False
+
     def plan(
         self, rows: StepRows, requests: Sequence[Any], device: torch.device
     ) -> StepPlan | None:
@@ -198,6 +211,35 @@ class Method:
 
     def attend(self, plan: StepPlan, call: AttentionCall) -> None:
         """Run the attention of a layer for which ``plan.attends(layer)``."""
+        raise NotImplementedError
+
+    def observe(
+        self,
+        plan: StepPlan,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        head_ranks: HeadRanks | None,
+    ) -> None:
+        """Look at a layer's attention, for which ``plan.drops_after(layer)``, before it runs.
+
+        Args:
+            plan: of the step.
+            layer: its index in the model.
+            query: ``[tokens, heads, head_size]`` after RoPE, this rank's.
+            key: ``[tokens, kv_heads, head_size]`` likewise.
+            scale: of the logits.
+            head_ranks: as in :class:`AttentionCall`.
+        """
+
+    def survivors(self, plan: StepPlan, layer: int) -> torch.Tensor:
+        """Which tokens go on after a layer for which ``plan.drops_after(layer)``.
+
+        Returns:
+            ``[tokens of the layer]`` bool; as many are True as the next depth has tokens
+            (paged/depths.py).
+        """
         raise NotImplementedError
 
     def ffn(self, plan: StepPlan, call: FFNCall) -> torch.Tensor | None:
@@ -251,7 +293,9 @@ def of_model(hf_config: Any, device_type: str) -> Method:
     """The server's method, as startup.StartupCheck left it on the model's config."""
     method = method_class(hf_config)
     settings = method.settings_class().override(_resolved(hf_config).get("settings"))
-    return method(settings, hf_config.get_text_config(), device_type)
+    made = method(settings, hf_config.get_text_config(), device_type)
+    made.step_tokens = _resolved(hf_config).get("step_tokens")
+    return made
 
 
 def _resolved(hf_config: Any) -> Mapping[str, Any]:

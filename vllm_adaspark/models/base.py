@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..methods import base as methods
+from ..paged.depth_metadata import give_depths
 from ..requests import FIELD, unpack_settings
 from ..step import Runtime
 from .layout import Layout, layout_of, walk
@@ -85,12 +86,28 @@ class SparseModel:
     ) -> torch.Tensor | IntermediateTensors:
         """As stock, once the step is planned."""
         self._begin_step(positions)
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        hidden = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+        )
+        return self.runtime.restore(hidden, positions.shape[-1])
 
     def _begin_step(self, positions: torch.Tensor) -> None:
-        metadata = get_forward_context().attn_metadata
+        context = get_forward_context()
+        metadata = context.attn_metadata
         rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
         self.runtime.begin_step(rows, positions.device)
+        self._move(positions)
+        plan = self.runtime.plan
+        if plan is not None and plan.depths is not None:
+            plan.depths.begin(positions)
+            give_depths(context, plan.depths)
+
+    def _move(self, positions: torch.Tensor) -> None:
+        """Change the step's positions ``[..., tokens]`` where the runner does not know them all.
+
+        They are the runner's own buffer, which it fills anew for every step, and are changed in
+        place, because CUDA graphs read them there.
+        """
 
     @classmethod
     def get_model_state_cls(cls) -> type:

@@ -57,6 +57,5 @@ class AdaSparkLlavaOnevision(SparseModel, LlavaOnevisionForConditionalGeneration
         ]
         return torch.cat([*pieces, self.image_newline[None]])
 
-    def _begin_step(self, positions: torch.Tensor) -> None:
-        super()._begin_step(positions)
+    def _move(self, positions: torch.Tensor) -> None:
         self.runtime.place(positions)

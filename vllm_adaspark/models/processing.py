@@ -67,7 +67,12 @@ class OurProcessor:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
             tokens, places = len(processed["prompt_token_ids"]), processed["mm_placeholders"]
-            prompt = Prompt(tokens, places, self._layout.after_video, self._dropped(processed))
+            prompt = Prompt(
+                tokens,
+                places,
+                after_video=self._layout.after_video,
+                dropped=self._dropped(processed),
+            )
             self._method.refuse(config, kwargs.get(REQUEST_KEY), prompt)
             prepared.ok = not self._will_be_refused(processed)
         return processed

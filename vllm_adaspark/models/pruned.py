@@ -1,6 +1,6 @@
 """Videos of which tokens were dropped, inside a multimodal model with M-RoPE (video/prune.py).
 
-:class:`PrunedVideos`, mixed in before the stock class, does three things at three moments:
+:class:`PrunedVideos` does three things at three moments:
 
 * once a video is encoded, it chooses the survivors, and sends their places along with them;
 * for a new request it gives the positions of the *whole* prompt to what is left of it, and to every
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
@@ -27,7 +26,7 @@ from ..video.prune import WholePrompt, split_places, survivors, with_places
 
 
 class PrunedVideos:
-    """Mixed in before a stock multimodal model whose positions are M-RoPE's."""
+    """Mixed in before base.SparseModel, for a model whose positions are M-RoPE's."""
 
     _places: torch.Tensor | None = None  # [3, tokens] of the step that is about to run
 
@@ -81,18 +80,12 @@ class PrunedVideos:
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
 
-    def forward(
-        self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As stock, once the step's survivors are moved to their places.
-
-        ``positions [3, tokens]`` is the runner's own buffer, which it fills anew for every step.
-        It is changed in place, because CUDA graphs read it there.
-        """
+    def _move(self, positions: torch.Tensor) -> None:
+        """Move the step's survivors to their places; ``positions [3, tokens]``."""
+        super()._move(positions)
         places, self._places = self._places, None
         if places is not None:
             positions[:, : places.shape[1]] += places
-        return super().forward(input_ids, positions, *args, **kwargs)
 
 
 def in_whole_prompt(

@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, extract_layer_index
 
 from ..methods.base import method_class
 from ..paged.adapters import adapter_for
-from ..paged.backend import head_ranks
+from ..paged.backend import first_ranks, head_ranks
 from ..step import Runtime
 from .hidden_attention import HiddenAttention
 from .sparse_mlp import SparseMLP
@@ -63,6 +63,7 @@ class SparseDecoderLayer(Qwen2DecoderLayer):
 
     def share(self, runtime: Runtime) -> None:
         """Let attention and FFN see the model's runtime."""
+        self.adaspark = runtime
         for module in (self.self_attn.attn, self.mlp):
             module.adaspark = runtime
             module.adaspark_layer = self.layer_index
@@ -73,7 +74,9 @@ class SparseDecoderLayer(Qwen2DecoderLayer):
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # As stock, but the FFN also sees the residual stream before its norm.
+        # As stock, but the FFN also sees the residual stream before its norm, and tokens may be
+        # dropped on the way out.
+        positions = self.adaspark.positions(positions)
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
@@ -81,7 +84,8 @@ class SparseDecoderLayer(Qwen2DecoderLayer):
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self._attend(positions, hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states, residual), residual
+        hidden_states = self.mlp(hidden_states, residual)
+        return self.adaspark.after_layer(self.layer_index, hidden_states, residual)
 
     def _attend(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         attention = self.self_attn
@@ -150,6 +154,7 @@ class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
     def share(self, runtime: Runtime) -> None:
         """Hand the runtime to this rank's layers, and the other ranks to the runtime."""
         runtime.head_ranks = head_ranks(self.config.num_key_value_heads)
+        runtime.method.agree = first_ranks
         for layer in self._my_layers():
             layer.share(runtime)
 

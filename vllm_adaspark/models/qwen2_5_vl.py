@@ -45,7 +45,7 @@ from .qwen2_5_vl_processing import AdaSparkProcessingInfo, AdaSparkProcessor
     info=AdaSparkProcessingInfo,
     dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
 )
-class AdaSparkQwen2_5_VL(SparseModel, PrunedVideos, Qwen2_5_VLForConditionalGeneration):
+class AdaSparkQwen2_5_VL(PrunedVideos, SparseModel, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL, all sizes, with AdaSpark."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from ..methods.base import AttentionCall
+from .depth_metadata import rebuild
 from .heads import HeadRanks
 from .plan import StepPlan
 from .state import BlockSums, StepRows
@@ -63,6 +65,7 @@ class SparseMetadataBuilder:
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata.adaspark_rows = _host_rows(common_attn_metadata)
+        metadata.adaspark_rebuild = partial(rebuild, self, common_attn_metadata)
         return metadata
 
 
@@ -145,6 +148,8 @@ class SparseImpl:
         ``hidden [tokens, hidden]`` is the layer's normed input, for a method that wants it.
         """
         step = layer.adaspark.plan if attn_metadata is not None else None
+        if step is not None and step.drops_after(layer.adaspark_layer):
+            self._observe(layer, step, query, key)
         if step is None or not step.attends(layer.adaspark_layer):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,
@@ -177,8 +182,7 @@ class SparseImpl:
             hidden=None if hidden is None else hidden[:tokens],
             output=output_here,
             kv_heads=kv_cache.shape[1],
-            # With an fp8 cache some kernels take queries divided by the layer's q scale.
-            scale=self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0),
+            scale=self._scale_of(layer, query),
             key_sums=self._key_sums,
             value_sums=self._value_sums,
             modules=getattr(layer, "adaspark_modules", None) or {},
@@ -189,6 +193,19 @@ class SparseImpl:
         )
         runtime.method.attend(step, call)
         return output
+
+    def _observe(
+        self, layer: torch.nn.Module, step: StepPlan, query: torch.Tensor, key: torch.Tensor
+    ) -> None:
+        """Let the method see queries and keys of a layer after which it drops tokens."""
+        runtime, index = layer.adaspark, layer.adaspark_layer
+        tokens = int(step.depths.rows[step.depths.of(index)].query_start[-1])
+        scale = self._scale_of(layer, query)
+        runtime.method.observe(step, index, query[:tokens], key[:tokens], scale, runtime.head_ranks)
+
+    def _scale_of(self, layer: torch.nn.Module, query: torch.Tensor) -> float:
+        """Of the logits; with an fp8 cache some kernels take queries divided by a scale."""
+        return self.scale * (layer._q_scale_float if query.dtype.itemsize == 1 else 1.0)
 
     def _by_tiles(
         self,
@@ -302,6 +319,12 @@ class SparseImpl:
     def _window_value(window: int) -> Any:
         """``sliding_window`` as the stock impl keeps it: keys to the left and right of a query."""
         return (window - 1, 0)
+
+
+def first_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The first tensor-parallel rank's tensor of this shape, on every rank."""
+    group = get_tp_group()
+    return tensor if group.world_size == 1 else group.broadcast(tensor.contiguous(), src=0)
 
 
 def head_ranks(kv_heads: int) -> HeadRanks | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from ..accounts.timing import Stopwatch
+from .depths import Depths
 from .state import SumWrites
 from .tiles import TilePlan
 
@@ -17,7 +18,8 @@ from .tiles import TilePlan
 MAX_TEXT_TILES = 1024
 
 # Why tokens ran dense though their settings are sparse: a chunk edge cuts their cube; their KV
-# block also holds text, so it is no cube; their text is longer than MAX_TEXT_TILES.
+# block also holds text, so it is no cube; their text is longer than MAX_TEXT_TILES.  Other methods
+# may have other reasons.
 FALLBACKS = ("cut_cube", "mixed_block", "long_text")
 
 
@@ -54,6 +56,7 @@ class StepPlan:
             which tokens are a cube's, whose it is, and how many FFN evaluations are made for the
             tokens that skip.
         sum_writes: which keys are summed in this step; None for none.
+        depths: what each layer sees of the step, if some see fewer tokens than others.
     """
 
     attention: TilePlan | Any
@@ -68,10 +71,23 @@ class StepPlan:
     kept_blocks: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [kv_heads, tiles]
     ffn_active: dict[int, torch.Tensor] = field(default_factory=dict)  # layer: [cubes]
     trace: Any = None  # traces.step.StepTrace, in steps with a traced request
+    depths: Depths | None = None
 
     def attends(self, layer: int) -> bool:
         """Whether the method, not the stock path, runs this layer's attention."""
         return self.attention is not None and layer >= self.attention.first_layer
+
+    def drops_after(self, layer: int) -> bool:
+        """Whether some tokens of this step do not go on to the next layer."""
+        return self.depths is not None and self.depths.dropping and layer in self.depths.events
+
+    def host_part(self) -> Self:
+        """A copy that holds no device memory, save for what the layers counted; for the accounts.
+
+        ``attention`` and ``ffn`` are seen to by accounts/ledger.py.
+        """
+        depths = None if self.depths is None else self.depths.host_part()
+        return replace(self, sum_writes=None, trace=None, depths=depths)
 
     def tell(self, shape: Any, layers: range) -> Told | None:
         """What this step cost, once the layers have run; for the accounts.

@@ -25,7 +25,12 @@ _refused = Counter(REQUESTS, REQUESTS_HELP, LABELS)
 
 # vLLM has no exception of its own for these, so they are told by what its messages say.
 _SETTINGS = ("mm_processor_kwargs",)
-_TOO_LONG = ("maximum context length", "maximum model length", "reduce the input")
+_TOO_LONG = (
+    "maximum context length",
+    "maximum model length",
+    "reduce the input",
+    "tokens in a step",  # ours, methods/adatp
+)
 # Code that reads media: what it raises is about them.
 _MEDIA_MODULES = ("vllm.multimodal.media", "vllm.multimodal.video", "vllm_adaspark.video")
 

@@ -1,0 +1,234 @@
+"""AdaTP in the real engine: against the twin, whatever shares the step, and against itself."""
+
+from __future__ import annotations
+
+import os
+
+import checkpoint as demo_checkpoint  # examples/demo
+import pytest
+
+from engine.adatp_twin import PrunedTwin
+from engine.engines import (
+    VIDEO,
+    Answer,
+    ask,
+    chat,
+    clip,
+    engine,
+    five_prompts,
+    last_reports,
+    video_prompt,
+)
+from vllm_adaspark.methods.adatp.settings import AdaTPSettings
+
+pytestmark = pytest.mark.engine
+CLOSE = 1e-3  # of log-probabilities in float32
+DECODE = 9  # the prompt's token and 8 decode steps
+SERVER = {"layers": [2, 4], "keep": [0.5, 0.4], "tau_s": 0.9995}
+QUESTION = "What is shown?"
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A small float32 Qwen2.5-VL with layers to drop tokens between."""
+    path = tmp_path_factory.mktemp("adatp")
+    return demo_checkpoint.build(path, dtype="float32", seed=3, layers=6, vision_layers=2)
+
+
+@pytest.fixture(scope="module")
+def twin(deep) -> PrunedTwin:
+    return PrunedTwin(deep)
+
+
+@pytest.fixture(scope="module")
+def llm(deep):
+    # 1,024 tokens in a step: prompts of 400 tokens come staggered, beside decoding ones.
+    with engine(deep, SERVER, method="adatp", max_num_batched_tokens=1024) as running:
+        yield running
+
+
+def prompt(video, question: str = QUESTION, **settings) -> dict:
+    return video_prompt(video, question=question, **settings)
+
+
+def equals_twin(
+    twin: PrunedTwin, answer: Answer, video, question: str = QUESTION, **settings
+) -> list[list[int]]:
+    """Compare an answer with the twin's; returns the twin's survivors after each event."""
+    config = AdaTPSettings().override(SERVER).override(settings or None)
+    layers, shares = config.layers, (config.keep[0], config.keep[0] * config.keep[-1])
+    shares = shares[: len(layers)]
+    text = chat(VIDEO, question)
+    if not config.enabled or video is None:
+        layers = shares = ()
+        text = text if video is not None else question
+    expected = twin.logprobs(text, video, list(answer.ids), config, layers, shares)
+    difference = max(
+        abs(float(want[token]) - got)
+        for want, step in zip(expected, answer.logprobs, strict=True)
+        for token, got in step.items()
+    )
+    assert difference < CLOSE, f"{settings}: {difference}"
+    return twin.alive
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dedup": "off"},
+        {"dedup": "all", "refill": True, "keep": [0.7, 0.6]},
+        {"queries": "last", "tau_s": 1.5},
+        {"layers": [3], "keep": 0.3, "tau_s": -1},
+        {"enabled": False},
+    ],
+    ids=["default", "by rank", "refilled", "last", "one event", "off"],
+)
+def test_answers_equal_the_twin(llm, twin, settings) -> None:
+    video = clip(24, seed=4)
+    answer = ask(llm, [prompt(video, **settings)], max_tokens=DECODE)[0]
+    alive = equals_twin(twin, answer, video, **settings)
+    (report,) = last_reports(llm)
+    layers = [layer.get("means", {}).get("alive", 1.0) for layer in report["layers"]]
+    if settings.get("enabled", True):
+        assert report["mode"] == "sparse"
+        config = AdaTPSettings().override(SERVER).override(settings or None)
+        left, event = [], 0
+        for layer in range(6):
+            left.append(1.0 if event == 0 else len(alive[event - 1]) / report["video_tokens"])
+            event += layer + 1 in config.layers
+        assert layers == pytest.approx(left)
+    else:
+        assert (report["mode"], report["reason"]) == ("dense", "off")
+
+
+def ten_requests() -> list[tuple[dict, object, str, dict]]:
+    """(prompt, video, question, settings); video None where there is none."""
+    words = "Which number is shown on the card? " * 20
+    image = five_prompts()["image"]
+    asked: list[tuple[object, str, dict]] = [
+        (clip(24), QUESTION, {}),
+        (clip(24), "Describe the video.", {}),
+        (clip(36, seed=1), "Which digit is shown on the card?", {"keep": [0.3, 0.9]}),
+        (clip(24), QUESTION, {"enabled": False}),
+        (clip(10, seed=2), QUESTION, {"dedup": "off"}),
+        (clip(24, seed=5), QUESTION, {"layers": [1], "keep": 0.25}),
+        (clip(24), QUESTION, {"layers": [3], "keep": 0.4, "queries": "last"}),
+        (clip(2, seed=6), "What?", {}),
+    ]
+    made = [(prompt(video, text, **named), video, text, named) for video, text, named in asked]
+    made.insert(1, ({"prompt": chat(words)}, None, chat(words), {}))
+    return [*made, (image, None, "", {})]
+
+
+def test_a_batch_of_all_kinds(llm, twin) -> None:
+    """Pruned, dense, text-only and image prompts beside each other and beside decoding ones."""
+    asked = ten_requests()
+    answers = ask(llm, [each[0] for each in asked], max_tokens=DECODE)
+    for answer, (_, video, question, settings) in zip(answers[:-1], asked, strict=False):
+        equals_twin(twin, answer, video, question, **settings)
+    assert answers[-1].difference(ask(llm, [asked[-1][0]], max_tokens=DECODE)[0]) < CLOSE
+    modes = {report["mode"] for report in last_reports(llm, 11)}
+    assert modes == {"sparse", "dense"}
+
+
+def test_nobody_shares_a_pruned_requests_blocks(llm, twin) -> None:
+    """The same request again, another question, and clients with one salt."""
+    video = clip(30, seed=7)
+    for question, salt in ((QUESTION, None), (QUESTION, None), ("And now?", None),
+                           (QUESTION, "same"), (QUESTION, "same")):  # fmt: skip
+        asked = prompt(video, question) | ({"cache_salt": salt} if salt else {})
+        answer = ask(llm, [asked], max_tokens=DECODE)[0]
+        assert answer.cached_tokens == 0
+        equals_twin(twin, answer, video, question)
+
+
+def test_two_videos(llm) -> None:
+    """Segments end with their video, and text between two videos stays."""
+    asked = five_prompts()["two videos"]
+    first = ask(llm, [asked])[0]
+    assert ask(llm, [asked])[0].difference(first) < CLOSE
+    (report,) = last_reports(llm)
+    assert report["mode"] == "sparse" and report["layers"][-1]["means"]["alive"] < 0.25
+
+
+def test_why_a_prompt_ran_dense(llm, twin) -> None:
+    from vllm import SamplingParams
+
+    video = clip(24)
+    silent = {
+        "prompt": "<|im_start|>user\n<|vision_start|><|video_pad|>",
+        "multi_modal_data": {"video": [video]},
+    }
+    ask(llm, [silent])
+    (report,) = last_reports(llm)
+    assert (report["mode"], report["reason"]) == ("dense", "no_text")
+    assert report["flops_ratio"] == 1
+    wants = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    llm.generate([prompt(video)], wants, use_tqdm=False)
+    (report,) = last_reports(llm)
+    assert (report["mode"], report["reason"]) == ("dense", "prompt_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("frames", "settings", "message"),
+    [
+        (80, {}, "this prompt has 12.. tokens.*1024 tokens in a step.*--max-num-batched-tokens"),
+        (24, {"layers": [2, 6]}, "this model has 6 layers"),
+        (24, {"keep": [0.5, 0.5, 0.5]}, "3 shares for 2 layers"),
+        (24, {"flops": 0.1}, "flops=0.1 cannot be met.*the smallest budget that can is 0"),
+        (24, {"p_attn": 0.5}, "unknown key 'p_attn'"),
+    ],
+)
+def test_refused_requests(llm, frames, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(llm, [prompt(clip(frames), **settings)])
+
+
+def test_a_prompt_no_step_can_hold_runs_when_pruning_is_off(llm, twin) -> None:
+    video = clip(80)
+    answer = ask(llm, [prompt(video, enabled=False)], max_tokens=DECODE)[0]
+    equals_twin(twin, answer, video, enabled=False)
+
+
+def test_keeping_everything_is_the_stock_model(deep, llm) -> None:
+    asked = [prompt(clip(24)), prompt(clip(10, seed=2)), {"prompt": chat("How many? " * 9)}]
+    everything = [
+        each | {"mm_processor_kwargs": {"adaspark": {"keep": 1.0, "dedup": "off"}}}
+        for each in asked[:2]
+    ]
+    mine = [ask(llm, [each], max_tokens=DECODE)[0] for each in (*everything, asked[2])]
+    with engine(deep, None, max_num_batched_tokens=1024) as stock:
+        for got, each in zip(mine, asked, strict=True):
+            want = ask(stock, [each], max_tokens=DECODE)[0]
+            assert (got.ids, got.logprobs) == (want.ids, want.logprobs)
+
+
+def test_preempted_requests_are_computed_again(deep, llm, twin) -> None:
+    """Generated tokens follow the prompt then, and must not be asked for scores."""
+    clips = [clip(36, seed=20 + i) for i in range(4)]
+    # Four prompts of 9 blocks each fit, their answers of up to two blocks more do not.
+    options = {"num_gpu_blocks_override": 39, "max_model_len": 2048, "disable_log_stats": False}
+    with engine(deep, SERVER, method="adatp", **options) as tight:
+        answers = ask(tight, [prompt(video) for video in clips], max_tokens=100)
+        assert sum(m.value for m in tight.get_metrics() if m.name == "vllm:num_preemptions") > 0
+    for video, answer in zip(clips, answers, strict=True):
+        equals_twin(twin, answer, video)
+
+
+def test_decoding_is_compiled(deep, twin) -> None:
+    with engine(deep, SERVER, method="adatp", enforce_eager=False) as compiled:
+        video = clip(24)
+        answers = ask(compiled, [prompt(video), prompt(video, enabled=False)], max_tokens=DECODE)
+    equals_twin(twin, answers[0], video)
+    equals_twin(twin, answers[1], video, enabled=False)
+
+
+def test_two_ranks_drop_what_one_does(deep, twin, monkeypatch) -> None:
+    """Each rank sees half of the heads; the score is the mean over all of them."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+    with engine(deep, SERVER, method="adatp", tensor_parallel_size=2) as ranks:
+        for video in (clip(24), clip(36, seed=1)):
+            answer = ask(ranks, [prompt(video)], max_tokens=4)[0]
+            equals_twin(twin, answer, video)

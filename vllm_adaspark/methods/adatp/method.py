@@ -1,0 +1,195 @@
+"""AdaTP as a method: which of its parts runs at which moment (methods/base.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...accounts.account import ModelShape
+from ...paged.heads import HeadRanks
+from ...paged.state import StepRows
+from ...requests import Prompt, Video
+from ...settings import SERVER_KEY, SettingsError
+from ..base import Method
+from .flops import PromptCost, event_layers
+from .plan import AdaTPPlan, make_depths
+from .request import AdaTPRequest
+from .segments import adjacent_similarity, frame_means
+from .settings import AdaTPSettings
+from .state import PromptState
+
+
+class AdaTP(Method):
+    """Video tokens are dropped between the layers (arXiv 2505.20100)."""
+
+    settings_class = AdaTPSettings
+
+    def __init__(self, settings: AdaTPSettings, text_config: Any, device_type: str) -> None:
+        super().__init__(settings, text_config, device_type)
+        self._shape = ModelShape.of(text_config, device_type)
+        self._layers = text_config.num_hidden_layers
+
+    # -- when the server starts, and before a request runs ---------------------------------------
+
+    @classmethod
+    def check_server(cls, settings: AdaTPSettings, vllm_config: Any) -> None:
+        """See startup.py of this method."""
+        from .startup import check_server
+
+        check_server(settings, vllm_config)
+
+    def needs_one_step(self, settings: AdaTPSettings) -> bool:
+        return settings.enabled
+
+    def refuse(self, settings: AdaTPSettings, named: Any, prompt: Prompt) -> None:
+        """Refuse layers that are not there, a prompt no step can hold, and a hopeless budget."""
+        source = f"mm_processor_kwargs.{SERVER_KEY}"
+        if not settings.enabled:
+            return
+        try:
+            event_layers(settings, self._layers)
+        except ValueError as error:
+            raise SettingsError(f"{source}: {error}") from None
+        is_video = prompt.of(self.media)
+        if not is_video.any():
+            return
+        if self.step_tokens is not None and prompt.tokens > self.step_tokens:
+            raise ValueError(
+                f"this prompt has {prompt.tokens} tokens, of which {int(is_video.sum())} are "
+                f"video, and this server runs {self.step_tokens} tokens in a step, while AdaTP "
+                "must see a prompt with video at once: start the server with a larger "
+                "--max-num-batched-tokens, send fewer or smaller frames, or turn AdaTP off for "
+                f'this request ({source}="off")'
+            )
+        if not isinstance(named, Mapping) or named.get("flops") is None:
+            return
+        least = self._cost(settings, is_video).least
+        if settings.flops < least:
+            raise SettingsError(
+                f"{source}: flops={settings.flops} cannot be met: of this request's "
+                f"{prompt.tokens} tokens, text and the layers up to the last of layers="
+                f"{[layer + 1 for layer in event_layers(settings, self._layers)]} take more; the "
+                f"smallest budget that can is {math.ceil(least * 100) / 100}"
+            )
+
+    def describe(self, settings: AdaTPSettings, prompt: Prompt) -> AdaTPRequest:
+        is_video = prompt.of(self.media)
+        return AdaTPRequest(
+            settings,
+            is_video,
+            tuple(prompt.videos),
+            self._cost(settings, is_video),
+            prompt.wants_all,
+        )
+
+    def _cost(self, settings: AdaTPSettings, is_video: np.ndarray) -> PromptCost:
+        video = int(is_video.sum())
+        after = len(is_video) - 1 - int(np.flatnonzero(is_video)[-1])
+        return PromptCost(
+            self._shape,
+            self._layers,
+            event_layers(settings, self._layers),
+            text=len(is_video) - video,
+            video=video,
+            queries=min(after, 1) if settings.queries == "last" else after,
+        )
+
+    def told(self, request: AdaTPRequest) -> dict[str, Any]:
+        """Its settings under the names that users know, with the schedule spelt out.
+
+        ``keep`` is the share that each event keeps, also where a budget chose it.
+        """
+        config, cost = request.config, request.cost
+        shares = cost.shares(config)
+        budget = None
+        if config.flops is not None:
+            kept = cost.least <= config.flops
+            budget = {"flops": config.flops, "smallest": cost.least, "kept": kept}
+        return {
+            "layers": [layer + 1 for layer in cost.events],
+            "keep": (shares / np.array([1.0, *shares[:-1]])).round(4).tolist(),
+            "flops": config.flops,
+            "tau_s": config.tau_s,
+            "tau_t": config.tau_t,
+            "alpha_boost": config.alpha_boost,
+            "gamma_cap": config.gamma_cap,
+            "dedup": config.dedup,
+            "refill": config.refill,
+            "keep_budget": config.keep_budget,
+            "queries": config.queries,
+            "frames_by": "mean of the frame's tokens",
+            "relevance": False,
+            "order": config.order,
+            "trace": config.trace,
+            "budget": budget,
+            "off": not config.enabled or (shares[-1] == 1 and config.dedup == "off"),
+        }
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def plan(
+        self, rows: StepRows, requests: Sequence[AdaTPRequest | None], device: torch.device
+    ) -> AdaTPPlan | None:
+        """Settle what prompts that start in this step lose, and what every layer then sees."""
+        on = [r if r is not None and r.config.enabled else None for r in requests]
+        starting = np.array([r is not None for r in on])
+        starting &= (rows.computed == 0) & (rows.query_lens > 0)
+        for row in np.flatnonzero(starting):
+            on[row].start(int(rows.seq_lens[row]), self._similarities)
+        size = self.settings.cube_volume
+        depths = make_depths(rows, on, starting, size)
+        prompts = [
+            PromptState(int(row), on[row], on[row].progress.pruning, device)
+            for row in np.flatnonzero(starting)
+            if depths is not None and on[row].progress.pruning is not None
+        ]
+        plan = AdaTPPlan.of(rows, requests, starting, size, depths, prompts)
+        return plan if depths is not None or plan.video_tokens.any() else None
+
+    def _similarities(self, video: Video) -> np.ndarray:
+        """``[frames - 1]`` cosines of adjacent frames.
+
+        The one thing that a plan reads from the device: once for each video of a prompt that
+        starts, after the vision tower and before the layers.
+        """
+        frames, rows, columns = video.grid
+        tokens = video.encoded()[: frames * rows * columns]
+        similar = adjacent_similarity(frame_means(tokens, frames))
+        return self.agree(similar).cpu().numpy()
+
+    def observe(
+        self,
+        plan: AdaTPPlan,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        head_ranks: HeadRanks | None,
+    ) -> None:
+        """Score the video tokens of the prompts that lose some after this layer."""
+
+        def agree(score: torch.Tensor) -> torch.Tensor:
+            # All ranks compute the same mean of the same numbers, so they choose the same tokens.
+            return score if head_ranks is None else head_ranks.gather(score[None]).mean(0)
+
+        start = plan.depths.rows[plan.depths.of(layer)].query_start
+        with plan.selection.running(query.device):
+            for prompt in plan.prompts:
+                mine = slice(int(start[prompt.row]), int(start[prompt.row + 1]))
+                prompt.observe(layer, query[mine], key[mine], scale, agree)
+
+    def survivors(self, plan: AdaTPPlan, layer: int) -> torch.Tensor:
+        """Which tokens go on to the next layer, ``[tokens at this depth]`` bool."""
+        start = plan.depths.rows[plan.depths.of(layer)].query_start
+        device = plan.depths.positions.device
+        keep = torch.ones(int(start[-1]), dtype=torch.bool, device=device)
+        with plan.selection.running(device):
+            for prompt in plan.prompts:
+                before, after = prompt.survivors(layer)
+                keep[int(start[prompt.row]) + before] = False
+                keep[int(start[prompt.row]) + after] = True
+        return keep

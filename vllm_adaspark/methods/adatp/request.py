@@ -1,0 +1,132 @@
+"""What AdaTP knows of a request: where its frames lie, what it may cost, what it has dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from ...requests import Request, Video
+from .flops import PromptCost
+from .prune import kept_per_segment
+from .relevance import relevant_segments, segment_shares
+from .segments import segment_frames
+from .settings import AdaTPSettings
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How many of a request's video tokens go on at each of its events.
+
+    Attributes:
+        segment: ``[frames]`` the segment of each frame.
+        relevant: ``[segments]`` bool.
+        sizes: ``[segments]`` tokens before the first event.
+        kept: ``[events, segments]`` tokens after each event.
+        dedups: ``[events]`` bool, whether the event deduplicates.
+    """
+
+    segment: np.ndarray
+    relevant: np.ndarray
+    sizes: np.ndarray
+    kept: np.ndarray
+    dedups: np.ndarray
+
+    @cached_property
+    def dropped(self) -> np.ndarray:
+        """``[events + 1]`` video tokens that are gone before the first and after each event."""
+        return self.sizes.sum() - np.array([self.sizes.sum(), *self.kept.sum(1)])
+
+
+@dataclass
+class Progress:
+    """What has become of a request so far.
+
+    Attributes:
+        pruning: what its prompt lost; None if nothing.
+        reason: why its prompt ran dense though its settings drop tokens; None if it did not.
+    """
+
+    pruning: Pruning | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class AdaTPRequest(Request):
+    """One request with video.
+
+    Attributes:
+        config: its settings.
+        videos: in order; together they are the prompt's video tokens.
+        cost: what its prompt costs.
+        wants_all: whether the answer needs the last layer's output of every token.
+        progress: changes as it runs.
+    """
+
+    config: AdaTPSettings
+    videos: tuple[Video, ...] = ()
+    cost: PromptCost | None = None
+    wants_all: bool = False
+    progress: Progress = field(default_factory=Progress, compare=False)
+
+    @cached_property
+    def asks(self) -> slice:
+        """The text tokens of the prompt whose attention is the score: those after its videos."""
+        tokens = len(self.is_video)
+        first = int(np.flatnonzero(self.is_video)[-1]) + 1
+        if self.config.queries == "last":
+            first = max(first, tokens - 1)
+        return slice(first, tokens)
+
+    @cached_property
+    def frame_places(self) -> np.ndarray:
+        """``[frames]`` how many tokens each frame has."""
+        frames, rows, columns = np.array([video.grid for video in self.videos]).T
+        return np.repeat(rows * columns, frames)
+
+    @cached_property
+    def token_place(self) -> np.ndarray:
+        """``[video tokens]`` the place of each in its frame."""
+        return np.concatenate([np.arange(places) for places in self.frame_places])
+
+    def start(self, tokens: int, similarities: Callable[[Video], np.ndarray]) -> None:
+        """The prompt runs, for the first time or again: settle what it loses, or why nothing.
+
+        Args:
+            tokens: of the request that the step holds.
+            similarities: of a video, ``[frames - 1]`` cosines of adjacent frames.
+        """
+        self.progress.pruning, self.progress.reason = None, None
+        if tokens < len(self.is_video):
+            self.progress.reason = "one_step"
+        elif self.asks.start == self.asks.stop:
+            self.progress.reason = "no_text"
+        elif self.wants_all:
+            self.progress.reason = "prompt_logprobs"
+        else:
+            self.progress.pruning = self.prune([similarities(video) for video in self.videos])
+
+    def prune(self, similarities: list[np.ndarray], relevance: np.ndarray | None = None) -> Pruning:
+        """How many tokens are dropped, before the layers run.
+
+        Args:
+            similarities: of each video, ``[frames - 1]`` cosines of adjacent frames.
+            relevance: ``[frames of all videos]`` cosine with the question; None if unknown.
+        """
+        config = self.config
+        segment = segment_frames(similarities, config.tau_s)
+        relevant = relevant_segments(relevance, segment, config.tau_t)
+        sizes = np.bincount(segment, self.frame_places).astype(np.int64)
+        shares = segment_shares(
+            self.cost.shares(config),
+            sizes,
+            relevant,
+            alpha_boost=config.alpha_boost,
+            gamma_cap=config.gamma_cap,
+            keep_budget=config.keep_budget,
+        )
+        places = self.frame_places[np.flatnonzero(np.diff(segment, prepend=-1))]
+        kept, dedups = kept_per_segment(shares, sizes, places, config)
+        return Pruning(segment, relevant, sizes, kept, dedups)

@@ -1,0 +1,47 @@
+"""What AdaTP needs of vLLM's configuration, and which options it cannot work with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...settings import SettingsError
+from .flops import event_layers
+from .settings import AdaTPSettings
+
+SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
+
+
+def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
+    """Put our scheduler in place, once nothing stands against it.
+
+    Raises:
+        SettingsError: names the option, and what to do.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    try:
+        event_layers(settings, model.hf_text_config.num_hidden_layers)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    refused = [
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a pipeline stage expects "
+            "as many tokens as the first got; use --tensor-parallel-size",
+        ),
+        (
+            scheduler.scheduler_cls not in (None, SCHEDULER),
+            f"--scheduler-cls {scheduler.scheduler_cls}: a prompt must run in one step and in "
+            "blocks of its own, which our scheduler sees to; leave it out",
+        ),
+        (
+            scheduler.long_prefill_token_threshold > 0,
+            f"--long-prefill-token-threshold {scheduler.long_prefill_token_threshold}: a prompt "
+            "with video must run in one step; leave it out",
+        ),
+    ]
+    refused.append((settings.encoder is not None, "encoder yet; leave it out"))
+    for unsupported, what in refused:
+        if unsupported:
+            raise SettingsError(f"AdaTP does not support {what}")
+    scheduler.scheduler_cls = SCHEDULER
