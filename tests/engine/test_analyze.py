@@ -71,7 +71,7 @@ def dense_layers(checkpoint, clip: Path):
     """(is_video, per layer: attention probabilities ``[heads, n, n]``, stream before and after)."""
     twin = TwinModel(checkpoint, AdaSparkConfig())
     video = VideoLoader.load_bytes(clip.read_bytes())
-    x, positions, is_video = twin._prompt(chat(VIDEO, QUESTION), [video])
+    x, positions, is_video = twin._prompt(chat(VIDEO, QUESTION), video)
     cos, sin = twin.text.rotary_emb(x[None], positions[:, None])
     later = torch.ones(len(x), len(x)).triu(1).bool()
     layers = []

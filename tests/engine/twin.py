@@ -40,8 +40,7 @@ class TwinModel:
 
         ``video`` is one video or a list of several.
         """
-        videos = video if isinstance(video, list) else [video]
-        embeddings, positions, is_video = self._prompt(prompt, videos, images)
+        embeddings, positions, is_video = self._prompt(prompt, video, images)
         caches = [None] * len(self.text.layers)
         result = []
         for token in [None, *answer[:-1]]:
@@ -53,8 +52,9 @@ class TwinModel:
             result.append(self.model.lm_head(hidden[-1]).log_softmax(-1))
         return result
 
-    def _prompt(self, prompt: str, videos: list, images=()):
+    def _prompt(self, prompt: str, video, images=()):
         """(embeddings ``[n, hidden]``, positions ``[3, n]``, is_video ``[n]``), token by token."""
+        videos = video if isinstance(video, list) else [video]
         inputs = self.processor(
             text=[prompt],
             images=list(images) or None,
@@ -189,8 +189,8 @@ class LlavaTwin(TwinModel):
 
     model_class = LlavaOnevisionForConditionalGeneration
 
-    def _prompt(self, prompt: str, videos: list, images=()):
-        ((frames, _),) = videos
+    def _prompt(self, prompt: str, video, images=()):
+        frames, _ = video
         inputs = self.processor(text=prompt, videos=[list(frames)], return_tensors="pt")
         ids = inputs["input_ids"][0]
         encoded = self.model.model.get_video_features(
