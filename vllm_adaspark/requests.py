@@ -94,19 +94,19 @@ class Prompt:
     Attributes:
         places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
         tokens: of the prompt.
+        after_video: how many tokens at the end of each video's place are no video.
+        dropped: tokens that its videos had more (video/prune.py).
         videos: in the order of the prompt; only workers know them.
         wants_all: whether the answer needs the last layer's output of every token, as
             ``prompt_logprobs`` do; only workers know.
-        after_video: how many tokens at the end of each video's place are no video.
-        dropped: tokens that its videos had more (video/prune.py).
     """
 
     tokens: int
     places: Mapping[str, Sequence[Any]]
-    videos: Sequence[Video] = ()
-    wants_all: bool = False
     after_video: int = 0
     dropped: int = 0
+    videos: Sequence[Video] = ()
+    wants_all: bool = False
 
     def of(self, kinds: Sequence[str]) -> np.ndarray:
         """``[tokens]`` bool: which tokens belong to items of these kinds."""

@@ -10,6 +10,7 @@ as the line says.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -224,14 +225,13 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         settings = settings_of(media[0], method.settings_class)
-        sampling = new.sampling_params
-        videos = videos_of(new.mm_features)
+        sampling, videos = new.sampling_params, videos_of(new.mm_features)
         prompt = Prompt.from_features(
             tokens,
             new.mm_features,
+            after_video=self._layout.after_video,
             videos=[self._video(video) for video in videos],
             wants_all=sampling is not None and sampling.prompt_logprobs is not None,
-            after_video=self._layout.after_video,
             dropped=self._whole_prompt(new).dropped,
         )
         positions = self._layout.positions(tokens, videos, settings)
@@ -239,13 +239,15 @@ class AccountingWorker:
 
     def _video(self, feature: Any) -> Video:
         """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
+        grid = self._layout.grid(feature)
 
         def encoded() -> torch.Tensor:
             # Runner V2's cache is an object that holds the same dictionary.
             cache = self.model_runner.encoder_cache
-            return getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            everything = getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            return everything[: math.prod(grid)]
 
-        return Video(self._layout.grid(feature), encoded)
+        return Video(grid, encoded)
 
     def _whole_prompt(self, new: Any) -> WholePrompt:
         """What a new request's prompt was before some tokens of its videos were dropped."""

@@ -9,7 +9,7 @@ embeddings into cube order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,24 @@ class SparseModel:
             ordered.append(video)
         return tuple(ordered)
 
+    # -- weights ----------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As stock, but a method's own weights must be in the checkpoint."""
+        loaded = super().load_weights(weights)
+        missing = [
+            f"{attention}.{name}"
+            for attention, module in self.language_model.method_modules()
+            for name, _ in module.named_parameters()
+            if f"language_model.{attention}.{name}" not in loaded
+        ]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} weights of the method, among them "
+                f"{', '.join(missing[:4])}: it was not trained for it; serve one that was"
+            )
+        return loaded
+
     # -- the step's plan --------------------------------------------------------------------------
 
     def forward(
@@ -96,18 +114,11 @@ class SparseModel:
         metadata = context.attn_metadata
         rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
         self.runtime.begin_step(rows, positions.device)
-        self._move(positions)
+        self.runtime.place(positions)
         plan = self.runtime.plan
         if plan is not None and plan.depths is not None:
             plan.depths.begin(positions)
             give_depths(context, plan.depths)
-
-    def _move(self, positions: torch.Tensor) -> None:
-        """Change the step's positions ``[..., tokens]`` where the runner does not know them all.
-
-        They are the runner's own buffer, which it fills anew for every step, and are changed in
-        place, because CUDA graphs read them there.
-        """
 
     @classmethod
     def get_model_state_cls(cls) -> type:

@@ -4,7 +4,8 @@ Chosen by the architecture ``AdaSparkLlavaOnevisionForConditionalGeneration`` in
 stock weights of every size load unchanged.  As for Qwen2.5-VL the processor attaches a request's
 settings to its videos, and a video's embeddings are put into cube order.  Its positions are one
 number each and vLLM's runner makes them, in the order of the prompt; so at the top of ``forward``
-those of video tokens in cube order are overwritten by the positions that they have in raster order.
+those of video tokens in cube order are overwritten by the positions that they have in raster order
+(models/base.py).
 """
 
 from __future__ import annotations
@@ -56,6 +57,3 @@ class AdaSparkLlavaOnevision(SparseModel, LlavaOnevisionForConditionalGeneration
             for piece in frames.split(step)
         ]
         return torch.cat([*pieces, self.image_newline[None]])
-
-    def _move(self, positions: torch.Tensor) -> None:
-        self.runtime.place(positions)

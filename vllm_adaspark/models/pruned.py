@@ -80,12 +80,16 @@ class PrunedVideos:
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
 
-    def _move(self, positions: torch.Tensor) -> None:
-        """Move the step's survivors to their places; ``positions [3, tokens]``."""
-        super()._move(positions)
+    def _begin_step(self, positions: torch.Tensor) -> None:
+        """Move the step's survivors to their places, before the step is planned.
+
+        ``positions [3, tokens]`` is the runner's own buffer, which it fills anew for every step.
+        It is changed in place, because CUDA graphs read it there.
+        """
         places, self._places = self._places, None
         if places is not None:
             positions[:, : places.shape[1]] += places
+        super()._begin_step(positions)
 
 
 def in_whole_prompt(

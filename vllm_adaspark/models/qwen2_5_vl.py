@@ -14,7 +14,6 @@ At the top of ``forward`` the step is planned, from what the worker knows of its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -126,24 +125,6 @@ class AdaSparkQwen2_5_VL(PrunedVideos, SparseModel, Qwen2_5_VLForConditionalGene
         # The encoder's CUDA-graph path bypasses _process_video_input, and with it the order.
         config = super().get_encoder_cudagraph_config()
         return replace(config, modalities=[m for m in config.modalities if m != "video"])
-
-    # -- weights ----------------------------------------------------------------------------------
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As stock, but a method's own weights must be in the checkpoint."""
-        loaded = super().load_weights(weights)
-        missing = [
-            f"{attention}.{name}"
-            for attention, module in self.language_model.method_modules()
-            for name, _ in module.named_parameters()
-            if f"language_model.{attention}.{name}" not in loaded
-        ]
-        if missing:
-            raise ValueError(
-                f"the checkpoint lacks {len(missing)} weights of the method, among them "
-                f"{', '.join(missing[:4])}: it was not trained for it; serve one that was"
-            )
-        return loaded
 
     # -- positions --------------------------------------------------------------------------------
 
