@@ -12,7 +12,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 # Tests make their checkpoints. The demo does not get these: it may be asked for a real model.
 OFFLINE := test test-unit fidelity pictures needle needle-quick finetune \
-	bench bench-quick bench-gpu
+	bench bench-quick bench-gpu gpu-session
 $(OFFLINE): export HF_HUB_OFFLINE = 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE = 1
 
@@ -63,6 +63,9 @@ bench-quick: venv ## a small part of it
 
 bench-gpu: venv ## attention on a CUDA GPU, ours against dense; says so where there is none
 	$(RUN) benchmarks/gpu_attention.py $(ARGS)
+
+gpu-session: venv ## all that is to be measured on a CUDA GPU, kernels checked first (8 minutes)
+	PYTHON=$(RUN) benchmarks/gpu_session.sh $(ARGS)
 
 lint: venv ## check style
 	$(RUN) -m ruff check .

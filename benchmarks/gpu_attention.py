@@ -11,6 +11,7 @@ copies of the inputs, so that no cache is warm.
 *Prefill* is a whole prompt at once; *chunk* is 8192 new tokens on a cache.  Blocks are chosen at
 random, at the density wanted: what a block costs does not depend on what is in it.  Selection
 (scores, nucleus, tables, and the transpositions around the kernel) is timed apart, by its parts.
+The JSON file is written after every shape.
 
 Without a CUDA device it says so and ends.  ``--check`` runs all of it on tiny inputs, on the CPU in
 Triton's interpreter where there is no GPU; its times mean nothing.
@@ -24,6 +25,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,9 +47,13 @@ def main() -> None:
             print(NOT_MEASURED)
             return
         os.environ["TRITON_INTERPRET"] = "1"
-    result = run(args.density, args.minutes, args.check)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def save(result: dict) -> None:
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    result = run(args.density, args.minutes, args.check, save)
+    save(result)
     text = f"{result['machine']}\n\n{table(result['rows'])}\n"
     if args.check:
         text = "A check on tiny inputs: the times mean nothing.\n\n" + text
@@ -56,8 +62,8 @@ def main() -> None:
     print(text)
 
 
-def run(densities: list[float], minutes: float, check: bool) -> dict:
-    """Everything, as the JSON file holds it."""
+def run(densities: list[float], minutes: float, check: bool, save: Callable[[dict], None]) -> dict:
+    """Everything, as the JSON file holds it; ``save`` gets what there is after each shape."""
     # The package may not be installed; and Triton must see TRITON_INTERPRET when it is imported.
     sys.path.insert(0, str(ROOT))
     import triton
@@ -79,6 +85,13 @@ def run(densities: list[float], minutes: float, check: bool) -> dict:
         name for found in correct.values() for name, e in found.items() if isinstance(e, float)
     }
     rows, left_out = [], []
+    result = {
+        "machine": machine(device),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "correct": correct,
+        "left_out": left_out,
+        "rows": rows,
+    }
     for nth, shape in enumerate(every):
         left = minutes * 60 - (time.perf_counter() - began)
         name = f"{shape.queries} of {shape.tokens}, block {shape.block}"
@@ -86,16 +99,11 @@ def run(densities: list[float], minutes: float, check: bool) -> dict:
             left_out.append(name)
             continue
         rows += measure(shape, densities, device, present, left / (len(every) - nth))
+        save(result)
         print(f"measured {name} ({left:.0f} s left)", file=sys.stderr)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {
-        "machine": machine(device),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "correct": correct,
-        "left_out": left_out,
-        "rows": rows,
-    }
+    return result
 
 
 def cases() -> list[tuple[int, int, int]]:

@@ -1,12 +1,14 @@
-"""Fine-tune a Qwen2.5-VL with AdaSpark's sparsity on, and write a checkpoint that serves with it.
+"""Fine-tune a Qwen2.5-VL with sparsity on, and write a checkpoint that serves with it.
 
     python examples/finetune.py .finetune/needle --settings '{"paper": true, "p_ffn": 0.3}'
+    python examples/finetune.py .finetune/nsa --method videonsa --block-counts 8 --window-size 128
     python examples/finetune.py tuned --model Qwen/Qwen2.5-VL-7B-Instruct --data mine.jsonl --bf16
 
 Without --data it trains the needle model (examples/needle) on its made-up videos.  With it, on your
 own: one JSON object {"video": path, "question": ..., "answer": ...} a line.  Started again with the
 same folder, it goes on where it was stopped.  The folder is a Hugging Face checkpoint whose
-config.json says how it was trained ("adaspark_config"): the plugin serves it so by default.
+config.json says how it was trained ("adaspark_config", or VideoNSA's architecture): the plugin
+serves it so by default.
 
 A step computes one video once and all its questions with it.  The loss is on the answers.  The
 vision tower stays as it is unless --train-vision.  docs/finetuning.md says more.
@@ -27,11 +29,14 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, SELECTIONS, AdaSparkConfig
-from vllm_adaspark.training import enable_sparse_training
+from vllm_adaspark.training import VideoNSAForConditionalGeneration, enable_sparse_training
 from vllm_adaspark.training.enable import checkpoint_settings
+from vllm_adaspark.training.videonsa import gate_parameters
 
 STATE = "training.pt"  # in the folder: what is needed to go on
 WARM_UP = 20  # steps
+ADASPARK_FLAGS = ("settings", "p_attn", "p_ffn", "compensation", "selection")
+VIDEONSA_FLAGS = ("block_counts", "window_size")
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +46,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to write, and to go on from")
     parser.add_argument("--model", default=str(NEEDLE / "checkpoint"), help="folder or hub name")
     parser.add_argument("--data", type=Path, help="JSON lines (default: needle videos)")
+    parser.add_argument("--method", choices=("adaspark", "videonsa"), default="adaspark")
+    parser.add_argument("--block-counts", type=int, help="blocks of 64 tokens selected, VideoNSA")
+    parser.add_argument("--window-size", type=int, help="tokens of the window, VideoNSA")
+    parser.add_argument("--gate-lr", type=float, default=3e-3, help="of the gates, VideoNSA")
     parser.add_argument("--settings", type=json.loads, default={}, help="AdaSpark's, as JSON")
     parser.add_argument("--p-attn", type=float)
     parser.add_argument("--p-ffn", type=float)
@@ -65,14 +74,37 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="activations in bfloat16")
     parser.add_argument("--save-every", type=int, default=20, help="steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    others = ADASPARK_FLAGS if arguments.method == "videonsa" else VIDEONSA_FLAGS
+    for key in others:
+        if getattr(arguments, key) not in (None, {}):
+            flag = "--" + key.replace("_", "-")
+            parser.error(f"{flag} means nothing to --method {arguments.method}; leave it out")
+    return arguments
+
+
+def load(arguments: argparse.Namespace) -> tuple[Qwen2_5_VLForConditionalGeneration, dict]:
+    """The model, which computes as it will be served, and what says so: numbers and words."""
+    # Weights are trained in float32: small steps are lost on bfloat16 ones.
+    if arguments.method == "videonsa":
+        torch.manual_seed(0)  # of gates that have no weights yet
+        model = VideoNSAForConditionalGeneration.from_pretrained(
+            arguments.model,
+            dtype=torch.float32,
+            block_counts=arguments.block_counts,
+            window_size=arguments.window_size,
+        )
+        text = model.config.text_config
+        settings = {key: getattr(text, key) for key in VIDEONSA_FLAGS}
+        return model, {"method": "videonsa", **settings}
+    config = settings_of(arguments)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
+    return enable_sparse_training(model, config), checkpoint_settings(config)
 
 
 def settings_of(arguments: argparse.Namespace) -> AdaSparkConfig:
-    """The flags over --settings over the defaults."""
-    flags = {
-        key: getattr(arguments, key) for key in ("p_attn", "p_ffn", "compensation", "selection")
-    }
+    """AdaSpark's: the flags over --settings over the defaults."""
+    flags = {key: getattr(arguments, key) for key in ADASPARK_FLAGS if key != "settings"}
     named = {key: value for key, value in flags.items() if value is not None}
     config = AdaSparkConfig().override(arguments.settings, source="--settings")
     return config.override(named, source="flags")
@@ -81,26 +113,23 @@ def settings_of(arguments: argparse.Namespace) -> AdaSparkConfig:
 class Finetuning:
     """The model, its optimizer and how far it has come."""
 
-    def __init__(self, arguments: argparse.Namespace, config: AdaSparkConfig) -> None:
-        self.arguments, self.config, self.step = arguments, config, 0
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.step = arguments, 0
         self.cpu_seconds = 0.0  # of all threads and runs, for benchmarks/finetune.py
         self.processor = AutoProcessor.from_pretrained(arguments.model)
-        # Weights are trained in float32: small steps are lost on bfloat16 ones.
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            arguments.model, dtype=torch.float32
-        )
         self.written_as = getattr(torch, _dtype(arguments.model))
-        self.model = enable_sparse_training(model.to(arguments.device), config).train()
+        model, self.settings = load(arguments)
+        self.model = model.to(arguments.device).train()
         self.model.model.visual.requires_grad_(arguments.train_vision)
         if arguments.checkpointing:
             self.model.gradient_checkpointing_enable()
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=0.0, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0, weight_decay=0.01)
         self.averages = [weight.detach().clone() for weight in self.weights if arguments.average]
         path = arguments.out / STATE
         if path.exists():
             state = torch.load(path, map_location=arguments.device, weights_only=True)
-            if state["settings"] != checkpoint_settings(config):
+            if state["settings"] != self.settings:
                 raise SystemExit(
                     f"{path} was trained with {state['settings']}; use the same settings to go on, "
                     "or another folder"
@@ -111,11 +140,19 @@ class Finetuning:
             self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
             print(f"goes on after step {self.step}", flush=True)
 
+    def _groups(self) -> list[dict]:
+        """Groups of the optimizer: VideoNSA's gates hardly move at the other weights' rate."""
+        gates = gate_parameters(self.model) if self.arguments.method == "videonsa" else []
+        known = {id(weight) for weight in gates}
+        body = [weight for weight in self.weights if id(weight) not in known]
+        groups = [{"params": body, "highest": self.arguments.lr}]
+        return groups + ([{"params": gates, "highest": self.arguments.gate_lr}] if gates else [])
+
     def save(self) -> None:
         """What is needed to go on."""
         self.arguments.out.mkdir(parents=True, exist_ok=True)
         state = {
-            "settings": checkpoint_settings(self.config),
+            "settings": self.settings,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averages": self.averages,
@@ -135,10 +172,10 @@ class Finetuning:
     def train_step(self, clips: list[Clip]) -> tuple[float, int, int]:
         """One step of the optimizer: its loss, and how many of how many answers were right."""
         began = time.process_time()
-        rate = self.arguments.lr * min(1.0, (self.step + 1) / WARM_UP)
-        rate *= 0.5 + 0.5 * math.cos(math.pi * self.step / self.arguments.steps)
+        share = min(1.0, (self.step + 1) / WARM_UP)
+        share *= 0.5 + 0.5 * math.cos(math.pi * self.step / self.arguments.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["highest"]
         self.optimizer.zero_grad()
         total, right, asked = 0.0, 0, 0
         for clip in clips:
@@ -227,13 +264,12 @@ def _dtype(model: str) -> str:
 
 def main() -> None:
     arguments = parse()
-    config = settings_of(arguments)
     if arguments.data is None:
         data = NeedleVideos(tuple(arguments.patches), arguments.questions)
     else:
         data = JsonLines(arguments.data, arguments.questions, arguments.fps, arguments.max_frames)
-    training = Finetuning(arguments, config)
-    print(f"settings: {checkpoint_settings(config)}", flush=True)
+    training = Finetuning(arguments)
+    print(f"settings: {training.settings}", flush=True)
     began, first = time.monotonic(), training.step
     losses, right, asked = [], 0, 0
     while training.step < arguments.steps:

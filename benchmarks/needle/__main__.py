@@ -31,6 +31,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="minutes; changes nothing in docs/")
     size.add_argument("--full", action="store_true", help="every pair of p_attn and p_ffn: hours")
+    size.add_argument(
+        "--videonsa",
+        type=Path,
+        nargs="?",
+        const=NEEDLE / "videonsa",
+        metavar="CHECKPOINT",
+        help="VideoNSA against dense, and each of its branches alone",
+    )
     parser.add_argument("--videos", type=int, help="a cell, each asks 6 questions")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with * and ?")
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="video tokens")
@@ -49,7 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if len(options.contender) != len(options.settings):
         parser.error("every --contender needs its --settings")
     beside = options.folder / "quick" if options.quick else None
-    options.out = options.out or (beside or ROOT / "benchmarks/results") / "needle.json"
+    name = "needle_videonsa.json" if options.videonsa else "needle.json"
+    options.out = options.out or (beside or ROOT / "benchmarks/results") / name
     options.page = options.page or (beside / "quality.md" if beside else report.PAGE)
     return options
 
@@ -60,7 +69,10 @@ def chosen_grid(options: argparse.Namespace) -> grid.Grid:
     Raises:
         ValueError: an option's value cannot be used.
     """
-    made = grid.quick() if options.quick else grid.full() if options.full else grid.default()
+    if options.videonsa:
+        made = grid.videonsa()
+    else:
+        made = grid.quick() if options.quick else grid.full() if options.full else grid.default()
     lengths = tuple(options.lengths) or grid.MIDDLE
     own = tuple(own_contender(*pair, lengths) for pair in zip(options.contender, options.settings))
     made = replace(made, contenders=made.contenders + own, videos=options.videos or made.videos)
@@ -98,15 +110,18 @@ def measured(options: argparse.Namespace) -> dict:
                 f"{contender.name:36} {contender.kind:9} {contender.lengths} {contender.settings}"
             )
         sys.exit()
-    path = options.folder / "work.jsonl"
+    weights = [options.checkpoint, *([options.videonsa] if options.videonsa else [])]
+    path = options.folder / ("work-videonsa.jsonl" if options.videonsa else "work.jsonl")
     if options.fresh:
         path.unlink(missing_ok=True)
-    work = Work(path, file_hash(options.checkpoint / "model.safetensors"))
+    work = Work(path, "+".join(file_hash(folder / "model.safetensors") for folder in weights))
     if work.other_code:
         print(f"{work.other_code} earlier answers are of other plugin code; --fresh asks again")
     started = now()
-    records = Run(chosen, options.checkpoint, options.folder, work).measure()
-    result = results.document(records, chosen, options.checkpoint, started)
+    run = Run(chosen, options.checkpoint, options.folder, work, options.videonsa)
+    result = results.document(run.measure(), chosen, options.checkpoint, started)
+    if options.videonsa:
+        result["videonsa"] = results.videonsa(options.videonsa)
     results.write(result, options.out)
     return result
 
@@ -118,13 +133,16 @@ def now() -> datetime.datetime:
 def main() -> None:
     options = parse_arguments()
     options.checkpoint, options.folder = options.checkpoint.resolve(), options.folder.resolve()
+    options.videonsa = options.videonsa and options.videonsa.resolve()
     # Ending this by a signal must end the server as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = json.loads(options.out.read_text()) if options.report_only else measured(options)
     report.write(result, options.page)
-    if options.page == report.PAGE:
-        report.write_summaries(result)
-    pictures = plots.draw(result, options.page.parent)
+    pictures = []
+    if not options.videonsa:  # it has no curves of its own
+        if options.page == report.PAGE:
+            report.write_summaries(result)
+        pictures = plots.draw(result, options.page.parent)
     print("\n".join(str(path) for path in (options.out, options.page, *pictures)))
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
+from vllm_adaspark.training.videonsa import BRANCHES
+
 from .videos import Cell
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)  # video tokens
@@ -50,6 +52,7 @@ class Contender:
         name: as in the rows; begins with its curve.
         kind: of server, see servers.Server.
         settings: of each request; None sends none.
+        gates: for "videonsa", the branch whose gates are 1, the others' 0; None as trained.
         rate: for "evs", the share of video tokens that is dropped.
         like: the contender whose density (top_k, uniform) or FLOPs (evs) this one matches.
         lengths: video tokens it is asked at.
@@ -59,6 +62,7 @@ class Contender:
     name: str
     kind: str = "adaspark"
     settings: dict[str, Any] | None = None
+    gates: str | None = None
     rate: float | None = None
     like: str | None = None
     lengths: tuple[int, ...] = MIDDLE
@@ -66,7 +70,7 @@ class Contender:
 
     @property
     def curve(self) -> str:
-        """ "dense", "adaspark", "topk", "uniform" or "evs"."""
+        """ "dense", "adaspark", "videonsa", "topk", "uniform" or "evs"."""
         return self.name.split()[0].rstrip(",")
 
     @property
@@ -223,6 +227,18 @@ def quick() -> Grid:
     """The main setting and its rivals at two lengths, few videos."""
     few = [DENSE, CUBE_ORDER, MAIN, *rivals(*FOLLOWED[0])]
     return Grid(tuple(replace(contender, lengths=MIDDLE) for contender in few), videos=4)
+
+
+def videonsa() -> Grid:
+    """A fine-tuned VideoNSA against the dense model it came from, and with one branch alone.
+
+    It is a checkpoint of its own, so its contenders are in no other grid.
+    """
+    alone = [
+        Contender(f"videonsa {branch}", kind="videonsa", gates=branch, lengths=LENGTHS[:4])
+        for branch in BRANCHES
+    ]
+    return Grid((DENSE, Contender("videonsa", kind="videonsa", lengths=LENGTHS), *alone))
 
 
 def narrowed(grid: Grid, patterns: Iterable[str], lengths: Iterable[int]) -> Grid:

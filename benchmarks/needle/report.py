@@ -8,7 +8,7 @@ from pathlib import Path
 from pages import refill  # benchmarks
 
 from . import NEEDLE, ROOT
-from .tables import TABLES, Result, card, headline
+from .tables import TABLES, VIDEONSA_TABLES, Result, card, headline
 
 PAGE = ROOT / "docs" / "quality.md"
 
@@ -22,7 +22,8 @@ def write(result: Result, page: Path) -> None:
     if not page.exists():
         page.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PAGE, page)
-    refill(page, "needle", {name: table(result) for name, table in TABLES.items()})
+    series, tables = ("videonsa", VIDEONSA_TABLES) if "videonsa" in result else ("needle", TABLES)
+    refill(page, series, {name: table(result) for name, table in tables.items()})
 
 
 def write_summaries(result: Result, folder: Path = ROOT) -> None:

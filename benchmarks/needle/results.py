@@ -53,6 +53,17 @@ def document(
     }
 
 
+def videonsa(checkpoint: Path) -> dict[str, Any]:
+    """Which VideoNSA was asked, JSON-ready."""
+    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    return {
+        "path": _relative(checkpoint),
+        "sha256": file_hash(checkpoint / "model.safetensors"),
+        "block_counts": text["block_counts"],
+        "window_size": text["window_size"],
+    }
+
+
 def rows(record: Record) -> list[dict[str, Any]]:
     """One row per question of a record."""
     settings = record["settings"]
@@ -69,6 +80,7 @@ def rows(record: Record) -> list[dict[str, Any]]:
             "flops_ratio": _rounded(record["flops_ratio"]),
             "density": _rounded(record["attention_density"]),
             "ffn_density": _rounded(record["ffn_density"]),
+            "attention_flops": _rounded(record.get("attention_flops")),
             "correct": int(answer["answer"] == answer["expected"]),
             "total": 1,
             "video": record["seed"],

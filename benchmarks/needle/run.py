@@ -20,20 +20,29 @@ from vllm_adaspark.accounts.cost import Model, read_model
 
 from . import evs
 from .ask import Answers, ask
+from .gates import forced
 from .grid import Contender, Grid
 from .servers import AT_ONCE, Server, started
 from .videos import Cell, Video, choose, write
 from .work import Record, Work
 
-KINDS = ("stock", "adaspark", "evs")
+KINDS = ("stock", "adaspark", "videonsa", "evs")
 MOST_TEXT = 128  # tokens of a prompt besides the video; it is about 20
 
 
 class Fleet:
-    """Starts a server when another one is asked for; only one runs at a time."""
+    """Starts a server when another one is asked for; only one runs at a time.
 
-    def __init__(self, checkpoint: Path, folder: Path, tokens: int) -> None:
-        self._checkpoint, self._folder, self._tokens = checkpoint, folder, tokens
+    Args:
+        checkpoint: the dense one.
+        videonsa: the one that VideoNSA's servers have, if there are any.
+        folder: of videos and logs.
+        tokens: the longest video.
+    """
+
+    def __init__(self, checkpoint: Path, videonsa: Path | None, folder: Path, tokens: int) -> None:
+        self._checkpoint, self._videonsa = checkpoint, videonsa
+        self._folder, self._tokens = folder, tokens
         self._running: tuple[Server, Any] | None = None
         self._stack = ExitStack()
 
@@ -51,7 +60,7 @@ class Fleet:
             start = time.monotonic()
             context = started(
                 server,
-                self._checkpoint,
+                self._checkpoint_of(server),
                 self._folder / "videos",
                 self._tokens,
                 self._folder / "logs",
@@ -59,6 +68,13 @@ class Fleet:
             self._running = server, self._stack.enter_context(context)
             print(f"-- {server.name}: up after {time.monotonic() - start:.0f} s", flush=True)
         return self._running[1]
+
+    def _checkpoint_of(self, server: Server) -> Path:
+        if server.kind != "videonsa":
+            return self._checkpoint
+        if server.gates is None:
+            return self._videonsa
+        return forced(self._videonsa, server.gates, self._folder / server.name)
 
 
 @dataclass
@@ -69,6 +85,7 @@ class Run:
     checkpoint: Path
     folder: Path
     work: Work
+    videonsa: Path | None = None
 
     def measure(self) -> list[Record]:
         """Ask what has not been asked; returns the grid's records.
@@ -85,7 +102,7 @@ class Run:
         jobs = [(c, cell) for c in ordered(self.grid.contenders) for cell in self.grid.cells(c)]
         asked, begun = 0, time.monotonic()
         total = sum(len(chosen[cell][self.grid.numbers(c)]) for c, cell in jobs)
-        with Fleet(self.checkpoint, self.folder, self.grid.longest) as fleet:
+        with Fleet(self.checkpoint, self.videonsa, self.folder, self.grid.longest) as fleet:
             for contender, cell in jobs:
                 videos = chosen[cell][self.grid.numbers(contender)]
                 server, settings = self._resolved(contender, cell, records)
@@ -133,7 +150,7 @@ class Run:
             else:
                 keep = max(0.001, round(mean_of(model, "attention_density"), 3))
                 settings = settings | {"keep": min(keep, 0.999)}
-        return Server(contender.kind, contender.block, rate), settings
+        return Server(contender.kind, contender.block, rate, contender.gates), settings
 
     def _ask(self, client, contender, server, settings, videos: Iterable[Video]) -> None:
         def one(video: Video) -> Record:
@@ -173,6 +190,7 @@ class Run:
             usage = answers.usage or {}
             names = ("flops_ratio", "attention_density", "ffn_density")
             cost = {name: usage.get(name) for name in names}
+        cost["attention_flops"] = attention_share(answers.usage)
         return {
             "contender": contender.name,
             "server": server.name,
@@ -197,6 +215,15 @@ class Run:
                 for question, said in zip(video.asked, answers.texts, strict=True)
             ],
         }
+
+
+def attention_share(usage: dict[str, Any] | None) -> float | None:
+    """Attention's FLOPs and all that serves it, over dense attention's; None from stock servers."""
+    flops = (usage or {}).get("flops")
+    if flops is None:
+        return None
+    done = flops["executed"]
+    return (done["total"] - done["qkvo"] - done["ffn"]) / flops["dense"]["attention"]
 
 
 def ordered(contenders: Iterable[Contender]) -> list[Contender]:

@@ -30,19 +30,22 @@ class Server:
     """How a server is started.
 
     Attributes:
-        kind: "stock" (vLLM without plugins), "adaspark", or "evs" (stock, pruning).
+        kind: "stock" (vLLM without plugins), "adaspark", "videonsa", or "evs" (stock, pruning).
         block: tokens in a KV block; for "adaspark" the volume of a cube.
+        gates: for "videonsa", the only branch that counts; None as trained.
         rate: share of the video tokens that EVS drops.
     """
 
     kind: str
     block: int = 64
     rate: float | None = None
+    gates: str | None = None
 
     @property
     def name(self) -> str:
-        rate = "" if self.rate is None else f"-{self.rate:.4f}"
-        return f"{self.kind}{rate}" + ("" if self.block == 64 else f"-{self.block}")
+        more = "" if self.rate is None else f"-{self.rate:.4f}"
+        more += "" if self.gates is None else f"-{self.gates}"
+        return f"{self.kind}{more}" + ("" if self.block == 64 else f"-{self.block}")
 
 
 def command(server: Server, videos: Path, tokens: int) -> tuple[list[str], dict[str, str]]:
@@ -86,6 +89,8 @@ def command(server: Server, videos: Path, tokens: int) -> tuple[list[str], dict[
             *("--additional-config", json.dumps({"adaspark": settings})),
             "--trust-request-mm-kwargs",  # without it vLLM refuses every mm_processor_kwargs
         ]
+        env["VLLM_PLUGINS"] = "adaspark,adaspark_http"
+    elif server.kind == "videonsa":  # its checkpoint says the rest
         env["VLLM_PLUGINS"] = "adaspark,adaspark_http"
     elif server.kind == "evs":
         arguments += [

@@ -238,6 +238,47 @@ def provenance(result: Result) -> str:
     )
 
 
+def videonsa(result: Result) -> str:
+    """VideoNSA and its branches alone: right answers and, in brackets, attention's FLOPs."""
+    rows = Rows.of(result)
+    there = [n for n in LENGTHS if n in rows.values("tokens")]
+    lines = []
+    for name in rows.values("contender"):
+        cells = []
+        for tokens in there:
+            mine = rows.where(contender=name, tokens=tokens)
+            share = 1.0 if name == DENSE.name else mine.mean("attention_flops")
+            cells.append(f"{right(mine)} ({percent(share, 0)})" if len(mine) else "–")
+        lines.append([name, *cells])
+    return markdown(["contender", *(f"{n:,}" for n in there)], lines)
+
+
+def videonsa_skills(result: Result) -> str:
+    """The same skill by skill, at the lengths where all of them ran."""
+    rows = Rows.of(result).where(tokens=meeting(result))
+    reference = rows.where(contender=DENSE.name)
+    lines = []
+    for name in rows.values("contender"):
+        mine = rows.where(contender=name)
+        by_skill = [right(mine.where(skill=skill)) for skill in scenes.SKILLS]
+        lines.append([name, *by_skill, right(mine), points(difference(mine, reference))])
+    return markdown(["contender", *scenes.SKILLS, "all", "minus dense, points"], lines)
+
+
+def videonsa_provenance(result: Result) -> str:
+    """Where these figures come from."""
+    model = result["videonsa"]
+    words = [f"VideoNSA `{model['path']}`", f"sha256 {model['sha256'][:16]}…"]
+    words += [f"{key} {model[key]}" for key in ("block_counts", "window_size")]
+    return f"{provenance(result)}\n* {', '.join(words)}"
+
+
+VIDEONSA_TABLES: dict[str, Callable[[Result], str]] = {
+    "provenance": videonsa_provenance,
+    "lengths": videonsa,
+    "skills": videonsa_skills,
+}
+
 TABLES: dict[str, Callable[[Result], str]] = {
     "provenance": provenance,
     "dense": dense,

@@ -5,7 +5,8 @@
 
 Every video is drawn, written to a real mp4 file and read back. One question per skill is asked of
 each. `--engine torch` runs the training code's forward pass in bf16; `--engine vllm` runs vLLM in
-this process, greedily. A temporal patch of 112×112 pixels has 16 tokens.
+this process, greedily; `--engine sparse` runs what vllm_adaspark.training computes of a fine-tuned
+checkpoint. A temporal patch of 112×112 pixels has 16 tokens.
 """
 
 import argparse
@@ -88,6 +89,67 @@ class Torch:
         return [self._tokenizer.decode([token]) for token in said[0, :, 0].argmax(-1).tolist()]
 
 
+class Sparse:
+    """Answers by a fine-tuned checkpoint's own forward pass, in transformers.
+
+    VideoNSA's has an ablation for each branch: the gates of that branch are 1, the others' 0.
+    """
+
+    def __init__(self, checkpoint: Path):
+        from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+        from vllm_adaspark.training import (
+            VideoNSAForConditionalGeneration,
+            enable_sparse_training,
+        )
+
+        self._processor = AutoProcessor.from_pretrained(checkpoint)
+        config = json.loads((checkpoint / "config.json").read_text())
+        videonsa = VideoNSAForConditionalGeneration.__name__ in config["architectures"]
+        kind = VideoNSAForConditionalGeneration if videonsa else Qwen2_5_VLForConditionalGeneration
+        model = kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self._model = model if videonsa else enable_sparse_training(model)
+        self._weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    @torch.no_grad()
+    def answers(self, video: Video, ablation: str = "none") -> list[str]:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        from vllm_adaspark.training.videonsa import force_gates
+
+        self._model.load_state_dict(self._weights)
+        if ablation != "none":
+            force_gates(self._model, [ablation])
+        tokenizer = self._processor.tokenizer
+        tokenizer.padding_side = "left"
+        medium = self._processor(
+            text=[PROMPT.format("")],
+            videos=[list(video.frames)],
+            video_metadata=[{k: v for k, v in video.metadata.items() if k != "do_sample_frames"}],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        grid, seconds = medium["video_grid_thw"], list(medium["second_per_grid_ts"])
+        (encoded,) = self._model.get_video_features(
+            medium["pixel_values_videos"], grid
+        ).pooler_output
+        pad = self._processor.video_token
+        prompts = [PROMPT.format(q.text).replace(pad, pad * len(encoded)) for q in video.asked]
+        asked = tokenizer(prompts, padding=True, return_tensors="pt")
+        rows = len(prompts)
+        logits = self._model(
+            input_ids=asked["input_ids"],
+            attention_mask=asked["attention_mask"],
+            video_grid_thw=grid.expand(rows, -1),
+            second_per_grid_ts=seconds * rows,
+            mm_encoder_outputs={
+                "video": BaseModelOutputWithPooling(pooler_output=(encoded,) * rows)
+            },
+            logits_to_keep=1,
+        ).logits
+        return [tokenizer.decode([token]) for token in logits[:, -1].argmax(-1).tolist()]
+
+
 class VLLM:
     """Answers by stock vLLM, in this process."""
 
@@ -122,6 +184,10 @@ class VLLM:
         outputs = self._llm.generate(prompts[:1], self._sampling, use_tqdm=False)
         outputs += self._llm.generate(prompts[1:], self._sampling, use_tqdm=False)
         return [output.outputs[0].text.strip() for output in outputs]
+
+
+ENGINES = {"torch": Torch, "sparse": Sparse, "vllm": VLLM}
+BRANCHES = ("cmp", "slc", "swa")  # ablations of VideoNSA, with --engine sparse
 
 
 def measure(engine, patches: int, videos: int, motion: str, size, ablation: str) -> list[dict]:
@@ -167,15 +233,17 @@ def _setting(row: dict) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--engine", choices=("torch", "vllm"), default="torch")
+    parser.add_argument("--engine", choices=ENGINES, default="torch")
     parser.add_argument("--patches", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--videos", type=int, default=16, help="per length and haystack")
     parser.add_argument("--motion", nargs="+", choices=haystack.MOTIONS, default=haystack.MOTIONS)
     parser.add_argument("--size", type=int, nargs=2, default=(112, 112), help="height and width")
-    parser.add_argument("--ablation", nargs="+", choices=scoring.ABLATIONS, default=["none"])
+    parser.add_argument(
+        "--ablation", nargs="+", choices=(*scoring.ABLATIONS, *BRANCHES), default=["none"]
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     arguments = parser.parse_args()
-    engine = {"torch": Torch, "vllm": VLLM}[arguments.engine](arguments.checkpoint)
+    engine = ENGINES[arguments.engine](arguments.checkpoint)
     rows: list[dict] = []
     for patches in arguments.patches:
         for motion in arguments.motion:

@@ -69,6 +69,19 @@ CASES = {
         dict(SIZE=64, COLUMNS=64, HAS_CENTROIDS=True, CENTROID_CODE=0, MEAN_CODE=1),
         {},
     ),
+    "_compress": (
+        "videonsa_compress",
+        "*bf16 *i64 *fp32 *bf16 *i32 *i32 *fp32 *fp32 i32 i32 i32 fp32",
+        dict(HEAD_SIZE=128, GROUP=7, PADDED=8, TOKENS=8, COLUMNS=32, SPLIT=True, WIDEN=False),
+        dict(num_stages=1),
+    ),
+    "_best": ("videonsa_compress", "*fp32 *i32 *i32 i32 i32", dict(BLOCK=2048, PLACES=32), {}),
+    "_select": (
+        "videonsa_select",
+        "*bf16 *i64 *bf16 *i32 *i32 *i32 *bf16 i32 fp32",
+        dict(HEAD_SIZE=128, GROUP=7, ROWS=16, PAGE=64, PLACES=32, WIDEN=False),
+        dict(num_stages=2),
+    ),
     "_paged_attention": (
         "gpu_paged_kernel",
         PAGED,
@@ -130,7 +143,7 @@ def test_compiles(compiled, name: str) -> None:
     assert size > 0
     # What a program of the GPU may have: 163 KB on an A100, 227 KB on an H100.
     assert shared <= (163 if capability == 80 else 227) * 1024
-    products = ("_query_lse", "_pool", "_paged_attention")
+    products = ("_query_lse", "_pool", "_paged_attention", "_compress")
     assert (wgmma == "True") == (capability == 90 and name in products), "Hopper's products"
 
 
@@ -144,4 +157,5 @@ def test_no_kernel_is_left_out() -> None:
         for source in sources
         for name in re.findall(r"@triton\.jit\ndef (\w+)\(", source.read_text())
     }
-    assert kernels - {"_step"} == set(CASES), "_step is part of _paged_attention"
+    parts = {"_step", "_logits", "_block"}  # of _paged_attention, _compress and _select
+    assert kernels - parts == set(CASES)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+from unit.training_batches import gradients, inputs
 
 from vllm_adaspark.methods.adaspark.reference import tile_attention, tile_ffn
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.tiles import DENSE
 from vllm_adaspark.settings import SettingsError
 from vllm_adaspark.training import attention, disable_sparse_training, enable_sparse_training
-from vllm_adaspark.training.enable import checkpoint_settings
+from vllm_adaspark.training.enable import checkpoint_settings, plan_step
 from vllm_adaspark.training.ffn import sparse_mlp
 from vllm_adaspark.training.packing import pack
 from vllm_adaspark.training.prompt import Prompt, read_prompts
@@ -50,33 +51,6 @@ def model(folder):
     return loaded.eval()
 
 
-def inputs(model, *sequences: list, pad: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch, padded on the right; a number in a sequence is so much text, a grid a video."""
-    config, generator = model.config, torch.Generator().manual_seed(seed)
-    rows, grids = [], []
-    for parts in sequences:
-        ids = []
-        for part in parts:
-            if isinstance(part, int):
-                ids += torch.randint(30, 200, (part,), generator=generator).tolist()
-            else:
-                t, h, w = part
-                ids += [config.video_token_id] * (t * h * w)
-                grids.append([t, 2 * h, 2 * w])
-        rows.append(ids)
-    longest = max(map(len, rows)) + pad
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    types = (ids == config.video_token_id).int() * 2
-    made = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
-    if grids:
-        patches = sum(t * h * w for t, h, w in grids)
-        made["pixel_values_videos"] = torch.randn(patches, 1176, generator=generator)
-        made["video_grid_thw"] = torch.tensor(grids)
-        made["second_per_grid_ts"] = [1.0] * len(grids)
-    return made
-
-
 # -- one layer against the twin ------------------------------------------------------------------
 
 
@@ -91,10 +65,12 @@ def step_of(model):
             ends = np.cumsum([n for _, n in layout])
             videos = [(int(e) - n, n) for (kind, n), e in zip(layout, ends) if kind == "video"]
             at = np.arange(len(is_video))
-            prompts.append(Prompt(at, np.stack([at] * 3), is_video, videos))
+            prompts.append(Prompt(at, np.stack([at] * 3), is_video, is_video, videos))
         longest = max(len(prompt.columns) for prompt in prompts)
         embeddings = torch.randn(len(prompts), longest, 4)
-        return pack(embeddings, prompts, model.config.text_config, config), prompts
+        step = pack(embeddings, prompts, config.cube_volume)
+        step.plan = plan_step(step, prompts, text_config=model.config.text_config, config=config)
+        return step, prompts
 
     return make
 
@@ -290,17 +266,9 @@ def record_steps(model) -> list:
     steps = []
     layer = model.model.language_model.layers[0]
     layer.register_forward_pre_hook(
-        lambda module, args, kwargs: steps.append(kwargs["adaspark"]), with_kwargs=True
+        lambda module, args, kwargs: steps.append(kwargs["step"]), with_kwargs=True
     )
     return steps
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    """Of the language model; they are taken away."""
-    taken = {}
-    for name, weight in model.model.language_model.named_parameters():
-        taken[name], weight.grad = weight.grad, None
-    return taken
 
 
 # -- training ------------------------------------------------------------------------------------

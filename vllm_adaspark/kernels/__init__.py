@@ -1,8 +1,10 @@
-"""Triton kernels for the GPU path, where vLLM has none: scores, nucleus, tables, FFN.
+"""Triton kernels for the GPU path, where vLLM has none.
 
-Each function here has a twin in plain PyTorch that does the same and stays the path on a CPU.
-:func:`use_triton` is the one switch between them.  The modules below import Triton and so are
-imported where they are called, behind the switch; this one imports neither Triton nor vLLM.
+AdaSpark's are ``score``, ``nucleus``, ``tables`` and ``ffn``; VideoNSA's are ``videonsa_compress``
+and ``videonsa_select``.  Each function has a twin in plain PyTorch that does the same and stays the
+path on a CPU.  :func:`use_triton` is the one switch between them.  The modules below import Triton
+and so are imported where they are called, behind the switch; this one imports neither Triton nor
+vLLM.
 
 No kernel or wrapper waits for the GPU: sizes that depend on the data stay on the device.
 """

@@ -10,6 +10,8 @@ that of dense attention, whatever is left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +34,7 @@ def adaspark_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    adaspark: Step | None = None,
+    step: Step | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """What transformers' AttentionInterface calls.
@@ -42,7 +44,7 @@ def adaspark_attention(
         query: ``[1, heads, tokens, d]``, rotated, the step's tokens.
         key, value: ``[1, kv_heads, tokens, d]``.
         attention_mask: ignored; who sees whom follows from the step.
-        adaspark: the step, from the language model's forward.
+        step: from the language model's forward.
 
     Returns:
         ``[1, tokens, heads, d]`` and no weights.
@@ -50,14 +52,14 @@ def adaspark_attention(
     Raises:
         RuntimeError: there is no step: the layer was called on its own.
     """
-    if adaspark is None:
+    if step is None:
         raise RuntimeError(
             f"attn_implementation={NAME!r} works inside a model that enable_sparse_training was "
             "called on, and only through the whole model"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    return sparse_attention(q, k, v, adaspark, module.layer_idx, scale, dropout)[None], None
+    return sparse_attention(q, k, v, step, module.layer_idx, scale, dropout)[None], None
 
 
 def sparse_attention(
@@ -90,31 +92,43 @@ def sparse_attention(
         kept = _kept_blocks(step.cubes[layer], plan)
         tile_of = _tile_of(plan, q.device)
     size = step.plan.block_size if step.plan is not None else 1
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice, keys: torch.Tensor):
+        blocks = None if kept is None else kept[:, tile_of[rows]]
+        return masked_attention(q, k, v, blocks, size, scale, dropout)
+
+    return by_slab(q, k, v, step, attend)
+
+
+def by_slab(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, attend: Callable
+) -> torch.Tensor:
+    """Attention of the step's tokens, SLAB queries of a sequence at a time.
+
+    Args:
+        q: ``[tokens, heads, d]``, rotated.
+        k, v: ``[tokens, kv_heads, d]``.
+        step: the forward pass.
+        attend: of a slab: ``(q [kv_heads, group, m, d], k, v [kv_heads, n, d], rows, keys)`` to
+            ``[kv_heads, group, m, d]``; ``rows`` are the queries in the step, ``keys [n]`` the
+            tokens that a sequence has up to the last of them.
+
+    Returns:
+        ``[tokens, heads, d]``.
+    """
     q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # [kv_heads, group, tokens, d]
     k, v = k.transpose(0, 1), v.transpose(0, 1)  # [kv_heads, tokens, d]
     out = []
-    rows = step.rows
     for row, keys in enumerate(step.keys):
-        first, end = rows.query_start[row : row + 2].tolist()
-        before = int(rows.computed[row])
+        first, end = step.rows.query_start[row : row + 2].tolist()
+        before = int(step.rows.computed[row])
         again = torch.is_grad_enabled() and len(k) * (end - first) * len(keys) > MASK_ENTRIES
         row_k, row_v = k[:, keys], v[:, keys]
         for a in range(first, end, SLAB):
             b = min(a + SLAB, end)
             seen = before + b - first  # keys up to the slab's last query
-            arguments = (
-                q[:, :, a:b],
-                row_k[:, :seen],
-                row_v[:, :seen],
-                None if kept is None else kept[:, tile_of[a:b]],
-                size,
-                scale,
-                dropout,
-            )
-            if again:
-                out.append(checkpoint(_attend, *arguments, use_reentrant=False))
-            else:
-                out.append(_attend(*arguments))
+            slab = q[:, :, a:b], row_k[:, :seen], row_v[:, :seen], slice(a, b), keys[:seen]
+            out.append(checkpoint(attend, *slab, use_reentrant=False) if again else attend(*slab))
     return torch.cat(out, dim=2).permute(2, 0, 1, 3).flatten(1, 2)
 
 
@@ -141,29 +155,34 @@ def _tile_of(plan: AttentionPlan, device: torch.device) -> torch.Tensor:
     return torch.repeat_interleave(lengths)
 
 
-def _attend(
+def masked_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     blocks: torch.Tensor | None,
     size: int,
     scale: float,
-    dropout: float,
+    dropout: float = 0.0,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Attention of the last queries of a sequence to its keys.
+    """Attention of the last queries of a sequence to its keys, causally.
 
     Args:
         q: ``[kv_heads, group, m, d]``.
         k, v: ``[kv_heads, n, d]``, up to the last query.
         blocks: ``[kv_heads, m, blocks]`` bool, which blocks of ``size`` keys a query sees; None for
             all.
+        window: how many keys it sees at most, itself the last of them; None for all.
 
     Returns:
         ``[kv_heads, group, m, d]``.
     """
     m, n = q.shape[2], k.shape[1]
     at = torch.arange(n, device=q.device)
-    mask = (at <= at[n - m :, None])[None]  # [1, m, n] causal
+    mine = at[n - m :, None]
+    mask = (at <= mine)[None]  # [1, m, n] causal
+    if window is not None:
+        mask = mask & (at > mine - window)
     if blocks is not None:
         mask = blocks.repeat_interleave(size, dim=2)[:, :, :n] & mask
     return F.scaled_dot_product_attention(

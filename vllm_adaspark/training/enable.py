@@ -1,32 +1,27 @@
-"""Puts the served semantics into a Qwen2.5-VL model of transformers, and takes them out again.
-
-Three places of the model change, on this instance alone, and no class:
-
-* before the whole model runs, its prompts are read (prompt.py);
-* the language model's forward packs them into one step, runs its layers on it and unpacks what
-  comes out (packing.py), so hidden states, logits and labels stay in the order of ``input_ids``;
-* a decoder layer's forward runs its FFN through ffn.py; its attention comes from transformers'
-  AttentionInterface, under the name ``"adaspark"``.
-
-The step travels from the second to the third as a keyword argument, so that gradient checkpointing
-computes a layer again with the step it belongs to.
-"""
+"""AdaSpark's semantics in a Qwen2.5-VL model of transformers, on and off."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
+from ..accounts.account import ModelShape
+from ..methods.adaspark.budget import prompt_cost
+from ..methods.adaspark.planner import build_plan
+from ..methods.adaspark.request import AdaSparkRequest
 from ..methods.adaspark.settings import AdaSparkConfig
+from ..paged.plan import StepPlan
 from ..settings import CHECKPOINT_KEY, SettingsError, check_cube_volume
 from .attention import NAME, adaspark_attention
 from .ffn import sparse_mlp
-from .packing import pack
-from .prompt import read_prompts
+from .packing import Step
+from .passes import SparsePass, put_in, take_out
+from .prompt import Prompt
+from .videonsa import VideoNSAForConditionalGeneration
 
 AttentionInterface.register(NAME, adaspark_attention)
 
@@ -61,6 +56,7 @@ def enable_sparse_training(
             f"model is a {type(model).__name__}: expected Qwen2_5_VLForConditionalGeneration; if "
             "it is wrapped (PEFT, DDP), pass the model inside"
         )
+    _check_method(model)
     if config is None:
         settings = getattr(model.config, CHECKPOINT_KEY, None)
         if settings is None:
@@ -69,35 +65,23 @@ def enable_sparse_training(
                 "AdaSparkConfig"
             )
         config = AdaSparkConfig.settled(settings, None)
-    _check(model, config)
-
+    _check(config)
     disable_sparse_training(model)
-    text = model.model.language_model
-    text.adaspark_instead_of = text.config._attn_implementation
-    model.set_attn_implementation({"text_config": NAME})
-    model.model.adaspark_reading = model.model.register_forward_pre_hook(
-        _read_prompts, with_kwargs=True
-    )
-    text.adaspark_config, text.adaspark_prompts = config, None
-    text.forward = MethodType(_text_forward, text)
-    for layer in text.layers:
-        layer.forward = MethodType(_layer_forward, layer)
+    plan = partial(plan_step, text_config=model.config.text_config, config=config)
+    put_in(model, SparsePass(NAME, config, config.cube_volume, plan, _layer_forward))
     setattr(model.config, CHECKPOINT_KEY, checkpoint_settings(config))
     return model
 
 
 def disable_sparse_training(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Make ``model`` the stock model again, if it is not; its weights stay as they are."""
-    text = model.model.language_model
-    if not hasattr(text, "adaspark_config"):
-        return
-    model.model.adaspark_reading.remove()
-    model.set_attn_implementation({"text_config": text.adaspark_instead_of})
-    del model.model.adaspark_reading
-    del text.adaspark_config, text.adaspark_prompts, text.adaspark_instead_of
-    for module in (text, *text.layers):
-        del module.forward
-    delattr(model.config, CHECKPOINT_KEY)
+    """Make ``model`` the stock model again, if it is not; its weights stay as they are.
+
+    Raises:
+        TypeError: a VideoNSA model, which is no stock model in any way.
+    """
+    _check_method(model)
+    if take_out(model):
+        delattr(model.config, CHECKPOINT_KEY)
 
 
 def checkpoint_settings(config: AdaSparkConfig) -> dict[str, Any]:
@@ -107,7 +91,15 @@ def checkpoint_settings(config: AdaSparkConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key in kept}
 
 
-def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) -> None:
+def _check_method(model: nn.Module) -> None:
+    if isinstance(model, VideoNSAForConditionalGeneration):
+        raise TypeError(
+            "model is a VideoNSAForConditionalGeneration: its forward pass is sparse by itself; "
+            "load a Qwen2_5_VLForConditionalGeneration for AdaSpark or for the stock model"
+        )
+
+
+def _check(config: AdaSparkConfig) -> None:
     if not isinstance(config, AdaSparkConfig):
         raise TypeError(
             f"config={config!r}: expected an AdaSparkConfig, e.g. AdaSparkConfig(p_attn=0.5)"
@@ -122,66 +114,42 @@ def _check(model: Qwen2_5_VLForConditionalGeneration, config: AdaSparkConfig) ->
             f"prune={config.prune}: training keeps all tokens of a video; leave it out"
         )
     check_cube_volume(config)
-    if any(kind != "full_attention" for kind in model.config.text_config.layer_types):
-        raise SettingsError(
-            "use_sliding_window in the model's config is not supported; set it to false"
-        )
 
 
-def _read_prompts(model: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Before Qwen2_5_VLModel's forward: only there are token ids and grids known."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if ids is None:
-        raise ValueError("input_ids=None: sparse training finds videos by their placeholder tokens")
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            "past_key_values: a sparse training pass has no KV cache; to generate, serve the "
-            "checkpoint, or call disable_sparse_training"
-        )
-    text = model.language_model
-    text.adaspark_prompts = read_prompts(
-        ids,
-        kwargs.get("attention_mask"),
-        kwargs.get("position_ids"),
-        kwargs.get("image_grid_thw"),
-        kwargs.get("video_grid_thw"),
-        kwargs.get("second_per_grid_ts"),
-        model.config,
-        text.adaspark_config,
+def plan_step(
+    step: Step, prompts: list[Prompt], *, text_config: Any, config: AdaSparkConfig
+) -> StepPlan | None:
+    """The served plan of a step: tiles, candidates and FFN cubes; None if there is no video."""
+    return build_plan(
+        step.rows,
+        [_request(prompt, text_config, config) for prompt in prompts],
+        config.cube_volume,
+        dense_below=config.dense_below,
+        cube_queries=config.cube_queries,
+        device=step.take.device,
     )
-    # The prompts have positions; with any given, the stock model works out none of its own.
-    return args, kwargs | {"position_ids": ids}
 
 
-def _text_forward(self: nn.Module, inputs_embeds: Any, **kwargs: Any):
-    """Qwen2_5_VLTextModel's forward, its layers run on a packed step."""
-    prompts, self.adaspark_prompts = self.adaspark_prompts, None
-    if prompts is None:
-        raise RuntimeError("call the whole model: the language model alone knows no videos")
-    step = pack(inputs_embeds, prompts, self.config, self.adaspark_config)
-    packed = {
-        "inputs_embeds": step.pack(inputs_embeds),
-        "position_ids": step.positions,
-        "attention_mask": None,
-        "use_cache": False,
-        "adaspark": step,
-    }
-    outputs = type(self).forward(self, **kwargs | packed)
-    outputs.last_hidden_state = step.unpack(outputs.last_hidden_state)
-    if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(map(step.unpack, outputs.hidden_states))
-    return outputs
+def _request(prompt: Prompt, text_config: Any, config: AdaSparkConfig) -> AdaSparkRequest | None:
+    """What a server would know of a sequence; with a budget, a share that its tokens allow."""
+    if not prompt.videos:
+        return None
+    if config.flops is None:
+        return AdaSparkRequest(config, prompt.is_video)
+    shape = ModelShape.of(text_config)
+    cost = prompt_cost(shape, text_config.num_hidden_layers, prompt.is_video, config)
+    return AdaSparkRequest(config, prompt.is_video, cost.share(config.flops), cost.least)
 
 
-def _layer_forward(self: nn.Module, hidden_states: Any, adaspark: Any = None, **kwargs: Any):
+def _layer_forward(self: nn.Module, hidden_states: Any, step: Any = None, **kwargs: Any):
     """Qwen2_5_VLDecoderLayer's forward, its FFN run on the tokens that matter."""
     residual = hidden_states
     hidden_states = self.input_layernorm(hidden_states)
-    hidden_states, _ = self.self_attn(hidden_states=hidden_states, adaspark=adaspark, **kwargs)
+    hidden_states, _ = self.self_attn(hidden_states=hidden_states, step=step, **kwargs)
     hidden_states = residual + hidden_states
 
     residual = hidden_states
     hidden_states = self.post_attention_layernorm(hidden_states)
     layer = self.self_attn.layer_idx
-    branch = sparse_mlp(hidden_states[0], residual[0], self.mlp, adaspark, layer)
+    branch = sparse_mlp(hidden_states[0], residual[0], self.mlp, step, layer)
     return residual + branch[None]

@@ -10,16 +10,11 @@ no result and no gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..accounts.account import ModelShape
-from ..methods.adaspark.budget import prompt_cost
-from ..methods.adaspark.planner import build_plan
-from ..methods.adaspark.request import AdaSparkRequest
-from ..methods.adaspark.settings import AdaSparkConfig
-from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from .prompt import Prompt
 
@@ -29,27 +24,30 @@ class Step:
     """What the layers share in one forward pass.
 
     Attributes:
-        plan: tiles, candidates and FFN cubes; None if there is no video.
         rows: the sequences, over a made-up block table.
         keys: for each sequence ``[seq_len]`` the tokens of the step that are its keys.
         positions: ``[3, 1, tokens]`` M-RoPE positions of the step's tokens.
         num_blocks: blocks in the table.
         take: ``[tokens]`` where in the padded batch, flattened, each token of the step is.
         put: ``[batch, n]`` which token of the step each token of the batch is; 0 for padding.
-        cubes: per layer ``[sparse, kv_heads, blocks]`` bool, the cubes its tiles kept.
+        block_size: tokens of a block.
+        plan: the method's, see :class:`~.passes.SparsePass`.
+        cubes: per layer ``[queries, kv_heads, blocks]`` bool, the blocks that were chosen; AdaSpark
+            chooses once for a sparse tile of queries, VideoNSA for each token.
         active: per layer ``[cubes, block_size]`` bool, the tokens that ran the FFN.
 
     ``cubes`` and ``active`` are filled by the first pass through a layer and read by a second one,
     when gradient checkpointing computes it again: the choice is the same by construction.
     """
 
-    plan: StepPlan | None
     rows: StepRows
     keys: list[torch.Tensor]
     take: torch.Tensor
     put: torch.Tensor
     positions: torch.Tensor
     num_blocks: int
+    block_size: int
+    plan: Any = None
     cubes: dict[int, torch.Tensor] = field(default_factory=dict)
     active: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -62,18 +60,15 @@ class Step:
         return packed[0][self.put]
 
 
-def pack(
-    embeddings: torch.Tensor, prompts: list[Prompt], text_config, config: AdaSparkConfig
-) -> Step:
-    """Plan a forward pass.
+def pack(embeddings: torch.Tensor, prompts: list[Prompt], size: int) -> Step:
+    """The step of a forward pass, its plan still to be made.
 
     Args:
         embeddings: ``[batch, n, hidden]`` of the padded batch, vision in place.
         prompts: its sequences.
-        text_config: of the language model.
-        config: AdaSpark's settings.
+        size: tokens of a KV block.
     """
-    device, size = embeddings.device, config.cube_volume
+    device = embeddings.device
     columns = [torch.from_numpy(prompt.columns).to(device) for prompt in prompts]
     lengths = [len(prompt.columns) for prompt in prompts]
     table = np.zeros((len(prompts), -(-max(lengths) // size)), np.int64)
@@ -93,16 +88,8 @@ def pack(
         table[row, whole:of_row] = blocks + np.arange(of_row - whole)
         blocks += of_row - whole
     rows = StepRows(np.array(query_start), np.array(lengths), table)
-    plan = build_plan(
-        rows,
-        [_request(prompt, text_config, config) for prompt in prompts],
-        size,
-        dense_below=config.dense_below,
-        cube_queries=config.cube_queries,
-        device=device,
-    )
     at = torch.from_numpy(np.concatenate(positions, axis=1)).to(device)
-    return Step(plan, rows, keys, torch.cat(take), put, at[:, None], blocks)
+    return Step(rows, keys, torch.cat(take), put, at[:, None], blocks, size)
 
 
 def _shared(
@@ -120,21 +107,11 @@ def _shared(
             pairs = prompt, prompts[leader]
             ours, theirs = (p.positions[:, :length] for p in pairs)
             same &= (ours == theirs).all(0)
-            ours, theirs = (p.is_video[:length] for p in pairs)
-            same &= ours == theirs
+            for told in ("is_video", "is_vision"):
+                ours, theirs = (getattr(p, told)[:length] for p in pairs)
+                same &= ours == theirs
             shared = int(np.append(same, False).argmin()) // size * size
         if not shared:
             leader = row
         result.append((leader, shared))
     return result
-
-
-def _request(prompt: Prompt, text_config, config: AdaSparkConfig) -> AdaSparkRequest | None:
-    """What a server would know of a sequence; with a budget, a share that its tokens allow."""
-    if not prompt.videos:
-        return None
-    if config.flops is None:
-        return AdaSparkRequest(config, prompt.is_video)
-    shape = ModelShape.of(text_config)
-    cost = prompt_cost(shape, text_config.num_hidden_layers, prompt.is_video, config)
-    return AdaSparkRequest(config, prompt.is_video, cost.share(config.flops), cost.least)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..methods.adaspark.settings import AdaSparkConfig
+from ..settings import Settings
 from ..video.order import cube_order
 
 
@@ -25,12 +25,14 @@ class Prompt:
         columns: ``[n]`` its tokens' columns in the batch, in served order.
         positions: ``[3, n]`` M-RoPE positions, in served order.
         is_video: ``[n]`` bool, in served order.
+        is_vision: ``[n]`` bool, of videos or images.
         videos: (offset, tokens) of each video.
     """
 
     columns: np.ndarray
     positions: np.ndarray
     is_video: np.ndarray
+    is_vision: np.ndarray
     videos: list[tuple[int, int]]
 
 
@@ -42,7 +44,7 @@ def read_prompts(
     video_grids: torch.Tensor | None,
     seconds_per_grid: torch.Tensor | list[float] | None,
     model_config,
-    config: AdaSparkConfig,
+    config: Settings,
 ) -> list[Prompt]:
     """The sequences of a batch.
 
@@ -54,7 +56,7 @@ def read_prompts(
         image_grids, video_grids: ``[images, 3]`` and ``[videos, 3]`` patches (t, h, w).
         seconds_per_grid: ``[videos]`` seconds a temporal patch lasts; None for one.
         model_config: of the Qwen2.5-VL model.
-        config: AdaSpark's settings.
+        config: the method's settings, for the order of a video's tokens.
 
     Raises:
         ValueError: placeholders and grids do not fit together, or a mask that is no padding.
@@ -81,15 +83,16 @@ def read_prompts(
         if given is not None:
             positions = given[:, row, columns]
         order = np.arange(len(columns))
-        is_video = np.zeros(len(columns), bool)
+        is_video, is_vision = np.zeros((2, len(columns)), bool)
         places = []
         for medium in media:
+            is_vision[medium.start : medium.end] = True
             if medium.is_video:
                 walk = cube_order(medium.grid, config.cube, config.order)
                 order[medium.start : medium.end] = medium.start + walk
                 is_video[medium.start : medium.end] = True
                 places.append((medium.start, medium.end - medium.start))
-        prompts.append(Prompt(columns[order], positions[:, order], is_video, places))
+        prompts.append(Prompt(columns[order], positions[:, order], is_video, is_vision, places))
     for kind, rest in (("video", videos), ("image", images)):
         if next(rest, None) is not None:
             raise ValueError(f"{kind}_grid_thw: more grids than {kind}s in input_ids")
