@@ -75,6 +75,9 @@ class Settings:
     # What a word is short for; other settings named beside it are laid over that, save for "off".
     words: ClassVar[dict[str, dict[str, Any]]] = {OFF: {"enabled": False, "order": "raster"}}
 
+    # Keys of other methods that users may expect here, and why there is no such thing.
+    refused: ClassVar[dict[str, str]] = {}
+
     enabled: bool = setting(True, "false: this request (or the whole server) runs dense")
     cube: tuple[int, int, int] = setting(
         (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
@@ -158,6 +161,8 @@ class Settings:
         ]
         settable += self.words
         for key in settings:
+            if key in self.refused:
+                raise SettingsError(f"{source}: {key}={settings[key]!r}: {self.refused[key]}")
             if key not in known and key not in self.words:
                 close = difflib.get_close_matches(str(key), settable, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -217,13 +222,9 @@ class Settings:
         return trained.override(operator, source=source)
 
     @classmethod
-    def of_checkpoint(cls, hf_config: Any) -> Mapping[str, Any] | str | None:
-        """What a checkpoint's config.json says of these settings; None for nothing.
-
-        Args:
-            hf_config: Hugging Face's config of the checkpoint.
-        """
-        return getattr(hf_config, CHECKPOINT_KEY, None)
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
+        """What a checkpoint's ``config`` (its config.json) says of these settings, or None."""
+        return config.get(CHECKPOINT_KEY)
 
     @classmethod
     def spelt_out(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _step_tokens(vllm_config: VllmConfig) -> int:
 def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:
     """The checkpoint's settings, and over them the operator's."""
     operator = operator_settings(vllm_config.additional_config, settings)
-    checkpoint = settings.of_checkpoint(vllm_config.model_config.hf_config)
+    checkpoint = settings.of_checkpoint(vllm_config.model_config.hf_config.to_dict())
     config = settings.settled(checkpoint, operator)
     if checkpoint is not None:
         logger.info(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import tiny_videonsa
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from engine.engines import (
@@ -61,6 +64,7 @@ def alone(videonsa, stock) -> dict[str, Answer]:
                 assert answer.difference(stock[name]) > CLOSE, "images are vision tokens, too"
         equals_twin(videonsa, llm)
         account_tells_branches(llm)
+        trace_has_each_tokens_blocks(llm)
         mixed_batch_equals_alone(llm, answers)
         prefix_hit_inside_a_video(llm)
         settings_per_request(llm, stock)
@@ -137,6 +141,22 @@ def account_tells_branches(llm) -> None:
     assert len({layer["means"]["gate_cmp"] for layer in report["layers"]}) == layers
 
 
+def trace_has_each_tokens_blocks(llm) -> None:
+    """A vision token's two cubes and its own; a text token's all."""
+    ask(llm, [video_prompt(clip(40, seed=9), trace=True)])
+    (listed,) = llm.collective_rpc("adaspark_traces")
+    token = 4 + 6 * 64 - 4 + 7  # in block 6, which is the sixth cube
+    (of_token,), (of_text,) = (
+        llm.collective_rpc("adaspark_trace", args=(listed[0]["id"], "heat", source))
+        for source in (f"token:{token}", "question")
+    )
+    for layer in of_token["heat"]:
+        assert sum(layer[:5]) == pytest.approx(2) and layer[5] == 1 and layer[6] is None
+    assert all(share == 1 for layer in of_text["heat"] for share in layer)
+    (meta,) = llm.collective_rpc("adaspark_trace", args=(listed[0]["id"], "meta"))
+    assert meta["truncated"] is None and meta["settings"]["block_counts"] == 3
+
+
 def mixed_batch_equals_alone(llm, answers: dict[str, Answer]) -> None:
     together = ask(llm, list(prompts().values()))
     for (name, want), got in zip(answers.items(), together, strict=True):
@@ -165,6 +185,7 @@ def settings_per_request(llm, stock) -> None:
         ({"mode": "faithful"}, r"'mode' is a server setting"),
         ({"order": "cube"}, r"'order' is a server setting"),
         ({"p_attn": 0.5}, r"unknown key 'p_attn'.*block_counts"),
+        ({"flops": 0.5}, r"flops=0.5: what VideoNSA spends follows from block_counts"),
     ):
         with pytest.raises(SettingsError, match=message):
             ask(llm, [video_prompt(video, **settings)])
@@ -179,3 +200,60 @@ def test_chunks(videonsa, alone, chunk) -> None:
         together = ask(llm, list(prompts().values()))
         for (name, want), got in zip(alone.items(), together, strict=True):
             assert got.difference(want) < CLOSE, name
+
+
+def test_compiled_with_old_names_and_preemption(videonsa, alone, tmp_path) -> None:
+    """Weights as transformers writes them, torch.compile, and too few KV blocks for all."""
+    path = tiny_videonsa.build(tmp_path / "old")
+    batch = [video_prompt(clip(36, seed=20 + i), question="What moves?") for i in range(4)]
+    with engine(videonsa, {}, enable_prefix_caching=False, **OURS) as llm:
+        want = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
+    options = {"num_gpu_blocks_override": 43, "max_model_len": 2048, "disable_log_stats": False}
+    options |= {"enable_prefix_caching": False, "enforce_eager": False}
+    with engine(path, {}, **options, **OURS) as llm:
+        (answer,) = ask(llm, [prompts()["question"]])
+        together = ask(llm, batch, max_tokens=100)
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+    assert answer.difference(alone["question"]) < CLOSE
+    for got, expected in zip(together, want, strict=True):
+        assert got.ids[:3] == expected.ids[:3] and got.difference(expected) < CLOSE
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path, monkeypatch) -> None:
+    """Gates are sharded; ranks that share a KV head select by the whole GQA group."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+    path = tiny_videonsa.build(tmp_path / "model", kv_heads=kv_heads)
+    asked = list(prompts().values())[:3]
+    with engine(path, {}, **OURS) as llm:
+        want = [(ask(llm, [prompt])[0], last_reports(llm)[0]) for prompt in asked]
+    with engine(path, {}, tensor_parallel_size=2, **OURS) as llm:
+        for prompt, (answer, account) in zip(asked, want, strict=True):
+            assert ask(llm, [prompt])[0].difference(answer) < CLOSE
+            (report,) = last_reports(llm)
+            assert report["flops"] == account["flops"]
+            assert report["means"] == pytest.approx(account["means"], abs=1e-4)
+
+
+def test_a_checkpoint_without_gates_is_refused(checkpoint, videonsa, tmp_path) -> None:
+    with (
+        pytest.raises(Exception, match=r"method=videonsa .* only a checkpoint trained for it has"),
+        engine(checkpoint, {}, method="videonsa"),
+    ):
+        pass
+    with (
+        pytest.raises(Exception, match=r"method='adaspark'.* was trained for videonsa"),
+        engine(videonsa, {}, method="adaspark", architecture=None),
+    ):
+        pass
+    path = shutil.copytree(videonsa, tmp_path / "less")
+    weights = load_file(path / "model.safetensors")
+    for name in [name for name in weights if ".2.self_attn.g_proj_1" in name]:
+        del weights[name]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(Exception, match=r"lacks 2 weights.*layers\.2\.self_attn\.g_proj_1\.weight"),
+        engine(path, {}, **OURS),
+    ):
+        pass

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ import torch
 from ..kernels import score_products
 from ..methods.adaspark.budget import prompt_cost
 from ..methods.adaspark.settings import AdaSparkConfig
+from ..methods.videonsa.plan import prompt_flops as videonsa_flops
+from ..methods.videonsa.settings import VideoNSASettings
 from ..models.layout import FrameRules, Layout, LayoutError, Sampling, Video, layout_class
 from ..models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
 from ..models.qwen2_5_vl_layout import Qwen2_5_VLLayout, QwenFrames
-from ..settings import CHECKPOINT_KEY, Settings
+from ..settings import Settings
 from ..video.prune import COLUMNS, kept_tokens
 from .account import ModelShape
 
@@ -47,7 +49,7 @@ class Model:
     max_positions: int = 128_000
     rules: FrameRules = field(default_factory=QwenFrames)
     weights: int | None = None  # bytes, None where unknown
-    settings: Any = field(default=None, hash=False)  # AdaSpark's of config.json, None for none
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)  # config.json
 
 
 def _qwen(name: str, layers: int, billions: float, **shape: int) -> Model:
@@ -128,7 +130,7 @@ def read_model(name: str, find: Callable[[str], Path | None]) -> Model:
         max_positions=text.get("max_position_embeddings", Model.max_positions),
         rules=rules,
         weights=_weights(find),
-        settings=config.get(CHECKPOINT_KEY),
+        config=config,
     )
 
 
@@ -236,7 +238,12 @@ def cost(
         kv_bytes=blocks
         * volume
         * (2 * shape.kv_heads * shape.head_size * kv_element_bytes * model.layers),
-        key_sum_bytes=blocks * shape.kv_heads * shape.head_size * KEY_SUM_BYTES * model.layers,
+        key_sum_bytes=blocks
+        * shape.kv_heads
+        * shape.head_size
+        * KEY_SUM_BYTES
+        * model.layers
+        * (2 if isinstance(config, VideoNSASettings) else 1),  # it sums values, too
         encoder_cache_bytes=place * (shape.hidden + COLUMNS * (whole > tokens)) * 2,
         host_bytes=frames * video.height * video.width * 3 + rules.pixel_bytes(frames, size),
         weights_bytes=model.weights,
@@ -253,7 +260,8 @@ def _flops(
 ) -> tuple[float, float | None, float | None]:
     """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU.
 
-    What is spent, and the least budget, are None for another method than AdaSpark.
+    VideoNSA's are exact.  The least budget is AdaSpark's only; what is spent is not known of other
+    methods.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
@@ -262,6 +270,8 @@ def _flops(
     is_video[start : start + video] = True
     if not isinstance(config, AdaSparkConfig):
         dense = prompt_cost(shape, model.layers, is_video, AdaSparkConfig()).dense
+        if isinstance(config, VideoNSASettings) and config.mode == "paper":
+            return dense, videonsa_flops(config, shape, model.layers, is_video), None
         return dense, None if config.enabled else dense, None
     cost = prompt_cost(shape, model.layers, is_video, config, dropped)
     if not config.enabled:

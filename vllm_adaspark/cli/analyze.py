@@ -90,7 +90,9 @@ def _analyze(
     from .inspect import fitting_cost
 
     model = media.find_model(args.model, args.revision)
-    config = checked(args.settings_class, settings, checkpoint=model.settings)
+    config = checked(
+        args.settings_class, settings, checkpoint=args.settings_class.of_checkpoint(model.config)
+    )
     sampling = media.sampling(args, model.rules)
     text_tokens = 64 + len(args.question.encode())  # at the most
     with ExitStack() as stack:

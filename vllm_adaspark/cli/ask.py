@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     checked(args.settings_class, settings)
     model = media.find_model(args.model, args.revision)
     sampling = media.sampling(args, model.rules)
-    config = checked(args.settings_class, settings, checkpoint=model.settings)
+    config = checked(
+        args.settings_class, settings, checkpoint=args.settings_class.of_checkpoint(model.config)
+    )
     _check(args, config)
     with ExitStack() as stack:
         file = stack.enter_context(offline.video_file(args.video))

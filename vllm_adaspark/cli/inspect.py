@@ -75,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("VIDEO and --duration or --size: give a video, or both of those")
     else:
         video = media.probe(media.read_video(args.video), args.video)
-    config = checked(args.settings_class, given_settings(args), checkpoint=model.settings)
+    config = checked(
+        args.settings_class,
+        given_settings(args),
+        checkpoint=args.settings_class.of_checkpoint(model.config),
+    )
     try:
         cost = costs.cost(
             model,
@@ -219,6 +223,8 @@ def _spent(config: Any, cost: Any) -> str:
     if cost.flops is None:
         return "not estimated for this method; 'ask' and usage.adaspark count them"
     text = f"{_si(cost.flops)}FLOPs, {cost.flops_ratio:.1%} of dense"
+    if not hasattr(config, "p_attn"):  # counted, not estimated
+        return text
     if config.flops is not None:
         if config.flops < cost.least_budget:
             return (

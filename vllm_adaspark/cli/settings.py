@@ -142,14 +142,17 @@ def refuse_misspelt(args: argparse.Namespace) -> None:
         raise UsageError(f"unknown option {wrong[0]} (did you mean {wrong[1]}?)")
 
 
+THEIRS = ("--model",)  # vLLM's options that are near one of ours: VideoNSA's --mode
+
+
 def misspelt(arguments: list[str], cls: type[Settings]) -> tuple[str, str] | None:
-    """An option that is nearly one of ours, and ours; no option of vLLM's is that near."""
+    """An option that is nearly one of ours, and ours."""
     ours = [_flag(name) for name in sorted((names(cls) | set(cls.words)) - {"enabled", OFF})]
     ours.append("--request-settings")
     for argument in arguments:
         name = argument.partition("=")[0]
         close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if argument.startswith("--") and close and close[0] != name:
+        if argument.startswith("--") and close and close[0] != name and name not in THEIRS:
             return name, close[0]
     return None
 

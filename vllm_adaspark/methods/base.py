@@ -139,6 +139,8 @@ class Method:
         sums_values: whether sums of each block's values are kept beside those of its keys.
         wants_hidden: whether attention needs the layer's normed input (``AttentionCall.hidden``).
             Only then does the attention op carry it.
+        tokens_choose: whether each video token makes a choice of its own, so that traces need more
+            room than with one for each cube.
         settings: the server's.
         step_tokens: the most tokens that a step of this server holds; None where nobody said.
         agree: makes a tensor the same on all tensor-parallel ranks; the model sets it.
@@ -148,6 +150,7 @@ class Method:
     media: ClassVar[tuple[str, ...]] = ("video",)
     sums_values: ClassVar[bool] = False
     wants_hidden: ClassVar[bool] = False
+    tokens_choose: ClassVar[bool] = False
 
     settings: Settings
     step_tokens: int | None = None

@@ -121,12 +121,20 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
     ffn_share = histogram(
         "ffn_active_share", "Share of video tokens that ran the FFN, per request."
     )
+    mean = GaugeMetricFamily(
+        "vllm_adaspark:mean",
+        "Means over video tokens that the method tells.",
+        labels=[*ENGINE, "of"],
+    )
     traces = GaugeMetricFamily("vllm_adaspark:traces", "Traces held.", labels=ENGINE)
     trace_bytes = GaugeMetricFamily("vllm_adaspark:trace_bytes", "Their memory.", labels=ENGINE)
     for engine, ranks in engines.items():
         labels = [model_name, str(engine)]
         total = merge_ranks([rank["total"] for rank in ranks])
-        flops = total.report()["flops"]
+        report = total.report()
+        flops = report["flops"]
+        for name, value in report.get("means", {}).items():
+            mean.add_metric([*labels, name], value)
         for family, by_part in ((executed, flops["executed"]), (dense, flops["dense"])):
             for part, value in by_part.items():
                 if part != "total":
@@ -143,7 +151,7 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
         traces.add_metric(labels, held[0]["held"])
         trace_bytes.add_metric(labels, sum(part["bytes"] for part in held))
     counters = [executed, dense, tokens, dropped, fallbacks, selection, planning, requests]
-    return [*counters, density, ffn_share, traces, trace_bytes]
+    return [*counters, density, ffn_share, mean, traces, trace_bytes]
 
 
 def _add_tokens(

@@ -31,12 +31,14 @@ class Sizes:
         kv_heads: of each tensor-parallel rank.
         block_size: tokens in a KV block.
         step_tokens: the most that a step computes.
+        choices: that a cube's tokens make: one for all, or each its own.
     """
 
     layers: int
     kv_heads: int
     block_size: int
     step_tokens: int
+    choices: int = 1
 
     def chunk(self, tiles: int, sparse: int, blocks: int, cubes: int) -> int:
         """Bytes of a step: its tiles, those of them that chose among ``blocks``, and FFN cubes."""
@@ -63,10 +65,11 @@ class Sizes:
         blocks = -(-end // size)
         text = end - max(computed, int(cubes[0]) * size) - len(cubes) * size
         text = min(max(text, 0), MAX_TEXT_TILES)
-        total += self.chunk(text + len(cubes), text, blocks, len(cubes)) - CHUNK_BYTES
+        tiles = text + len(cubes) * self.choices
+        total += self.chunk(tiles, text, blocks, len(cubes)) - CHUNK_BYTES
         # A cube's choice is kept over the blocks of its step, which ends at most so much later.
         upto = np.minimum(cubes + 1 + self.step_tokens // size, blocks)
-        return total + sum(self._choice(int(last)) for last in upto)
+        return total + self.choices * sum(self._choice(int(last)) for last in upto)
 
 
 def trace_id(request_id: str) -> str:

@@ -25,6 +25,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from ..accounts.reports import shown_settings
 from ..accounts.request_ids import search_name
+from ..methods.base import Method
 from ..models.layout import Layout, Pictures
 from ..observing import observing
 from ..paged.plan import StepPlan
@@ -251,7 +252,7 @@ class TracingWorker:
             self._tracer = Tracer(
                 runtime,
                 range(stage.start_layer, stage.end_layer),
-                _sizes(self.vllm_config),
+                _sizes(self.vllm_config, runtime.method),
                 model.layout,
                 model.layout.pictures(self.vllm_config.model_config.hf_image_processor_config),
                 keeps_frames=get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank,
@@ -338,7 +339,7 @@ class TracingWorker:
         return {"error": f"what={what!r}: expected 'meta', 'heat', 'ffn', 'frame' or 'delete'"}
 
 
-def _sizes(config: VllmConfig) -> Sizes:
+def _sizes(config: VllmConfig, method: Method) -> Sizes:
     """What all ranks go by, whichever layers are theirs."""
     model, parallel, scheduler = (
         config.model_config,
@@ -352,4 +353,5 @@ def _sizes(config: VllmConfig) -> Sizes:
         kv_heads=model.get_num_kv_heads(parallel),
         block_size=config.cache_config.block_size,
         step_tokens=scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
+        choices=config.cache_config.block_size if method.tokens_choose else 1,
     )

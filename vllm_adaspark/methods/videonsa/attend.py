@@ -18,20 +18,27 @@ def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
     gates = gates_of(_take(call.hidden, plan.vision), call.modules)  # [vision, heads, 3]
     step.gate_sums[call.layer] = _sum_by_row(gates, plan, len(step.tokens))
     query = _take(call.query, plan.vision)
-    mixed = _branches(call, plan, query, gates)  # [vision, heads, head_size]
+    mixed = _branches(step, call, query, gates)  # [vision, heads, head_size]
     call.output[plan.vision] = mixed.to(call.output.dtype)
 
 
 def _branches(
-    call: AttentionCall, plan: BranchPlan, query: torch.Tensor, gates: torch.Tensor
+    step: VideoNSAPlan, call: AttentionCall, query: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
+    plan: BranchPlan = step.attention
     by_group = query.unflatten(1, (call.kv_heads, -1))  # [vision, kv_heads, group, d]
     with_gates = gates.unflatten(1, (call.kv_heads, -1)).transpose(0, 1)
     g_cmp, g_slc, g_swa = with_gates.unsqueeze(-2).unbind(-1)  # [kv_heads, vision, group, 1]
 
+    traced = None
+    if step.trace is not None:
+        shape = plan.number, call.kv_heads, plan.blocks
+        traced = torch.zeros(shape, dtype=torch.bool, device=query.device)
     mixed = compress(
-        by_group, plan, call.key_sums, call.value_sums, call.scale, call.head_ranks
+        by_group, plan, call.key_sums, call.value_sums, call.scale, call.head_ranks, traced
     ).mul_(g_cmp)
+    if traced is not None:
+        step.trace.cubes(call.layer, traced)
     asking = by_group.transpose(0, 1).contiguous()  # [kv_heads, vision, group, d]
     selected = torch.empty_like(asking, dtype=call.output.dtype)
     call.run_sequences(

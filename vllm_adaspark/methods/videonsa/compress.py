@@ -11,6 +11,8 @@ cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ...paged.heads import HeadRanks
@@ -27,6 +29,7 @@ def compress(
     value_sums: BlockSums | None,
     scale: float,
     head_ranks: HeadRanks | None,
+    traced: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to mean keys, and fill in the table of the step's selection.
 
@@ -36,6 +39,7 @@ def compress(
         key_sums, value_sums: this layer's; None before there was any cube.
         scale: of the logits.
         head_ranks: the tensor-parallel ranks, which may share a KV head's group.
+        traced: ``[vision, kv_heads, blocks]`` bool, all False: gets what is selected.
 
     Returns:
         ``[kv_heads, vision, group, head_size]`` fp32; 0 where a token has no cube before it.
@@ -45,10 +49,17 @@ def compress(
     table = plan.selection(kv_heads).block_table.view(kv_heads, number, -1)
     head = torch.arange(kv_heads, device=query.device)[:, None]
     for row in plan.rows:
-        if len(row.cubes):
-            mean_keys, mean_values = _means(key_sums, row, scale), _means(value_sums, row, 1.0)
-            physical = row.cubes * kv_heads + head  # [kv_heads, cubes]
-            _compress_row(query, row, mean_keys, mean_values, physical, head_ranks, output, table)
+        if not len(row.cubes):
+            continue
+        means = _means(key_sums, row, scale), _means(value_sums, row, 1.0)
+        physical = row.cubes * kv_heads + head  # [kv_heads, cubes]
+        for here, best in _compress_row(query, row, *means, head_ranks, output):
+            chosen = physical.gather(1, best.flatten(1)).view_as(best)
+            table[:, here, : best.shape[-1]] = chosen.to(table.dtype)
+            if traced is not None:
+                used = torch.arange(best.shape[-1], device=best.device) < plan.places[here, None]
+                used = used[:, None].expand(-1, kv_heads, -1)
+                traced[here].scatter_(2, row.logical[best].transpose(0, 1), used)
     # The own block comes last, so what it lacks at its end is the sequence's alone.
     last = plan.places[None, :, None].expand(kv_heads, -1, -1)
     own = (plan.own_block * kv_heads + head).to(table.dtype)
@@ -66,12 +77,15 @@ def _compress_row(
     row: RowCubes,
     mean_keys: torch.Tensor,
     mean_values: torch.Tensor,
-    physical: torch.Tensor,
     head_ranks: HeadRanks | None,
     output: torch.Tensor,
-    table: torch.Tensor,
-) -> None:
-    """One request's part of ``output [kv_heads, vision, group, d]`` and of ``table``."""
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Write one request's part of ``output [kv_heads, vision, group, d]``, slab by slab.
+
+    Yields:
+        vision tokens, and ``[kv_heads, tokens, number]`` the cubes of the row that each selects
+        (see :func:`most_important`).
+    """
     kv_heads, group, size = query.shape[1:]
     first = row.tokens.start
     step = max(1, SLAB // (kv_heads * group * len(row.cubes)))
@@ -94,9 +108,7 @@ def _compress_row(
         output[:, here] = attended.view(kv_heads, end - start, group, size)
         if row.most:
             importance = _importance(probs, head_ranks)
-            best = most_important(importance, seen, min(row.most, width))
-            chosen = physical.gather(1, best.flatten(1)).view_as(best)
-            table[:, here, : best.shape[-1]] = chosen.to(table.dtype)
+            yield here, most_important(importance, seen, min(row.most, width))
 
 
 def _importance(probs: torch.Tensor, head_ranks: HeadRanks | None) -> torch.Tensor:

@@ -26,6 +26,7 @@ class VideoNSA(Method):
     media = ("video", "image")
     sums_values = True
     wants_hidden = True
+    tokens_choose = True
 
     @classmethod
     def check_server(cls, settings: VideoNSASettings, vllm_config: Any) -> None:

@@ -16,8 +16,9 @@ selected; a vision token's own block is attended in any case.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ from ...accounts.account import ModelShape
 from ...paged.plan import StepPlan, Told
 from ...paged.state import StepRows
 from ...paged.tables import Sequences
-from ...paged.tiles import Tokens, cubes_of, sum_writes
+from ...paged.tiles import DENSE, VIDEO, Tiles, Tokens, cubes_of, sum_writes
 from . import gates
 from .request import VideoNSARequest
-from .settings import BLOCK
+from .settings import BLOCK, VideoNSASettings
 
 Index = torch.Tensor | slice  # of tokens; a slice where they are consecutive, which saves a copy
 
@@ -41,6 +42,7 @@ class RowCubes:
     row: int
     tokens: slice  # of the step's vision tokens
     cubes: torch.Tensor  # [cubes] int64 physical blocks, in the request's order
+    logical: torch.Tensor  # [cubes] int64 the same in the request
     seen: np.ndarray  # [tokens] cubes before a token's own block; never falls
     seen_there: torch.Tensor  # the same on the device, int64
     most: int  # block_counts - 1
@@ -75,8 +77,16 @@ class BranchPlan:
     slc_pairs: np.ndarray
     swa_pairs: np.ndarray
     selected: np.ndarray  # (vision query, selected cube) pairs, the own block not counted
+    blocks: int  # that a request of the step has at the most
+    cut: Callable[[], Tiles] | None  # see ``tiles``
     first_layer: int = 0
     shared: Sequences | None = None
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """The step as tiles, for traces: each vision token is one, which chooses among the cubes
+        before its own block; text tokens choose nothing."""
+        return self.cut()
 
     def selection(self, kv_heads: int) -> Sequences:
         """The sequences of the selection, whose table a layer fills in.
@@ -187,6 +197,8 @@ def build_plan(
         slc_pairs=by_row(row, selected_lens),
         swa_pairs=by_row(row, np.minimum(position + 1, window[row])),
         selected=by_row(row, places),
+        blocks=row_cubes.shape[1],
+        cut=lambda: _tiles(tokens, row_cubes),
     )
     return VideoNSAPlan(
         attention=branches,
@@ -251,12 +263,13 @@ def _rows(
     for r in np.unique(row):
         first, last = np.searchsorted(row, [r, r + 1])
         of_row = seen[first:last]
-        cubes = table[r][row_cubes[r]][: int(of_row.max())]
+        logical = np.flatnonzero(row_cubes[r])[: int(of_row.max())]
         made.append(
             RowCubes(
                 row=int(r),
                 tokens=slice(int(first), int(last)),
-                cubes=torch.as_tensor(cubes).to(device, torch.int64),
+                cubes=torch.as_tensor(table[r][logical]).to(device, torch.int64),
+                logical=torch.as_tensor(logical).to(device, torch.int64),
                 seen=of_row,
                 seen_there=torch.as_tensor(of_row).to(device, torch.int64),
                 most=int(most[r]),
@@ -277,7 +290,48 @@ def _windows(
     return tuple(made)
 
 
+def _tiles(tokens: Tokens, row_cubes: np.ndarray) -> Tiles:
+    vision = tokens.is_video
+    start = np.flatnonzero(
+        vision | (np.diff(tokens.row, prepend=-1) != 0) | (np.diff(vision, prepend=True) != 0)
+    )
+    length = np.diff(start, append=len(vision))
+    last = start + length - 1
+    row, block, vision = tokens.row[start], tokens.block[last], vision[start]
+    candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
+    return Tiles(
+        row=row,
+        start=start,
+        length=length,
+        block=block,
+        kind=np.where(vision, VIDEO, DENSE),
+        asked=vision.astype(int),
+        tail_gap=(block + 1) * BLOCK - tokens.position[last] - 1,
+        candidates=candidates & vision[:, None],
+    )
+
+
 def _index(tokens: np.ndarray, device: torch.device) -> Index:
     if len(tokens) == tokens[-1] - tokens[0] + 1:
         return slice(int(tokens[0]), int(tokens[-1]) + 1)
     return torch.as_tensor(tokens).to(device, torch.int64)
+
+
+def prompt_flops(
+    settings: VideoNSASettings, shape: ModelShape, layers: int, is_vision: np.ndarray
+) -> float:
+    """FLOPs of a prompt's layers, computed in one step; as the accounts count them."""
+    tokens, blocks = len(is_vision), -(-len(is_vision) // BLOCK)
+    rows = StepRows(
+        query_start=np.array([0, tokens]),
+        seq_lens=np.array([tokens]),
+        block_table=np.arange(blocks)[None],
+    )
+    request = VideoNSARequest(settings, is_vision)
+    plan = build_plan(rows, [request], torch.device("cpu"))
+    if plan is None:
+        pairs = tokens * (tokens + 1) // 2 * shape.attention_flops_per_pair
+        per_token = shape.qkvo_flops_per_token + shape.ffn_flops_per_token
+        return float(layers * (pairs + tokens * per_token))
+    told = plan.tell(shape, range(1))
+    return float(layers * sum(flops.sum() for flops in told.flops.values()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...settings import Settings, SettingsError, setting
 
@@ -28,6 +28,11 @@ class VideoNSASettings(Settings):
     Raises:
         SettingsError: a value has the wrong type or is out of range.
     """
+
+    refused: ClassVar[dict[str, str]] = {
+        "flops": "what VideoNSA spends follows from block_counts and window_size, which its "
+        "weights were trained with, so there is no budget to choose them by; set these instead"
+    }
 
     cube: tuple[int, int, int] = setting(
         (4, 4, 4), "a block's 64 tokens; fixed", request=False, checkpoint=False
@@ -61,13 +66,9 @@ class VideoNSASettings(Settings):
             )
 
     @classmethod
-    def of_checkpoint(cls, hf_config: Any) -> Mapping[str, Any] | None:
+    def of_checkpoint(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | str | None:
         """What the checkpoint's text config says, and over it its ``adaspark_config``."""
-        text = hf_config.get_text_config()
-        said = {
-            key: getattr(text, key)
-            for key in OF_TEXT_CONFIG
-            if getattr(text, key, None) is not None
-        }
-        own = super().of_checkpoint(hf_config)
+        text = config | config.get("text_config", {})  # older checkpoints have no text_config
+        said = {key: text[key] for key in OF_TEXT_CONFIG if text.get(key) is not None}
+        own = super().of_checkpoint(config)
         return own if isinstance(own, str) else said | dict(own or {})
