@@ -183,15 +183,15 @@ def test_metrics_add_up_to_the_accounts(served: Served, clip) -> None:
     assert grew("requests_total", mode="sparse", reason="") == 4
     assert grew("requests_total", mode="dense", reason="off") == 1
     assert grew("requests_total", mode="dense", reason="no_video") == 1
-    assert grew("requests_total") == 5
+    assert grew("requests_total") == 6
 
-    with_video = accounts[:4]
+    with_video = accounts[:5]
     for name, field in (
         ("attention_density", "attention_density"),
         ("ffn_active_share", "ffn_density"),
     ):
         groups = [str(layer) for layer in range(4)]
-        assert [grew(f"{name}_count", layers=group) for group in groups] == [4] * 4
+        assert [grew(f"{name}_count", layers=group) for group in groups] == [5] * 4
         # A group is a layer here, and an account's density is the mean of its layers'.
         want = sum(account[field] for account in with_video)
         assert grew(f"{name}_sum") / 4 == pytest.approx(want)
