@@ -80,7 +80,10 @@ class AttentionCall:
             backend that vLLM chose: ``(query [queries, heads, head_size], sequences, output)``.
             ``window=n`` lets a query see its last n keys only.  ``one_kv_head=True`` is for
             sequences that see one KV head each, whose block b is ``b * kv_heads + head`` in their
-            tables, and whose queries have the heads of one GQA group.
+            tables, and whose queries have the heads of one GQA group.  ``cache`` is a scratch cache
+            to attend over in place of the layer's.
+        scratch_cache: a paged cache like the layer's, for keys and values that are not the
+            model's: ``(key, value [n, kv_heads, head_size])``, which fill its blocks 0, 1, ...
     """
 
     layer: int
@@ -98,6 +101,7 @@ class AttentionCall:
     choose: Callable[[torch.Tensor], Any]
     run: Callable[[Any], None]
     run_sequences: Callable[..., None]
+    scratch_cache: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

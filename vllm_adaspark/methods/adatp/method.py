@@ -126,7 +126,7 @@ class AdaTP(Method):
             "order": config.order,
             "trace": config.trace,
             "budget": budget,
-            "off": not config.enabled or (shares[-1] == 1 and config.dedup == "off"),
+            "off": not config.enabled or (float(shares[-1]) == 1 and config.dedup == "off"),
         }
 
     # -- a step ------------------------------------------------------------------------------------
