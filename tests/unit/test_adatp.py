@@ -340,7 +340,8 @@ def test_what_is_told_travels_as_json() -> None:
         num_hidden_layers=6,
     )  # fmt: skip
     place = SimpleNamespace(offset=3, length=20, is_embed=None)
-    prompt = Prompt(30, {"video": [place]}, [Video((4, 1, 5), lambda: torch.ones(20, 1))])
+    videos = [Video((4, 1, 5), lambda: torch.ones(20, 1))]
+    prompt = Prompt(30, {"video": [place]}, videos=videos)
     method = AdaTP(AdaTPSettings(), text, "cpu")
     told = {}
     for name, settings in {"budget": {}, "all": {"keep": 1, "dedup": "off"}, "off": "off"}.items():
