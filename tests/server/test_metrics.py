@@ -24,7 +24,7 @@ from vllm_adaspark.accounts.account import Account, ModelShape
 from vllm_adaspark.accounts.ledger import EDGES
 from vllm_adaspark.server import metrics
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[2]
 SETTLE_SECONDS = 60  # on a busy machine; it takes less than one
 PARTS = ("qkvo", "attention", "selection", "ffn")
@@ -66,7 +66,7 @@ class Scrape(dict):
 
 
 def scrape(served: Served) -> Scrape:
-    with urllib.request.urlopen(f"{served.server.url}/metrics", timeout=20) as response:
+    with urllib.request.urlopen(f"{served.server.url}/metrics", timeout=120) as response:
         assert response.headers["content-type"].startswith("text/plain; version=")
         return Scrape(response.read().decode())
 
@@ -553,7 +553,7 @@ def test_refusals_of_several_api_servers_are_added(tmp_path) -> None:
 
     def process(*arguments: str) -> str:
         command = [sys.executable, "-c", SEVERAL_API_SERVERS, *arguments]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 

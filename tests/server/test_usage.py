@@ -17,7 +17,7 @@ from serving import Served, about, data_url, mm
 
 from vllm_adaspark.accounts.account import Account, ModelShape
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.server
 WAIT_SECONDS = 60  # on a busy machine; it takes less than one
 FIELDS = {
     "mode",
@@ -248,7 +248,7 @@ def test_concurrent_requests_get_their_own(served: Served, clip) -> None:
 
 
 def load(served: Served) -> int:
-    with urllib.request.urlopen(f"{served.server.url}/load", timeout=60) as response:
+    with urllib.request.urlopen(f"{served.server.url}/load", timeout=120) as response:
         return json.load(response)["server_load"]
 
 
@@ -281,7 +281,7 @@ def test_errors_are_stock(served: Served, media: Path) -> None:
         f"{served.server.url}/v1/chat/completions", b"{}", {"Content-Type": "text/plain"}
     )
     with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(request, timeout=60)
+        urllib.request.urlopen(request, timeout=120)
 
 
 # -- requests that are odd, but not ours to refuse ------------------------------------------------
@@ -358,7 +358,7 @@ def post(served: Served, body: dict) -> tuple[int, str]:
         {"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -55,7 +55,7 @@ def test_a_requests_life(ledger) -> None:
     assert (a["counts"]["tokens"], a["counts"]["cached_tokens"]) == (11, 32)
     assert a["counts"]["settings"] == SETTINGS and b["counts"]["settings"] is None
     assert ledger.finish("a").tokens == 11
-    assert requests(ledger)[("dense", "few_cubes")] == 1
+    assert requests(ledger)[("dense", "cached")] == 1
     assert sum(requests(ledger).values()) == 1, "b still runs"
     assert ledger.finish("a") is None, "it ended only once"
     total = ledger.report()["total"]
