@@ -31,10 +31,13 @@ def llava(media, tmp_path_factory):
     server = VllmServer(checkpoint, *arguments, log=folder / "server.log", env=SERVER_ENV)
     server.command = [*PROGRAM, *server.command[server.command.index("serve") :]]
     with server:
-        server.wait_until_ready(START_SECONDS)
+        server.wait_until_ready(2 * START_SECONDS)
         yield (
             openai.OpenAI(
-                base_url=f"{server.url}/v1", api_key="none", timeout=ANSWER_SECONDS, max_retries=0
+                base_url=f"{server.url}/v1",
+                api_key="none",
+                timeout=3 * ANSWER_SECONDS,
+                max_retries=0,
             ),
             server,
         )
