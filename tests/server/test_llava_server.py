@@ -102,7 +102,7 @@ CLIP = "clip.mp4"
         (CLIP, {"mm_processor_kwargs": {"do_sample_frames": True}}, "do_sample_frames=True: frame"),
         (CLIP, {"media_io_kwargs": {"video": {"num_frames": 0}}}, "num_frames=0: expected a"),
         (CLIP, {"media_io_kwargs": {"video": {"max_frames": 4}}}, "max_frames=4: unknown; allow"),
-        ("long.mp4", {"media_io_kwargs": {"video": {"num_frames": 99}}}, "maximum model length"),
+        ("long.mp4", {"media_io_kwargs": {"video": {"num_frames": 99}}}, "Input length (2493)"),
     ],
 )
 def test_bad_requests_are_refused_and_the_next_is_served(
