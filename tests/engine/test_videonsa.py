@@ -174,6 +174,8 @@ def prefix_hit_inside_a_video(llm) -> None:
     hit = ask(llm, [video_prompt(video, question="What moves?")])[0]
     assert cold.cached_tokens == 0 and hit.cached_tokens >= 64 * 8
     assert hit.difference(cold) < CLOSE
+    (report,) = last_reports(llm)
+    assert (report["mode"], report["reason"]) in {("dense", "cached"), ("sparse", None)}
 
 
 def settings_per_request(llm, stock) -> None:

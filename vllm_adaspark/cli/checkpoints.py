@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import ARCHITECTURES
+from ..methods import OF_ARCHITECTURE
 from . import UsageError
 
 
@@ -25,6 +26,22 @@ def config_of(model: str, revision: str | None = None) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def trained_for(model: str, config: dict[str, Any]) -> str | None:
+    """The architecture of a checkpoint that was trained for one method; None for any other.
+
+    By its config.json, or where that is not at hand by its name.
+    """
+    if config:
+        named = config.get("architectures") or []
+        return next((name for name in named if name in OF_ARCHITECTURE), None)
+    found = (name for name, method in OF_ARCHITECTURE.items() if method in _squeezed(model))
+    return next(found, None)
+
+
+def _squeezed(model: str) -> str:
+    return re.sub(r"[\W_]", "", model.lower())
+
+
 def architecture_of(model: str, config: dict[str, Any]) -> str:
     """Our name for a model, by its config.json, or where that is not at hand by its own name.
 
@@ -33,9 +50,11 @@ def architecture_of(model: str, config: dict[str, Any]) -> str:
     Raises:
         UsageError: it is no model of ours.
     """
+    if trained := trained_for(model, config):
+        return trained
     model_type = config.get("model_type")
     if model_type is None:
-        squeezed = re.sub(r"[\W_]", "", model.lower())
+        squeezed = _squeezed(model)
         named = (kind for kind in ARCHITECTURES if kind.replace("_", "") in squeezed)
         model_type = next(named, next(iter(ARCHITECTURES)))
     if model_type not in ARCHITECTURES:

@@ -19,10 +19,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..accounts.cost import Cost, Model
-from ..methods import DEFAULT
+from ..methods import DEFAULT, OF_ARCHITECTURE
 from ..models.layout import Sampling
 from ..settings import METHOD_KEY, SERVER_KEY
 from . import CommandError, UsageError
+from .checkpoints import trained_for
 from .media import is_web_address, local_path, read_video
 from .vllm_options import merge
 
@@ -134,8 +135,11 @@ def engine(
                 f"--{name.replace('_', '-')} {given}: the prompt has about {needed} tokens, and "
                 "must fit; leave it out, or give it at least the value that inspect tells"
             )
-    ours = {SERVER_KEY: settings} | ({METHOD_KEY: method} if method != DEFAULT else {})
-    options.hf_overrides = {**options.hf_overrides, "architectures": [model.layout.architecture]}
+    architecture = trained_for(model.name, model.config) or model.layout.architecture
+    ours = {SERVER_KEY: settings}
+    if method != OF_ARCHITECTURE.get(architecture, DEFAULT):
+        ours[METHOD_KEY] = method
+    options.hf_overrides = {**options.hf_overrides, "architectures": [architecture]}
     options.additional_config = merge(dict(options.additional_config), ours)
     options.limit_mm_per_prompt = options.limit_mm_per_prompt or {"video": 1, "image": 0}
     options.max_model_len = options.max_model_len or cost.max_model_len

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..methods import DEFAULT
-from ..settings import CHECKPOINT_KEY, METHOD_KEY, Settings, SettingsError, operator_settings
+from ..methods import DEFAULT, OF_ARCHITECTURE
+from ..settings import METHOD_KEY, Settings, SettingsError, operator_settings
 from . import PROGRAM, CommandError, UsageError
 from .checkpoints import architecture_of, config_of
 from .redact import redact_arguments
@@ -70,7 +70,8 @@ def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
         epilog="'vllm serve --help=all' lists vLLM's options; videos usually want "
         f"--max-num-batched-tokens, see '{PROGRAM} inspect'.",
     )
-    add_settings(parser, method_named(arguments))
+    given = next(iter(arguments[1:2]), "-")
+    add_settings(parser, method_named(arguments, None if given.startswith("-") else given))
     group = parser.add_argument_group("server")
     group.add_argument(
         "--request-settings",
@@ -143,13 +144,13 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if not isinstance(settings, dict):
         raise UsageError(f"{ADDITIONAL} {PLUGIN}={settings!r}: expected an object")
     settings = settings | given_settings(args)
-    trained = overrides.get(CHECKPOINT_KEY, checkpoint.get(CHECKPOINT_KEY))
+    trained = cls.of_checkpoint(checkpoint | overrides)
     config = checked(cls, settings, f"{ADDITIONAL} {PLUGIN}", trained)
     _refuse_conflicts(rest, file, config)
 
     arguments = ["serve", *rest]
     arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [architecture]})]
-    if args.method != DEFAULT:
+    if args.method != OF_ARCHITECTURE.get(architecture, DEFAULT):
         additional[METHOD_KEY] = args.method
     if settings:
         additional[PLUGIN] = settings

@@ -40,20 +40,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import VIDEONSA_ARCHITECTURE
 from ..paged.heads import HeadRanks
 from ..paged.plan import StepPlan
 from ..paged.state import BlockSums, StepRows
 from ..requests import Prompt, Request
 from ..settings import METHOD_KEY, Settings, SettingsError
+from . import OF_ARCHITECTURE
 
 BUILT_IN = {
     "adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark",
     "adatp": "vllm_adaspark.methods.adatp.method:AdaTP",
     "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
 }
-# Architectures of checkpoints that were trained for one method and cannot run with another.
-OF_ARCHITECTURE = {VIDEONSA_ARCHITECTURE: "videonsa"}
+
+# For ``scheduler_config.scheduler_cls``, where Method.needs_one_step may say yes.
+ONE_STEP_SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
 
 
 @dataclass(frozen=True)
