@@ -121,7 +121,7 @@ class VideoNSAPlan(StepPlan):
         pair = shape.attention_flops_per_pair
         by_part = {
             "text": branches.text_pairs * pair,
-            "cmp": branches.cmp_pairs * pair,
+            "cmp": branches.cmp_pairs * pair * (1 + shape.score_products) / 2,
             "slc": branches.slc_pairs * pair,
             "swa": branches.swa_pairs * pair,
         }
