@@ -5,12 +5,20 @@ Not collected by itself: the interpreter must be asked for before anything impor
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from vllm_adaspark import kernels
 from vllm_adaspark.kernels import videonsa_compress, videonsa_select
 from vllm_adaspark.kernels import videonsa_twins as twins
+from vllm_adaspark.methods.videonsa import compress, fused
+from vllm_adaspark.methods.videonsa.plan import build_plan
+from vllm_adaspark.methods.videonsa.request import VideoNSARequest
+from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
+from vllm_adaspark.paged.state import BlockSums, StepRows
 
 assert kernels.interpreted(), "run through tests/kernels/test_triton.py"
 
@@ -203,3 +211,54 @@ def test_videonsa_select_refuses_what_it_cannot_read() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             videonsa_select.select(**arguments | change)
+
+
+@pytest.mark.parametrize("block_counts", [3, 1])
+def test_videonsa_on_a_gpus_cache(block_counts: int) -> None:
+    """The method's two branches by the kernels, as it calls them, equal those by the twins."""
+    requests = [[("text", 20), ("video", 330), ("text", 4)], [("video", 70)], [("video", 200)]]
+    settings = VideoNSASettings(block_counts=block_counts)
+    kv_heads, group, d = 2, 2, 16
+    torch.manual_seed(3)
+    vision = [
+        torch.cat([torch.full((n,), kind == "video") for kind, n in parts]) for parts in requests
+    ]
+    lengths = [len(each) for each in vision]
+    table = torch.randperm(24)[: 3 * 6].view(3, 6)
+    rows = StepRows(np.cumsum([0, *lengths]), np.array(lengths), table.int().numpy())
+    plan = build_plan(
+        rows,
+        [VideoNSARequest(settings, each.numpy()) for each in vision],
+        torch.device("cpu"),
+    )
+    tokens = sum(lengths)
+    query = torch.randn(tokens, kv_heads * group, d)
+    key, value = torch.randn(2, tokens, kv_heads, d)
+    cache = torch.full((24, kv_heads, 64, 2 * d), NAN)
+    block = torch.from_numpy(rows.block_table[rows.token_row, rows.token_position // 64]).long()
+    cache[block, :, rows.token_position % 64] = torch.cat([key, value], -1)
+    sums = BlockSums(24, kv_heads, d, 64, key.device), BlockSums(24, kv_heads, d, 64, key.device)
+    for of, vectors in zip(sums, (key, value), strict=True):
+        of.write(vectors, plan.sum_writes)
+    call = SimpleNamespace(
+        query=query, kv_cache=cache, kv_heads=kv_heads, key_sums=sums[0], value_sums=sums[1],
+        scale=d**-0.5,
+    )  # fmt: skip
+    branches = plan.attention
+    shape = branches.number, kv_heads, branches.blocks
+    marks = [torch.zeros(shape, dtype=torch.bool) for _ in range(2)]
+    compressed, selected = fused.branches(call, branches, marks[0])
+    own = query[branches.flat.tokens].unflatten(1, (kv_heads, -1))
+    want = compress.compress(own, branches, *sums, call.scale, None, marks[1])
+    assert relative_rms(compressed, want.transpose(0, 1).flatten(1, 2)) < 1e-5
+    marks[1].scatter_(2, branches.flat.own_logical[:, None, None].expand(-1, kv_heads, 1), True)
+    marks[0].scatter_(2, branches.flat.own_logical[:, None, None].expand(-1, kv_heads, 1), True)
+    assert torch.equal(*marks), "the same blocks"
+    pages = branches.selection(kv_heads).block_table.view(kv_heads, branches.number, -1)
+    used = torch.arange(pages.shape[2]) < branches.places[:, None]
+    pages = torch.where(used[None], pages // kv_heads, -1).transpose(0, 1).int()
+    by_twin = twins.select(
+        query, branches.flat.tokens, cache, pages, branches.flat.own, branches.flat.offset,
+        call.scale,
+    )  # fmt: skip
+    assert relative_rms(selected, by_twin) < 1e-5
