@@ -95,6 +95,7 @@ class Prompt:
         places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
         tokens: of the prompt.
         after_video: how many tokens at the end of each video's place are no video.
+        dropped: tokens that its videos had more (video/prune.py).
         videos: in the order of the prompt; only workers know them.
         wants_all: whether the answer needs the last layer's output of every token, as
             ``prompt_logprobs`` do; only workers know.
@@ -103,6 +104,7 @@ class Prompt:
     tokens: int
     places: Mapping[str, Sequence[Any]]
     after_video: int = 0
+    dropped: int = 0
     videos: Sequence[Video] = ()
     wants_all: bool = False
 

@@ -25,6 +25,8 @@ from .settings import (
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from .models.layout import Layout
+
 logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
 # What adapters can read head by head: no scales per token, no packing.
@@ -57,6 +59,10 @@ class StartupCheck(VerifyAndUpdateConfig):
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
         method.check_server(config, vllm_config)
+        no_prune = why_no_prune(vllm_config, layout)
+        if config.dropped_share and no_prune:
+            what = f"prune={config.dropped_share} {no_prune}"
+            raise SettingsError(f"AdaSpark does not support {what}")
         _split_graphs_at_our_ops(vllm_config)
         _use_our_worker(vllm_config)
         _use_video_loader(vllm_config, layout.loader)
@@ -65,6 +71,7 @@ class StartupCheck(VerifyAndUpdateConfig):
             METHOD_KEY: name,
             "settings": config.to_dict(),
             "step_tokens": _step_tokens(vllm_config),
+            "no_prune": no_prune,  # a request's is refused with the same reason
         }
         logger.info("AdaSpark: %s", config)
 
@@ -131,7 +138,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         (
             multimodal is not None and (multimodal.video_pruning_rate or 0) > 0,
-            "--video-pruning-rate: EVS drops the tokens that cubes are made of; leave it out",
+            "--video-pruning-rate: vLLM's EVS does not know of cubes; use "
+            f'--additional-config \'{{"{SERVER_KEY}": {{"prune": SHARE}}}}\', which drops the same',
         ),
         (
             vllm_config.kv_transfer_config is not None or bool(cache.kv_offloading_size),
@@ -178,6 +186,21 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"AdaSpark does not support {what}")
+
+
+def why_no_prune(vllm_config: VllmConfig, layout: Layout) -> str | None:
+    """Why this server cannot drop video tokens (``prune``); None if it can."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if not layout.takes_prune:
+        return f"for a checkpoint whose model_type is {layout.model_type}; leave it out"
+    if stages > 1:
+        return (
+            f"with --pipeline-parallel-size {stages}: only the first stage would know where the "
+            "tokens that are left belong; leave it out, or use --tensor-parallel-size"
+        )
+    if vllm_config.ec_transfer_config is not None:
+        return "with --ec-transfer-config: vLLM moves whole videos only; leave it out"
+    return None
 
 
 def _tells_requests(worker_cls: str | type) -> bool:

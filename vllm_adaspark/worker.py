@@ -39,6 +39,7 @@ from .paged.state import BlockSums, StepRows
 from .requests import Prompt, Request, RequestTable, Video, media_of, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
+from .video.prune import WholePrompt
 
 logger = init_logger("vllm.adaspark")
 
@@ -67,11 +68,10 @@ class RequestAccounts:
         self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
-    def admit(self, request_id: str, request: Request | None) -> None:
-        """Note what a new request asked for; None if it has no video."""
-        self.ledger.admit(
-            request_id, None if request is None else self._runtime.method.told(request)
-        )
+    def admit(self, request_id: str, request: Request | None, whole: WholePrompt) -> None:
+        """Note what a new request asked for, None if it has no video, and its whole prompt."""
+        told = None if request is None else self._runtime.method.told(request)
+        self.ledger.admit(request_id, told, whole if whole.dropped else None)
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -109,11 +109,12 @@ class RequestAccounts:
         report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
-                "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
+                "AdaSpark %s: %d tokens (%d video, %d more dropped), attention density %.1f%%, "
+                "FFN density %.1f%%, %.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,
                 account.video_tokens,
+                account.dropped_tokens,
                 100 * report["attention_density"],
                 100 * report["ffn_density"],
                 report["flops"]["executed"]["total"] / 1e12,
@@ -236,6 +237,7 @@ class AccountingWorker:
             after_video=self._layout.after_video,
             videos=[self._video(video) for video in videos],
             wants_all=sampling is not None and sampling.prompt_logprobs is not None,
+            dropped=self._whole_prompt(new).dropped,
         )
         positions = self._layout.positions(tokens, videos, settings)
         return replace(method.describe(settings, prompt), positions=positions)
@@ -251,6 +253,12 @@ class AccountingWorker:
             return everything[: math.prod(grid)]
 
         return Video(grid, encoded)
+
+    def _whole_prompt(self, new: Any) -> WholePrompt:
+        """What a new request's prompt was before some tokens of its videos were dropped."""
+        embeds = new.prompt_embeds
+        tokens = len(new.prompt_token_ids if embeds is None else embeds)
+        return self._layout.whole_prompt(tokens, new.mm_features)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime
@@ -276,7 +284,7 @@ class AccountingWorker:
             accounts.settle()
         with observing("the settings in accounts"):
             for new in scheduler_output.scheduled_new_reqs:
-                accounts.admit(new.req_id, requests[new.req_id])
+                accounts.admit(new.req_id, requests[new.req_id], self._whole_prompt(new))
 
     def _after_step(self) -> None:
         """The same, once a step is launched."""

@@ -90,6 +90,10 @@ def test_cube_that_is_not_the_block_size(checkpoint) -> None:
 
 UNSUPPORTED = {
     "EVS": ({"video_pruning_rate": 0.3}, "--video-pruning-rate"),
+    "dropping tokens over pipeline stages": (
+        {"additional_config": {"adaspark": {"prune": 0.5}}, "pipeline_parallel_size": 2},
+        "prune=0.5 with --pipeline-parallel-size 2",
+    ),
     "KV connector": (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "--kv-transfer-config",

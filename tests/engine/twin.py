@@ -31,11 +31,16 @@ class TwinModel:
         self.model = self.model_class.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.text = self.model.model.language_model
         self.tiles: list[list[Tile]] = []  # per layer, of the last forward
+        self.kept: list[set[int]] = []  # per video of the last prompt: the tokens not dropped
+        self.margins: list[float] = []  # per video of which some were
 
     @torch.inference_mode()
-    def logprobs(self, prompt: str, video, answer: list[int]) -> list[torch.Tensor]:
-        """Log-probabilities ``[vocab]`` of each token of ``answer``, given the tokens before."""
-        embeddings, positions, is_video = self._prompt(prompt, video)
+    def logprobs(self, prompt: str, video, answer: list[int], images=()) -> list[torch.Tensor]:
+        """Log-probabilities ``[vocab]`` of each token of ``answer``, given the tokens before.
+
+        ``video`` is one video or a list of several.
+        """
+        embeddings, positions, is_video = self._prompt(prompt, video, images)
         caches = [None] * len(self.text.layers)
         result = []
         for token in [None, *answer[:-1]]:
@@ -47,36 +52,79 @@ class TwinModel:
             result.append(self.model.lm_head(hidden[-1]).log_softmax(-1))
         return result
 
-    def _prompt(self, prompt: str, video):
-        frames, metadata = video
+    def _prompt(self, prompt: str, video, images=()):
+        """(embeddings ``[n, hidden]``, positions ``[3, n]``, is_video ``[n]``), token by token."""
+        videos = video if isinstance(video, list) else [video]
         inputs = self.processor(
             text=[prompt],
-            videos=[list(frames)],
-            video_metadata=[{k: v for k, v in metadata.items() if k != "do_sample_frames"}],
+            images=list(images) or None,
+            videos=[list(frames) for frames, _ in videos],
+            video_metadata=[
+                {k: v for k, v in metadata.items() if k != "do_sample_frames"}
+                for _, metadata in videos
+            ],
             do_sample_frames=False,
             return_tensors="pt",
         )
-        ids = inputs["input_ids"][0]
-        grid = inputs["video_grid_thw"]
-        encoded = self.model.model.visual(inputs["pixel_values_videos"], grid_thw=grid)
-        encoded = getattr(encoded, "pooler_output", encoded)
-        t, h, w = grid[0].tolist()
-        walk = torch.from_numpy(
-            cube_order((t, h // 2, w // 2), self.config.cube, self.config.order).copy()
+        video_token, image_token = (
+            getattr(self.model.config, name) for name in ("video_token_id", "image_token_id")
         )
-        is_video = ids == self.model.config.video_token_id
-        embeddings = self.text.embed_tokens(ids)
-        embeddings[is_video] = encoded[walk]
-        first = int(is_video.nonzero()[0])
-        seconds = float(torch.as_tensor(inputs["second_per_grid_ts"]).flatten()[0])
+        media = {video_token: self._videos(inputs), image_token: self._images(inputs)}
+        embeddings, positions, is_video = [], [], []
+        self.kept, self.margins = [], []
+        ids, at, free = inputs["input_ids"][0].tolist(), 0, 0  # free: the next position
+        while at < len(ids):
+            if ids[at] not in media:
+                embeddings.append(self.text.embed_tokens(torch.tensor(ids[at])))
+                positions.append((free, free, free))
+                is_video.append(False)
+                at, free = at + 1, free + 1
+                continue
+            encoded, (t, h, w), per_frame, walk, keep = next(media[ids[at]])
+            places = [(int(i // (h * w) * per_frame), i // w % h, i % w) for i in range(t * h * w)]
+            for i in walk:
+                if i in keep:
+                    embeddings.append(encoded[i])
+                    positions.append(tuple(free + place for place in places[i]))
+                    is_video.append(ids[at] == video_token)
+            free += 1 + max(max(place) for place in places)  # of the whole video
+            at += len(places)
+        return torch.stack(embeddings), torch.tensor(positions).T, torch.tensor(is_video)
+
+    def _videos(self, inputs):
+        """Of each: embeddings, grid, positions per frame, walk, and the tokens that are kept."""
         per_second = self.model.config.vision_config.tokens_per_second
-        index = np.indices((t, h // 2, w // 2)).reshape(3, -1)
-        index[0] = (index[0] * seconds * per_second).astype(np.int64)
-        inside = torch.from_numpy(index + first)[:, walk]
-        after = int(inside.max()) + 1 + torch.arange(len(ids) - first - len(walk))
-        before = torch.arange(first)
-        positions = torch.cat([before.expand(3, -1), inside, after.expand(3, -1)], dim=1)
-        return embeddings, positions, is_video
+        seconds = torch.as_tensor(inputs["second_per_grid_ts"]).flatten().tolist()
+        encoded = self._encode(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        for (video, grid), apart in zip(encoded, seconds, strict=True):
+            walk = cube_order(grid, self.config.cube, self.config.order).tolist()
+            self.kept.append(self._most_novel(video, grid))
+            yield video, grid, apart * per_second, walk, self.kept[-1]
+
+    def _images(self, inputs):
+        if "pixel_values" in inputs:
+            for image, grid in self._encode(inputs["pixel_values"], inputs["image_grid_thw"]):
+                yield image, grid, 1, range(len(image)), range(len(image))
+
+    def _encode(self, pixels, grids):
+        encoded = self.model.model.visual(pixels, grid_thw=grids)
+        encoded = getattr(encoded, "pooler_output", encoded)
+        sizes = [(t, h // 2, w // 2) for t, h, w in grids.tolist()]
+        yield from zip(encoded.split([int(np.prod(size)) for size in sizes]), sizes, strict=True)
+
+    def _most_novel(self, video, grid) -> set[int]:
+        """The tokens that ``prune`` keeps; ``margins`` says how clear the choice was."""
+        t, h, w = grid
+        number, frame = t * h * w, h * w
+        novelty = [3.0] * frame
+        for i in range(frame, number):
+            now, before = video[i].double(), video[i - frame].double()
+            novelty.append(float(1 - now @ before / (now.norm() * before.norm())))
+        stay = max(frame, number * (1000 - round(1000 * self.config.dropped_share)) // 1000)
+        ranked = sorted(range(number), key=lambda i: -novelty[i])
+        if stay < number:
+            self.margins.append(novelty[ranked[stay - 1]] - novelty[ranked[stay]])
+        return set(ranked[:stay])
 
     def _forward(self, x, positions, is_video, caches) -> torch.Tensor:
         start = len(is_video) - len(x)
@@ -141,7 +189,7 @@ class LlavaTwin(TwinModel):
 
     model_class = LlavaOnevisionForConditionalGeneration
 
-    def _prompt(self, prompt: str, video):
+    def _prompt(self, prompt: str, video, images=()):
         frames, _ = video
         inputs = self.processor(text=prompt, videos=[list(frames)], return_tensors="pt")
         ids = inputs["input_ids"][0]

@@ -28,6 +28,7 @@ FIELDS = {
     "flops",
     "tokens",
     "video_tokens",
+    "dropped_tokens",
     "cached_tokens",
     "fallback_tokens",
     "selection_seconds",
@@ -152,6 +153,22 @@ def test_usage_tells_the_settings_and_the_budget(served: Served, clip) -> None:
     asked = {"selection": "top_k", "keep": 0.5, "compensation": "bypass"}
     usage = cost(create(served, clip, extra_body=mm(asked)))
     assert usage["settings"].items() >= asked.items()
+
+
+def test_usage_tells_what_was_dropped(served: Served, clip) -> None:
+    """Two requests about one video prune it differently; dense is the same."""
+    whole, pruned = (
+        create(served, clip, extra_body=mm({"p_attn": 1.0, "p_ffn": 1.0, "prune": share}))
+        for share in (0.0, 0.5)
+    )
+    told = cost(pruned)
+    assert told["dropped_tokens"] == told["video_tokens"] == cost(whole)["video_tokens"] // 2
+    assert pruned.usage.prompt_tokens == whole.usage.prompt_tokens - told["dropped_tokens"]
+    assert told["flops"]["dense"] == pytest.approx(cost(whole)["flops"]["dense"])
+    assert told["flops"]["dropped"]["total"] == pytest.approx(
+        (1 - told["flops_ratio"]) * told["flops"]["dense"]["total"]
+    )
+    assert (told["mode"], told["settings"]["prune"]) == ("sparse", 0.5)
 
 
 def test_cached_tokens_are_told_and_not_counted(served: Served, clip) -> None:

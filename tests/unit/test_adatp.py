@@ -320,7 +320,7 @@ def test_a_request_settles_how_many_tokens_go_on() -> None:
     cost = PromptCost(SMALL, 4, event_layers(config, 4), text=13, video=27, queries=5)
     videos = tuple(Video(grid, lambda: torch.ones(0)) for grid in ((3, 2, 2), (5, 1, 3)))
     similar = {3: np.array([0.95, 0.5]), 5: np.array([1.0, 1.0, 0.1, 1.0])}
-    request = AdaTPRequest(config, is_video, videos, cost)
+    request = AdaTPRequest(config, is_video, videos, 35, cost)
     assert request.asks == slice(35, 40)
     assert request.token_place.tolist() == [0, 1, 2, 3] * 3 + [0, 1, 2] * 5
     request.start(40, lambda video: similar[video.grid[0]])
@@ -340,7 +340,8 @@ def test_what_is_told_travels_as_json() -> None:
         num_hidden_layers=6,
     )  # fmt: skip
     place = SimpleNamespace(offset=3, length=20, is_embed=None)
-    prompt = Prompt(30, {"video": [place]}, [Video((4, 1, 5), lambda: torch.ones(20, 1))])
+    videos = [Video((4, 1, 5), lambda: torch.ones(20, 1))]
+    prompt = Prompt(30, {"video": [place]}, videos=videos)
     method = AdaTP(AdaTPSettings(), text, "cpu")
     told = {}
     for name, settings in {"budget": {}, "all": {"keep": 1, "dedup": "off"}, "off": "off"}.items():
@@ -355,6 +356,6 @@ def test_a_prompt_without_text_after_its_video_asks_nothing() -> None:
     is_video = np.array([False, True, True])
     config = AdaTPSettings()
     cost = PromptCost(SMALL, 4, event_layers(config, 4), text=1, video=2, queries=0)
-    request = AdaTPRequest(config, is_video, (Video((2, 1, 1), lambda: torch.ones(2, 1)),), cost)
+    request = AdaTPRequest(config, is_video, (Video((2, 1, 1), lambda: torch.ones(2, 1)),), 3, cost)
     request.start(3, lambda video: np.ones(1))
     assert (request.progress.pruning, request.progress.reason) == (None, "no_text")

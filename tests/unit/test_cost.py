@@ -16,6 +16,7 @@ from vllm_adaspark.cli.media import probe
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.models.layout import LayoutError, Sampling, Video
 from vllm_adaspark.models.qwen2_5_vl_layout import QwenFrames
+from vllm_adaspark.video.prune import COLUMNS
 
 CONFIG = AdaSparkConfig()
 HD = Video(frames=108_000, fps=30.0, width=1280, height=720)  # an hour
@@ -171,6 +172,28 @@ def test_sparsity_costs_less_and_off_costs_the_same():
     assert ratio(flops=0.4) == pytest.approx(0.4, abs=0.005)
     impossible = cost(PRESETS["7b"], video, CONFIG.override({"flops": 0.01}), Sampling())
     assert impossible.least_budget > 0.01 and impossible.flops_ratio > 0.01
+
+
+def test_a_pruned_video_costs_what_is_left_of_it():
+    video = Video(frames=120, fps=2.0, width=280, height=280)  # 60 x 10 x 10 tokens
+
+    def told(**settings):
+        return cost(PRESETS["7b"], video, CONFIG.override(settings), Sampling(), text_tokens=100)
+
+    whole, pruned, both = told(), told(prune=0.75, p_attn=1.0, p_ffn=1.0), told(prune=0.75)
+    assert (pruned.video_tokens, pruned.dropped_tokens) == (6000, 4500)
+    assert (pruned.prompt_tokens, pruned.cubes) == (1600, 1500 // 64)
+    assert whole.dropped_tokens == told(prune=0.75, off=True).dropped_tokens == 0
+    assert pruned.dense_flops == whole.dense_flops
+    alone = cost(
+        PRESETS["7b"], Video(30, 2.0, 280, 280), CONFIG, Sampling(), text_tokens=100
+    )  # 15 x 10 x 10 tokens
+    assert pruned.flops == pytest.approx(alone.dense_flops)
+    assert both.flops_ratio < pruned.flops_ratio < whole.flops_ratio
+    assert pruned.encoder_cache_bytes == 1500 * (3584 + COLUMNS) * 2
+    assert pruned.max_num_batched_tokens == 2048 and pruned.kv_bytes < whole.kv_bytes / 2
+    assert told(prune=0.5, flops=0.3).flops_ratio == pytest.approx(0.3, abs=0.005)
+    assert told(prune=0.5).least_budget < told().least_budget
 
 
 def test_an_hour_of_hd_does_not_fit_and_what_would_does():

@@ -30,6 +30,7 @@ PURE = (
     "models.layout",
     "models.qwen2_5_vl_layout",
     "video.order",
+    "video.prune",
     "video.decode",
     "video.sampling",
     "traces.trace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tomllib
@@ -599,7 +600,7 @@ def test_complete_adds_text_and_walk() -> None:
     meta = reader.complete(new_trace().meta(), Tokenizer())
     assert meta["spans"][0]["texts"][:2] == ["<0>", "<1>"]
     assert "texts" not in meta["spans"][1]
-    walk = np.frombuffer(reader.base64.b64decode(meta["videos"][0]["walk"]), "<i4")
+    walk = np.frombuffer(base64.b64decode(meta["videos"][0]["walk"]), "<i4")
     assert (walk == cube_order(GRID, (4, 4, 4))).all()
 
 

@@ -31,6 +31,7 @@ from ..models.layout import FrameRules, Layout, LayoutError, Sampling, Video, la
 from ..models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
 from ..models.qwen2_5_vl_layout import Qwen2_5_VLLayout, QwenFrames
 from ..settings import Settings
+from ..video.prune import COLUMNS, kept_tokens
 from .account import ModelShape
 
 KEY_SUM_BYTES = 4  # float32
@@ -166,9 +167,10 @@ class Cost:
     resized: tuple[int, int]  # height, width in pixels
     grid: tuple[int, int, int]  # merged tokens in time, height, width
     video_tokens: int
+    dropped_tokens: int  # of them, those that the language model never sees (prune)
     prompt_tokens: int
     cubes: int
-    dense_flops: float
+    dense_flops: float  # with the dropped tokens
     flops: float | None  # an estimate, except for a budget that can be met; only AdaSpark's
     flops_ratio: float | None
     least_budget: float | None  # the smallest FLOPs budget that can be met
@@ -210,13 +212,14 @@ def cost(
     frames = rules.sampled(video, sampling)
     size = rules.resized(video, frames, sampling)
     grid = rules.grid(frames, size)
-    tokens = math.prod(grid)
+    whole = math.prod(grid)
+    tokens = kept_tokens(grid, config.dropped_share)
     place = tokens + rules.after_video  # in the prompt
     prompt = place + text_tokens
     length = _round_up(prompt + answer_tokens)
     volume = config.cube_volume
     blocks = -(-(prompt + answer_tokens) // volume)
-    dense, spent, least = _flops(model, config, prompt, tokens)
+    dense, spent, least = _flops(model, config, prompt, tokens, whole - tokens)
     fits = prompt + answer_tokens <= model.max_positions
     room = max(0, model.max_positions - text_tokens - answer_tokens - rules.after_video)
     fitting_frames, fitting_pixels = (None, None) if fits else rules.fitting(room, grid)
@@ -224,7 +227,8 @@ def cost(
         frames=frames,
         resized=size,
         grid=grid,
-        video_tokens=tokens,
+        video_tokens=whole,
+        dropped_tokens=whole - tokens,
         prompt_tokens=prompt,
         cubes=tokens // volume,
         dense_flops=dense,
@@ -240,7 +244,7 @@ def cost(
         * KEY_SUM_BYTES
         * model.layers
         * (2 if isinstance(config, VideoNSASettings) else 1),  # it sums values, too
-        encoder_cache_bytes=place * shape.hidden * 2,
+        encoder_cache_bytes=place * (shape.hidden + COLUMNS * (whole > tokens)) * 2,
         host_bytes=frames * video.height * video.width * 3 + rules.pixel_bytes(frames, size),
         weights_bytes=model.weights,
         max_model_len=min(length, model.max_positions) if fits else length,
@@ -252,7 +256,7 @@ def cost(
 
 
 def _flops(
-    model: Model, config: Settings, prompt: int, video: int
+    model: Model, config: Settings, prompt: int, video: int, dropped: int
 ) -> tuple[float, float | None, float | None]:
     """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU.
 
@@ -269,15 +273,15 @@ def _flops(
         if isinstance(config, VideoNSASettings) and config.mode == "paper":
             return dense, videonsa_flops(config, shape, model.layers, is_video), None
         return dense, None if config.enabled else dense, None
-    cost = prompt_cost(shape, model.layers, is_video, config)
+    cost = prompt_cost(shape, model.layers, is_video, config, dropped)
     if not config.enabled:
-        return cost.dense, cost.dense, cost.least
+        return cost.whole, cost.dense, cost.least
     if config.flops is not None:
         share = ffn_share = cost.share(config.flops)
     else:
         share = config.p_attn if config.selection == "top_p" else config.keep
         ffn_share = config.p_ffn
-    return cost.dense, cost.spent(share, ffn_share), cost.least
+    return cost.whole, cost.spent(share, ffn_share), cost.least
 
 
 def _round_up(tokens: int) -> int:

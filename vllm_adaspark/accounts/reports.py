@@ -152,7 +152,7 @@ def shown_settings(told: dict[str, Any]) -> dict[str, Any]:
 
 def mode_of(account: Account) -> tuple[str, str | None]:
     """``("sparse", None)``, or ``("dense", reason)`` when nothing could be left out."""
-    if account.choices:
+    if account.choices or (account.settings or {}).get("prune"):
         return "sparse", None
     if account.settings is None:
         return "dense", "no_video"

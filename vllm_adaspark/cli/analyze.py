@@ -18,7 +18,7 @@ PASSES_ON = True  # unknown options are vLLM's
 ANSWER_TOKENS = 32  # of the traced run, to be read below its picture
 SHARES = "0.5,0.7,0.8,0.9,0.95"
 # Settings that the study's runs choose themselves, or that it has no use for.
-CHOSEN = ("p_attn", "p_ffn", "flops", "off", "trace", "report_file")
+CHOSEN = ("p_attn", "p_ffn", "flops", "prune", "off", "trace", "report_file")
 # Fixed, because the numbers are taken in this process from a prompt computed in one step.
 OURS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.question.strip():
         raise UsageError("--question is empty")
     refuse_misspelt(args)
-    settings = given_settings(args)
+    settings = given_settings(args) | {"prune": 0.0}  # runs are compared token by token
     checked(args.settings_class, settings)
     try:
         plots.require_matplotlib()

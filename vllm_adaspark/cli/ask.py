@@ -167,12 +167,12 @@ def render(runs: dict[str, Any]) -> str:
     for stage in ("read", "prefill", "answer", "total"):
         rows.append((f"{stage}, s", [f"{answer.seconds[stage]:.2f}" for answer in answers]))
     for title, key in (
-        ("cubes attended", "attention_density"),
-        ("FFN active", "ffn_density"),
+        ("attention density", "attention_density"),
+        ("FFN density", "ffn_density"),
         ("FLOPs of dense", "flops_ratio"),
     ):
         rows.append((title, [f"{answer.account[key]:.1%}" for answer in answers]))
     if len(runs) > 1:
         rows.insert(0, ("", list(runs)))
-    lines += [f"{title:<16}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows]
+    lines += [f"{title:<18}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows]
     return "\n".join(lines)

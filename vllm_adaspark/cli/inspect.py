@@ -145,6 +145,7 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
     """The report as text."""
     t, h, w = cost.grid
     high, wide = cost.resized
+    dropped = f", {cost.dropped_tokens:,} of them dropped" if cost.dropped_tokens else ""
     rows = [
         ("model", model.name),
         (
@@ -158,7 +159,10 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
             f"{cost.frames:,} frames of {wide}x{high} (one every "
             f"{video.seconds / cost.frames:.2f} s)",
         ),
-        ("tokens", f"{cost.video_tokens:,} = {t} x {h} x {w}; prompt {cost.prompt_tokens:,}"),
+        (
+            "tokens",
+            f"{cost.video_tokens:,} = {t} x {h} x {w}{dropped}; prompt {cost.prompt_tokens:,}",
+        ),
         ("cubes", f"{cost.cubes:,} of {config.cube_volume} tokens (one KV block each)"),
         ("", ""),
         ("FLOPs, dense", f"{_si(cost.dense_flops)}FLOPs for the prompt"),
@@ -200,7 +204,7 @@ def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: i
         raise UsageError(str(error)) from None
     if not cost.fits:
         raise UsageError(
-            f"the video has {cost.video_tokens:,} tokens, more than the model's "
+            f"the prompt has {cost.prompt_tokens:,} tokens, more than the model's "
             f"{model.max_positions:,} positions hold; what fits: {' or '.join(ways_to_fit(cost))}"
         )
     return cost

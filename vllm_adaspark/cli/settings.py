@@ -108,7 +108,7 @@ def _add_setting(group: argparse._ArgumentGroup, spec: Any) -> None:
         options = {"action": on if spec.default else "store_true"}
     elif "choices" in rule:
         options = {"choices": rule["choices"]}
-    elif "share" in rule or "budget" in rule:
+    elif rule.keys() & {"share", "budget", "part"}:
         options = {"type": float, "metavar": "SHARE"}
     elif "low" in rule:
         options = {"type": int, "metavar": "N"}

@@ -53,6 +53,9 @@ BUILT_IN = {
     "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
 }
 
+# For ``scheduler_config.scheduler_cls``, where Method.needs_one_step may say yes.
+ONE_STEP_SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
+
 
 @dataclass(frozen=True)
 class AttentionCall:

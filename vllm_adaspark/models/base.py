@@ -46,17 +46,27 @@ class SparseModel:
         return parsed
 
     def _in_order(
-        self, videos: Sequence[torch.Tensor], grids: Sequence[tuple[int, int, int]]
+        self,
+        videos: Sequence[torch.Tensor],
+        grids: Sequence[tuple[int, int, int]],
+        positions_per_frame: Sequence[float] = (),
     ) -> tuple[torch.Tensor, ...]:
         """Each video's embeddings ``[tokens, hidden]`` in the order that its request asks for.
 
         Args:
             videos: in raster order; what is no video, at the end, stays there.
             grids: (T, H, W) video tokens of each.
+            positions_per_frame: of each, for a model that takes ``prune`` (models/pruned.py).
         """
         ordered = []
-        for video, grid, packed in zip(videos, grids, self._video_settings, strict=True):
-            order = walk(grid, unpack_settings(packed, self._settings_class))
+        for nth, (video, grid, packed) in enumerate(
+            zip(videos, grids, self._video_settings, strict=True)
+        ):
+            settings = unpack_settings(packed, self._settings_class)
+            if settings.dropped_share:
+                ordered.append(self._survivors(video, grid, settings, positions_per_frame[nth]))
+                continue
+            order = walk(grid, settings)
             if order is not None:
                 places = torch.arange(len(video))
                 places[: len(order)] = torch.from_numpy(order)

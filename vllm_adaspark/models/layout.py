@@ -16,6 +16,7 @@ read the fields of a ``MultiModalFeatureSpec``, which is one image or video of a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from ..requests import videos_of
 from ..settings import Settings
 from ..video.order import cube_order
+from ..video.prune import VideoSpan, WholePrompt
 
 # By ``model_type`` of a checkpoint's config.json.
 LAYOUTS = {
@@ -70,6 +73,7 @@ class Layout(ABC):
         architecture: our name for the model.
         loader: name of the video loader that takes its frames, see video/load.py.
         after_video: how many tokens at the end of a video's place in the prompt are no video.
+        takes_prune: whether tokens of its videos can be dropped (models/pruned.py).
 
     Args:
         hf_config: Hugging Face's configuration of the checkpoint.
@@ -79,6 +83,7 @@ class Layout(ABC):
     architecture: ClassVar[str]
     loader: ClassVar[str]
     after_video: ClassVar[int] = 0
+    takes_prune: ClassVar[bool] = False
 
     def __init__(self, hf_config: Any) -> None:
         self.config = hf_config
@@ -100,6 +105,20 @@ class Layout(ABC):
     def seconds(self, feature: Any) -> float | None:
         """Between two places in time of a video's grid; None where the model is not told."""
         return None
+
+    def span(self, place: Any, grid: tuple[int, int, int]) -> VideoSpan:
+        """Where a video lies, from vLLM's ``PlaceholderRange`` and its grid."""
+        return VideoSpan(place.offset, place.length - self.after_video, math.prod(grid))
+
+    def whole_prompt(self, tokens: int, features: Iterable[Any]) -> WholePrompt:
+        """The prompt that a prompt stands for of whose videos tokens may have been dropped.
+
+        Args:
+            tokens: of the prompt.
+            features: vLLM's ``MultiModalFeatureSpec`` of its images and videos.
+        """
+        videos = sorted(videos_of(features), key=lambda video: video.mm_position.offset)
+        return WholePrompt(tokens, [self.span(v.mm_position, self.grid(v)) for v in videos])
 
     def positions(
         self, tokens: int, videos: Iterable[Any], settings: Settings

@@ -48,18 +48,31 @@ class OurProcessor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._layout = layout_of(self.info.get_hf_config())
-        self._method = methods.of_model(self.info.get_hf_config(), current_platform.device_type)
+        hf_config = self.info.get_hf_config()
+        self._layout = layout_of(hf_config)
+        self._method = methods.of_model(hf_config, current_platform.device_type)
+        # As startup.StartupCheck left it.
+        self._no_prune = (getattr(hf_config, "adaspark_resolved", None) or {}).get("no_prune")
 
     def apply(self, inputs, timing_ctx):
         kwargs = inputs.hf_processor_mm_kwargs
         check_processor_kwargs(kwargs, REQUEST_KEY, sizes=self.any_size)
         config = self._settings(kwargs)
+        if config.dropped_share and self._no_prune:
+            raise ValueError(
+                f"mm_processor_kwargs.{REQUEST_KEY}: this server does not support "
+                f"prune={config.dropped_share} {self._no_prune}"
+            )
         with sent_items.preparing() as prepared:
             processed = super().apply(inputs, timing_ctx)
             self._check_prompt(processed)
             tokens, places = len(processed["prompt_token_ids"]), processed["mm_placeholders"]
-            prompt = Prompt(tokens, places, self._layout.after_video)
+            prompt = Prompt(
+                tokens,
+                places,
+                after_video=self._layout.after_video,
+                dropped=self._dropped(processed),
+            )
             self._method.refuse(config, kwargs.get(REQUEST_KEY), prompt)
             prepared.ok = not self._will_be_refused(processed)
         return processed
@@ -71,6 +84,10 @@ class OurProcessor:
 
     def _check_prompt(self, processed: Any) -> None:
         """Refuse, with a ValueError, a whole prompt that the model's worker would stumble over."""
+
+    def _dropped(self, processed: Any) -> int:
+        """How many tokens of the prompt's videos were dropped."""
+        return 0
 
     def _note_item(self, item: Any, modality: str, mm_hash: str) -> None:
         """Remember what checks need of a new image or video: later its data may be left out."""

@@ -7,6 +7,8 @@ stock weights of every size load unchanged.  Three things happen to a video on i
 * after the vision tower the video's embeddings are put into cube order;
 * its M-RoPE positions, which are the stock model's, are put into the same order.
 
+Where a request asks to drop tokens (``prune``), pruned.py does the last two.
+
 At the top of ``forward`` the step is planned, from what the worker knows of its requests.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -32,6 +35,7 @@ from .. import LANGUAGE_MODEL
 from ..requests import settings_of, videos_of
 from .base import SparseModel
 from .layout import walk
+from .pruned import PrunedVideos, in_whole_prompt
 from .qwen2_5_vl_processing import AdaSparkProcessingInfo, AdaSparkProcessor
 
 
@@ -40,7 +44,7 @@ from .qwen2_5_vl_processing import AdaSparkProcessingInfo, AdaSparkProcessor
     info=AdaSparkProcessingInfo,
     dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
 )
-class AdaSparkQwen2_5_VL(SparseModel, Qwen2_5_VLForConditionalGeneration):
+class AdaSparkQwen2_5_VL(PrunedVideos, SparseModel, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL, all sizes, with AdaSpark."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -75,13 +79,17 @@ class AdaSparkQwen2_5_VL(SparseModel, Qwen2_5_VLForConditionalGeneration):
     # -- from video to embeddings ---------------------------------------------------------------
 
     def _process_video_input(self, video_input) -> tuple[torch.Tensor, ...]:
-        """Each video's embeddings ``[tokens, hidden]``, in cube order."""
+        """Each video's embeddings ``[tokens, hidden]``, in cube order; if pruned, with places."""
         grids = video_input["video_grid_thw"].tolist()
         if video_input["type"] == "video_embeds":
             videos = super()._process_video_input(video_input)
         else:
             videos = self._encode_in_pieces(video_input["pixel_values_videos"], grids)
-        return self._in_order(videos, [self.layout.merged(grid) for grid in grids])
+        seconds = video_input.get("second_per_grid_ts")
+        seconds = [1.0] * len(grids) if seconds is None else torch.as_tensor(seconds).tolist()
+        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        merged = [self.layout.merged(grid) for grid in grids]
+        return self._in_order(videos, merged, [apart * per_second for apart in seconds])
 
     def _encode_in_pieces(
         self, pixels: torch.Tensor, grids: list[list[int]]
@@ -123,13 +131,23 @@ class AdaSparkQwen2_5_VL(SparseModel, Qwen2_5_VLForConditionalGeneration):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Stock positions ``[3, tokens]``, those of each video in the order of its tokens."""
-        positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
+        """Stock positions ``[3, tokens]``, those of each video in the order of its tokens.
+
+        All tokens of a pruned video get that of its first one; what follows the video starts behind
+        the whole of it, so the answer's positions are known before the video is encoded.
+        """
+        whole = self.layout.whole_prompt(len(input_tokens), mm_features)
+        positions, delta = super().get_mrope_input_positions(
+            [0] * whole.tokens, in_whole_prompt(mm_features, whole)
+        )
+        token = whole.up_to(np.arange(len(input_tokens)))  # of the whole prompt, for each of ours
         for video in videos_of(mm_features):
             settings = settings_of(video, self._settings_class)
             order = walk(self.layout.grid(video), settings)
-            if order is not None:
-                start = video.mm_position.offset
-                tokens = slice(start, start + video.mm_position.length)
-                positions[:, tokens] = positions[:, tokens][:, torch.from_numpy(order)]
-        return positions, delta
+            start = video.mm_position.offset
+            tokens = slice(start, start + video.mm_position.length)
+            if settings.dropped_share:
+                token[tokens] = token[start]
+            elif order is not None:
+                token[tokens] = token[tokens][order]
+        return positions[:, torch.from_numpy(token)], delta + whole.dropped

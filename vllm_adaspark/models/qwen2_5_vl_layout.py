@@ -34,6 +34,7 @@ class Qwen2_5_VLLayout(Layout):
     model_type = "qwen2_5_vl"
     architecture = ARCHITECTURES[model_type]
     loader = "adaspark"
+    takes_prune = True
 
     def refused(self, processor: Mapping[str, Any]) -> str | None:
         """Server-wide options that contradict the vision tower: every request would fail."""

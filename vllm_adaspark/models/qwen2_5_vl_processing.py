@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -11,7 +14,9 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLProcessingInfo,
 )
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+from vllm.multimodal.processing import PromptUpdate
 
+from ..video.prune import kept_tokens
 from .processing import OurInfo, OurProcessor
 from .qwen2_5_vl_checks import Grid, check_embeddings, check_positions, position_limit
 
@@ -61,20 +66,48 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
         super().__init__(*args, **kwargs)
         self._grids: OrderedDict[str, Grid] = OrderedDict()  # by hash: cached items have no data
 
-    def _check_prompt(self, processed: Any) -> None:
-        media = [
-            (place.length, self._grid(item, modality, mm_hash))
-            for modality, places in processed["mm_placeholders"].items()
-            for place, item, mm_hash in zip(
-                places,
-                processed["mm_kwargs"][modality],
-                processed["mm_hashes"][modality],
-                strict=True,
-            )
+    def _get_prompt_updates(
+        self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs
+    ) -> Sequence[PromptUpdate]:
+        """As stock, but a video has as many placeholder tokens as the language model will see."""
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        share = self._settings(hf_processor_mm_kwargs).dropped_share
+        if not share:
+            return updates
+
+        def kept(stock: Callable[[int], list[int]], index: int) -> list[int]:
+            patches = out_mm_kwargs["video"][index]["video_grid_thw"].data.tolist()
+            return stock(index)[: kept_tokens(self._layout.merged(patches), share)]
+
+        return [
+            replace(update, replacement=partial(kept, update.replacement))
+            if update.modality == "video"
+            else update
+            for update in updates
         ]
+
+    def _check_prompt(self, processed: Any) -> None:
+        kinds = processed["mm_placeholders"]
+        media = [one for kind in kinds for one in self._media(processed, kind)]
         tokens = len(processed["prompt_token_ids"])
         limit = position_limit(self.info.get_hf_config().get_text_config())
         check_positions(tokens, media, self.info.ctx.model_config.max_model_len, limit)
+
+    def _dropped(self, processed: Any) -> int:
+        videos = self._media(processed, "video")
+        return sum(grid.frames * grid.rows * grid.columns - length for length, grid in videos)
+
+    def _media(self, processed: Any, modality: str) -> list[tuple[int, Grid]]:
+        """(tokens in the prompt, whole grid) of each image or each video."""
+        return [
+            (place.length, self._grid(item, modality, mm_hash))
+            for place, item, mm_hash in zip(
+                processed["mm_placeholders"].get(modality, ()),
+                processed["mm_kwargs"].get(modality, ()),
+                processed["mm_hashes"].get(modality, ()),
+                strict=True,
+            )
+        ]
 
     def _grid(self, item: Any, modality: str, mm_hash: str) -> Grid:
         if mm_hash not in self._grids:

@@ -12,10 +12,11 @@ record drops the whole trace, and the others' parts of it then count as gone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.utils import get_pp_indices
@@ -34,6 +35,7 @@ from ..step import Runtime
 from .frames import FrameMaker, Frames
 from .step import StepTrace, chunk_of, counted_bytes
 from .store import Sizes, TraceStore, trace_id
+from .survivors import Survivors
 from .trace import Trace, Video
 
 logger = init_logger("vllm.adaspark")
@@ -59,6 +61,7 @@ class Tracer:
         self._layout, self._pictures = layout, pictures
         self._keeps_frames = keeps_frames
         self._frame_maker = FrameMaker()
+        self._survivors = Survivors()
         self._pending: tuple[list[str], StepRows, StepPlan | None] | None = None
 
     def before_step(self, scheduler_output: Any) -> list[Trace]:
@@ -72,9 +75,19 @@ class Tracer:
         running, ended = self.store.running, []
         # Sorted: a set's order differs from rank to rank, and the oldest finished trace goes first.
         for request_id in sorted(scheduler_output.finished_req_ids):
-            if request_id in running:
+            self._survivors.forget(request_id)
+            if request_id not in running:
+                continue
+            if self.knows_survivors(running[request_id]):
                 ended.append(self.store.finish(request_id))
+            else:
+                del running[request_id]
+                logger.warning_once(
+                    "AdaSpark: no trace of a request whose pruned video was encoded too long ago"
+                )
         for request in scheduler_output.scheduled_new_reqs:
+            if self.store.limit:
+                self._survivors.expect(request.req_id, self._pruned(request))
             with observing("starting a trace"):
                 self._start(request)
         scheduled = scheduler_output.num_scheduled_tokens
@@ -82,8 +95,11 @@ class Tracer:
             self._runtime.new_trace = StepTrace
         return ended
 
-    def after_step(self, request_ids: Callable[[], list[str]]) -> None:
-        """Note the step that was launched."""
+    def after_step(
+        self, request_ids: Callable[[], list[str]], encoder_cache: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Note the step that was launched, and the videos that were encoded for it."""
+        self._survivors.note(encoder_cache)
         if self._runtime.new_trace is not None and self._runtime.rows is not None:
             self._pending = (list(request_ids()), self._runtime.rows, self._runtime.plan)
 
@@ -103,6 +119,8 @@ class Tracer:
         if step.failed:
             raise RuntimeError("a layer's choice was not recorded")
         bits = step.to_host(self._layers)
+        for trace in self.store.running.values():
+            self._fill_in_survivors(trace)
         for row, request_id in enumerate(request_ids):
             trace = self.store.running.get(request_id)
             if trace is None or trace.truncated:
@@ -113,6 +131,18 @@ class Tracer:
                 trace.cached = chunk.start
             if chunk.end > chunk.start and self.store.grow(trace, chunk.counted):
                 trace.add(chunk)
+
+    def _fill_in_survivors(self, trace: Trace) -> None:
+        for number in trace.pruned:
+            if number not in trace.survivors:
+                kept = self._survivors.get(trace.videos[number].name)
+                if kept is not None:
+                    trace.survivors[number] = kept
+
+    def knows_survivors(self, trace: Trace) -> bool:
+        """Whether it is known which tokens of a trace's videos were kept."""
+        self._fill_in_survivors(trace)
+        return len(trace.survivors) == len(trace.pruned)
 
     def note_answer(self, output: ModelRunnerOutput) -> None:
         """Keep the tokens that were sampled for traced requests."""
@@ -168,6 +198,14 @@ class Tracer:
         pixels = self._layout.pixels(feature)
         return None if pixels is None else (pixels, self._layout.grid(feature))
 
+    def _pruned(self, request: Any) -> list[str]:
+        """What the encoder cache calls the videos of a request that asked to drop some tokens."""
+        return [
+            video.identifier
+            for video in videos_of(request.mm_features)
+            if settings_of(video, self._settings_class).dropped_share
+        ]
+
     def _video(self, feature: Any) -> Video:
         config = settings_of(feature, self._settings_class)
         return Video(
@@ -176,6 +214,8 @@ class Tracer:
             cube=config.cube,
             order=config.order,
             seconds=self._layout.seconds(feature),
+            kept=feature.mm_position.length if config.dropped_share else None,
+            name=feature.identifier,
         )
 
 
@@ -227,7 +267,10 @@ class TracingWorker:
     def _after_step(self) -> None:
         super()._after_step()
         with observing("traces after a step"):
-            self._tracer.after_step(self._request_ids)
+            cache = self.model_runner.encoder_cache  # model runner V2 has one around the entries
+            self._tracer.after_step(
+                self._request_ids, getattr(cache, "encoder_outputs", cache) or {}
+            )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
@@ -273,7 +316,9 @@ class TracingWorker:
         with observing("reading a trace"):
             self._tracer.settle()
             trace = self._tracer.store[wanted]
-            return None if trace is None else self._read(trace, what, *arguments)
+            if trace is None or not self._tracer.knows_survivors(trace):
+                return None
+            return self._read(trace, what, *arguments)
         return None
 
     def _read(self, trace: Trace, what: str, *arguments: Any) -> Any:

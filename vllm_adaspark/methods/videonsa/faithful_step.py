@@ -92,9 +92,11 @@ def build_plan(
         if request is not None:
             assert not rows.computed[r], "a prompt in faithful mode begins in an earlier step"
             first = int(rows.query_start[r])
+            config = request.config
             plan = faithful.plan_prompt(
-                request.is_video, request.config.block_counts, request.config.window_size, device
-            )
+                request.is_video, config.block_counts, config.window_size, device,
+                misread_lse=config.lse == "released",
+            )  # fmt: skip
             prompts.append((r, slice(first, first + plan.tokens), plan))
     places, window, blocks = np.zeros((3, len(on)), int)
     for r, _, plan in prompts:
@@ -177,43 +179,27 @@ class KernelPages:
         self, query: torch.Tensor, chosen: torch.Tensor, plan: PromptPlan, scale: float
     ) -> torch.Tensor:
         """See ``faithful.Pages``: a sequence of one query for each (KV head, token)."""
-        (n, kv_heads), device = query.shape[:2], query.device
-        number = torch.as_tensor(np.minimum(plan.own, plan.places - 1)).to(device)  # chosen ones
-        own = (plan.vision // BLOCK)[:, None, None].expand(-1, kv_heads, 1)
-        # Chosen blocks first, then the own one, so that its missing end is the sequence's.
-        blocks = torch.cat([chosen.clamp(min=0), own], -1)
-        blocks.scatter_(2, number[:, None, None].expand(-1, kv_heads, 1), own)
-        head = torch.arange(kv_heads, device=device)[:, None]
-        table = (blocks * kv_heads + head).transpose(0, 1).flatten(0, 1)
-        seq_lens = number * BLOCK + plan.vision % BLOCK + 1
-        sequences = Sequences(
-            query_start=torch.arange(n * kv_heads + 1, dtype=torch.int32, device=device),
-            seq_lens=seq_lens.int().repeat(kv_heads),
-            block_table=table.int().contiguous(),
-            queries=n * kv_heads,
-            max_query_len=1,
-            max_seq_len=plan.places * BLOCK,
-        )
-        asking = query.transpose(0, 1).flatten(0, 1).contiguous()
+        n, kv_heads = query.shape[:2]
+        sequences = plan.selection(kv_heads)
+        table = sequences.block_table.view(kv_heads, n, plan.places)
+        head = torch.arange(kv_heads, device=query.device)[:, None]
+        table[..., :-1] = chosen.transpose(0, 1).clamp(min=0) * kv_heads + head[..., None]
+        # The own block comes behind the chosen ones, so that its missing end is the sequence's.
+        own = (plan.vision // BLOCK * kv_heads + head).to(table.dtype)  # [kv_heads, n]
+        table.scatter_(2, plan.counts.expand(kv_heads, n)[..., None], own[..., None])
+        asking = query.transpose(0, 1).contiguous()  # [kv_heads, n, rows, d]
         output = torch.empty_like(asking)
-        self._call.run_sequences(asking, sequences, output, one_kv_head=True, cache=self._cache)
-        return output.unflatten(0, (kv_heads, n)).transpose(0, 1)
+        self._call.run_sequences(
+            asking.flatten(0, 1), sequences, output.flatten(0, 1), one_kv_head=True,
+            cache=self._cache,
+        )  # fmt: skip
+        return output.transpose(0, 1)
 
     def attend_window(self, query: torch.Tensor, plan: PromptPlan, scale: float) -> torch.Tensor:
         """See ``faithful.Pages``: each run of vision tokens is a sequence."""
-        device = query.device
-        first, end = np.array(plan.runs).T
-        starts = np.concatenate([[0], np.cumsum(end - first)])
-        blocks = torch.arange(plan.blocks, dtype=torch.int32, device=device)
-        sequences = Sequences(
-            query_start=torch.as_tensor(starts).to(device, torch.int32),
-            seq_lens=torch.as_tensor(end.copy()).to(device, torch.int32),
-            block_table=blocks.expand(len(plan.runs), -1).contiguous(),
-            queries=int(starts[-1]),
-            max_query_len=int((end - first).max()),
-            max_seq_len=int(end.max()),
-        )
-        asking = query.flatten(1, 2).contiguous()
+        asking = query.flatten(1, 2)
         output = torch.empty_like(asking)
-        self._call.run_sequences(asking, sequences, output, window=plan.window, cache=self._cache)
+        self._call.run_sequences(
+            asking, plan.windows, output, window=plan.window, cache=self._cache
+        )
         return output.view_as(query)

@@ -11,7 +11,7 @@ from ... import VIDEONSA_ARCHITECTURE
 from ...paged.state import StepRows
 from ...requests import Prompt
 from ...settings import SettingsError
-from ..base import AttentionCall, Method
+from ..base import ONE_STEP_SCHEDULER, AttentionCall, Method
 from . import faithful, faithful_step
 from .attend import attend
 from .compress import SLAB
@@ -19,8 +19,6 @@ from .gates import gate_modules
 from .plan import VideoNSAPlan, build_plan
 from .request import VideoNSARequest
 from .settings import VideoNSASettings
-
-SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
 
 
 def _check_faithful(vllm_config: Any) -> None:
@@ -53,7 +51,7 @@ def _check_faithful(vllm_config: Any) -> None:
             "prompt must run in one step; leave it out",
         ),
         (
-            scheduler.scheduler_cls not in (None, SCHEDULER),
+            scheduler.scheduler_cls not in (None, ONE_STEP_SCHEDULER),
             f"--scheduler-cls {scheduler.scheduler_cls}, because a prompt must run in one step, "
             "which our scheduler sees to; leave it out",
         ),
@@ -61,7 +59,7 @@ def _check_faithful(vllm_config: Any) -> None:
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"mode=faithful does not support {what}")
-    scheduler.scheduler_cls = SCHEDULER
+    scheduler.scheduler_cls = ONE_STEP_SCHEDULER
 
 
 class VideoNSA(Method):
