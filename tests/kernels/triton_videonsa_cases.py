@@ -216,30 +216,26 @@ def test_videonsa_select_refuses_what_it_cannot_read() -> None:
 @pytest.mark.parametrize("block_counts", [3, 1])
 def test_videonsa_on_a_gpus_cache(block_counts: int) -> None:
     """The method's two branches by the kernels, as it calls them, equal those by the twins."""
-    requests = [[("text", 20), ("video", 330), ("text", 4)], [("video", 70)], [("video", 200)]]
     settings = VideoNSASettings(block_counts=block_counts)
     kv_heads, group, d = 2, 2, 16
     torch.manual_seed(3)
-    vision = [
-        torch.cat([torch.full((n,), kind == "video") for kind, n in parts]) for parts in requests
-    ]
-    lengths = [len(each) for each in vision]
+    prompts, queries = [("t" * 20 + "v" * 330), "v" * 210, "v" * 40], [12, 8, 4]  # the last tokens
+    lengths = np.array([len(prompt) for prompt in prompts])
     table = torch.randperm(24)[: 3 * 6].view(3, 6)
-    rows = StepRows(np.cumsum([0, *lengths]), np.array(lengths), table.int().numpy())
-    plan = build_plan(
-        rows,
-        [VideoNSARequest(settings, each.numpy()) for each in vision],
-        torch.device("cpu"),
-    )
-    tokens = sum(lengths)
-    query = torch.randn(tokens, kv_heads * group, d)
-    key, value = torch.randn(2, tokens, kv_heads, d)
+    rows = StepRows(np.cumsum([0, *queries]), lengths, table.int().numpy())
+    known = [VideoNSARequest(settings, np.array(list(prompt)) == "v") for prompt in prompts]
+    plan = build_plan(rows, known, torch.device("cpu"))
+    query = torch.randn(sum(queries), kv_heads * group, d)
     cache = torch.full((24, kv_heads, 64, 2 * d), NAN)
-    block = torch.from_numpy(rows.block_table[rows.token_row, rows.token_position // 64]).long()
-    cache[block, :, rows.token_position % 64] = torch.cat([key, value], -1)
-    sums = BlockSums(24, kv_heads, d, 64, key.device), BlockSums(24, kv_heads, d, 64, key.device)
-    for of, vectors in zip(sums, (key, value), strict=True):
-        of.write(vectors, plan.sum_writes)
+    for blocks, length in zip(table, lengths, strict=True):
+        at = torch.arange(length)
+        cache[blocks[at // 64], :, at % 64] = torch.randn(length, kv_heads, 2 * d)
+    sums = (
+        BlockSums(24, kv_heads, d, 64, cache.device),
+        BlockSums(24, kv_heads, d, 64, cache.device),
+    )
+    for of, part in zip(sums, cache.split(d, -1), strict=True):
+        of.sums.copy_(part.sum(2))
     call = SimpleNamespace(
         query=query, kv_cache=cache, kv_heads=kv_heads, key_sums=sums[0], value_sums=sums[1],
         scale=d**-0.5,
