@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import tiny_llava
 import torch
+import video as demo_video  # examples/demo
+from vllm import EngineArgs
 
 from engine.engines import (
     IMAGE,
@@ -22,6 +26,8 @@ from engine.engines import (
 )
 from engine.test_scheduling import preemptions
 from engine.twin import LlavaTwin
+from vllm_adaspark import ARCHITECTURE, LLAVA_ARCHITECTURE
+from vllm_adaspark.cli import main
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 pytestmark = pytest.mark.engine
@@ -181,3 +187,38 @@ def test_chunks_and_preemption_change_nothing(llava, alone) -> None:
         assert preemptions(llm) > 0
         for got, want in zip(together, one_by_one, strict=True):
             assert got.difference(want) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"hf_overrides": {"architectures": [ARCHITECTURE]}}, f"must be ['{LLAVA_ARCHITECTURE}']"),
+        ({"mm_processor_kwargs": {"size": {"height": 9}}}, '--mm-processor-kwargs {"size"'),
+        ({"block_size": 128}, "--block-size 128 does not match cube=[4, 4, 4]"),
+        ({"media_io_kwargs": {"video": {"max_frames": 9}}}, "max_frames=9: unknown; allowed: num"),
+    ],
+)
+def test_a_server_that_cannot_work_is_refused(llava, options, words) -> None:
+    ours = {"hf_overrides": {"architectures": [LLAVA_ARCHITECTURE]}}
+    with pytest.raises(ValueError) as refused:
+        EngineArgs(model=str(llava), **ours | options).create_engine_config()
+    assert words in str(refused.value)
+
+
+def test_inspect_and_ask(llava, tmp_path, capsys, monkeypatch) -> None:
+    """Neither is told which model it is, and what the one foretells is what the other counts."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    video = demo_video.write_mp4(tmp_path / "clip.mp4", seconds=10, fps=8, width=168, height=140)
+    about = ["--model", str(llava), "--max-frames", "40", "--p", "0.5", "--dense-below", "2"]
+    assert main(["inspect", str(video), *about, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cost"]["grid"] == [40, 5, 5] and told["cost"]["resized"] == [126, 126]
+    assert '--media-io-kwargs \'{"video": {"num_frames": 40}}\'' in told["flags"]
+    started = ["--enforce-eager", "--dtype", "float32", "--gpu-memory-utilization", "0.3"]
+    asked = ["ask", str(video), "What moves?", *about, *started, "--max-tokens", "4", "--json"]
+    assert main([*asked, "--picture", str(tmp_path / "heat.png")]) == 0
+    out = capsys.readouterr().out
+    (run,) = json.loads(out[out.index("{") :])["runs"].values()
+    assert run["account"]["video_tokens"] == told["cost"]["video_tokens"] == 40 * FRAME
+    assert run["account"]["mode"] == "sparse" and run["account"]["flops_ratio"] < 1
+    assert (tmp_path / "heat.png").stat().st_size > 1000

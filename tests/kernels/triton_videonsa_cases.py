@@ -14,7 +14,8 @@ import torch
 from vllm_adaspark import kernels
 from vllm_adaspark.kernels import videonsa_compress, videonsa_select
 from vllm_adaspark.kernels import videonsa_twins as twins
-from vllm_adaspark.methods.videonsa import compress, fused
+from vllm_adaspark.methods.videonsa import compress as layer
+from vllm_adaspark.methods.videonsa import select
 from vllm_adaspark.methods.videonsa.plan import build_plan
 from vllm_adaspark.methods.videonsa.request import VideoNSARequest
 from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
@@ -213,9 +214,44 @@ def test_videonsa_select_refuses_what_it_cannot_read() -> None:
             videonsa_select.select(**arguments | change)
 
 
+def test_videonsa_layer_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a layer, from the planner's own plan: output, table and trace of two requests."""
+    settings, heads, kv_heads, d = VideoNSASettings(block_counts=3), 4, 2, 16
+    # Chunks of few tokens, because a program of the interpreter takes long.
+    lengths, start, width = (64 * 7 + 3, 64 + 2), np.array([0, 6, 10]), 8
+    blocks = np.random.default_rng(0).permutation(2 * width).astype(np.int32).reshape(2, width)
+    rows = StepRows(start, np.array(lengths), blocks)
+    requests = [VideoNSARequest(settings, np.ones(length, bool)) for length in lengths]
+    plan = build_plan(rows, requests, torch.device("cpu"))
+    torch.manual_seed(0)
+    sums = [BlockSums(2 * width, kv_heads, d, 64, torch.device("cpu")) for _ in range(2)]
+    for each in sums:
+        each.sums.normal_().mul_(64)
+    branches = plan.attention
+    query = 2 * torch.randn(branches.number, kv_heads, heads // kv_heads, d)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        traced = torch.zeros(branches.number, kv_heads, branches.blocks, dtype=torch.bool)
+        branches.selection(kv_heads).block_table.fill_(-1)
+        out = layer.compress(query, branches, *sums, d**-0.5, None, traced)
+        table = branches.shared.block_table.view(kv_heads, branches.number, -1)
+        unused = torch.arange(table.shape[-1]) > branches.places[:, None]
+        return out, table.masked_fill(unused, -1).sort(-1).values, traced
+
+    calls, best = [], videonsa_compress.best
+    monkeypatch.setattr(videonsa_compress, "best", lambda *a: calls.append(1) or best(*a))
+    got = run()
+    assert len(calls) == 2, "a row each"
+    monkeypatch.setattr(layer, "use_triton", lambda tensor: False)
+    want = run()
+    assert relative_rms(got[0], want[0]) < 1e-5
+    assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
+    assert torch.equal(got[2].sum(-1), branches.places[:, None].expand(-1, kv_heads))
+
+
 @pytest.mark.parametrize("block_counts", [3, 1])
-def test_videonsa_on_a_gpus_cache(block_counts: int) -> None:
-    """The method's two branches by the kernels, as it calls them, equal those by the twins."""
+def test_videonsa_selects_over_a_gpus_cache(block_counts: int) -> None:
+    """From the planner's plan and a layer's table, over a cache as GPU backends keep it."""
     settings = VideoNSASettings(block_counts=block_counts)
     kv_heads, group, d = 2, 2, 16
     torch.manual_seed(3)
@@ -224,37 +260,23 @@ def test_videonsa_on_a_gpus_cache(block_counts: int) -> None:
     table = torch.randperm(24)[: 3 * 6].view(3, 6)
     rows = StepRows(np.cumsum([0, *queries]), lengths, table.int().numpy())
     known = [VideoNSARequest(settings, np.array(list(prompt)) == "v") for prompt in prompts]
-    plan = build_plan(rows, known, torch.device("cpu"))
+    plan = build_plan(rows, known, torch.device("cpu")).attention
     query = torch.randn(sum(queries), kv_heads * group, d)
     cache = torch.full((24, kv_heads, 64, 2 * d), NAN)
     for blocks, length in zip(table, lengths, strict=True):
         at = torch.arange(length)
         cache[blocks[at // 64], :, at % 64] = torch.randn(length, kv_heads, 2 * d)
-    sums = (
-        BlockSums(24, kv_heads, d, 64, cache.device),
-        BlockSums(24, kv_heads, d, 64, cache.device),
-    )
+    sums = [BlockSums(24, kv_heads, d, 64, cache.device) for _ in "kv"]
     for of, part in zip(sums, cache.split(d, -1), strict=True):
         of.sums.copy_(part.sum(2))
-    call = SimpleNamespace(
-        query=query, kv_cache=cache, kv_heads=kv_heads, key_sums=sums[0], value_sums=sums[1],
-        scale=d**-0.5,
-    )  # fmt: skip
-    branches = plan.attention
-    shape = branches.number, kv_heads, branches.blocks
-    marks = [torch.zeros(shape, dtype=torch.bool) for _ in range(2)]
-    compressed, selected = fused.branches(call, branches, marks[0])
-    own = query[branches.flat.tokens].unflatten(1, (kv_heads, -1))
-    want = compress.compress(own, branches, *sums, call.scale, None, marks[1])
-    assert relative_rms(compressed, want.transpose(0, 1).flatten(1, 2)) < 1e-5
-    marks[1].scatter_(2, branches.flat.own_logical[:, None, None].expand(-1, kv_heads, 1), True)
-    marks[0].scatter_(2, branches.flat.own_logical[:, None, None].expand(-1, kv_heads, 1), True)
-    assert torch.equal(*marks), "the same blocks"
-    pages = branches.selection(kv_heads).block_table.view(kv_heads, branches.number, -1)
-    used = torch.arange(pages.shape[2]) < branches.places[:, None]
-    pages = torch.where(used[None], pages // kv_heads, -1).transpose(0, 1).int()
-    by_twin = twins.select(
-        query, branches.flat.tokens, cache, pages, branches.flat.own, branches.flat.offset,
-        call.scale,
-    )  # fmt: skip
-    assert relative_rms(selected, by_twin) < 1e-5
+    layer.compress(query.unflatten(1, (kv_heads, -1)), plan, *sums, d**-0.5, None)
+    call = SimpleNamespace(kv_cache=cache, kv_heads=kv_heads, scale=d**-0.5)
+    got = select.by_kernel(call, plan, query).flatten(1, 2)
+    seen = plan.selection(kv_heads).block_table.view(kv_heads, plan.number, -1)
+    for nth, (places, length) in enumerate(zip(plan.places, plan.selected_lens, strict=True)):
+        for head in range(kv_heads):
+            blocks = seen[head, nth, : int(places) + 1] // kv_heads
+            keys, values = cache[blocks, head].flatten(0, 1)[:length].split(d, -1)
+            q = query[nth].unflatten(0, (kv_heads, -1))[head]
+            want = (q @ keys.T * d**-0.5).softmax(-1) @ values
+            assert relative_rms(got[nth].unflatten(0, (kv_heads, -1))[head], want) < 1e-5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..base import AttentionCall
-from . import fused
 from .compress import compress
 from .gates import gates_of
 from .plan import BranchPlan, Index, VideoNSAPlan, take
+from .select import select
 
 
 def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
@@ -32,39 +32,19 @@ def _branches(
     if step.trace is not None:
         shape = plan.number, call.kv_heads, plan.blocks
         traced = torch.zeros(shape, dtype=torch.bool, device=query.device)
-    if fused.takes(call, plan):
-        compressed, selected = (
-            x.unflatten(1, (call.kv_heads, -1)) for x in fused.branches(call, plan, traced)
-        )
-    else:
-        compressed, selected = _compressed_and_selected(call, plan, query, traced)
+    by_group = query.unflatten(1, (call.kv_heads, -1))
+    compressed = compress(
+        by_group, plan, call.key_sums, call.value_sums, call.scale, call.head_ranks, traced
+    ).transpose(0, 1)
     if traced is not None:
         step.trace.cubes(call.layer, traced)
+    selected = select(call, plan, query)
     windowed = _windowed(call, plan, query).unflatten(1, (call.kv_heads, -1))
     # All are [vision, kv_heads, group, d] from here on.
     by_branch = gates.unflatten(1, (call.kv_heads, -1)).unsqueeze(-2).unbind(-1)
     mixed = compressed.mul_(by_branch[0])
     mixed.addcmul_(selected.float(), by_branch[1]).addcmul_(windowed.float(), by_branch[2])
     return mixed.flatten(1, 2)
-
-
-def _compressed_and_selected(
-    call: AttentionCall, plan: BranchPlan, query: torch.Tensor, traced: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two branches ``[vision, kv_heads, group, head_size]``, the first in fp32."""
-    by_group = query.unflatten(1, (call.kv_heads, -1))
-    compressed = compress(
-        by_group, plan, call.key_sums, call.value_sums, call.scale, call.head_ranks, traced
-    )
-    asking = by_group.transpose(0, 1).contiguous()  # [kv_heads, vision, group, d]
-    selected = torch.empty_like(asking, dtype=call.output.dtype)
-    call.run_sequences(
-        asking.flatten(0, 1),
-        plan.selection(call.kv_heads),
-        selected.flatten(0, 1),
-        one_kv_head=True,
-    )
-    return compressed.transpose(0, 1), selected.transpose(0, 1)
 
 
 def _windowed(call: AttentionCall, plan: BranchPlan, query: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from ...paged.tables import Sequences
 from ...paged.tiles import Tiles, Tokens, cubes_of
 from ..base import AttentionCall
 from . import faithful, gates
+from .compress import as_mask
 from .faithful import PromptPlan
 from .plan import Index, Runs, VideoNSAPlan, index_of, take, told_everywhere, vision_tiles
 from .request import VideoNSARequest
@@ -153,16 +154,10 @@ def attend(step: FaithfulStep, call: AttentionCall) -> None:
             mixed[prompt.text] += output[prompt.text].float()
         output.copy_(mixed)
         if step.trace is not None:
-            traced.append(_as_bits(chosen, plan.blocks))
+            traced.append(as_mask(chosen, plan.blocks))
     step.gate_sums[call.layer] = sums
     if step.trace is not None:
         step.trace.cubes(call.layer, torch.cat(traced))
-
-
-def _as_bits(chosen: torch.Tensor, blocks: int) -> torch.Tensor:
-    """``[n, kv_heads, places]`` blocks, -1 for none, as ``[n, kv_heads, blocks]`` bool."""
-    bits = torch.zeros(*chosen.shape[:2], blocks + 1, dtype=torch.bool, device=chosen.device)
-    return bits.scatter_(2, torch.where(chosen < 0, blocks, chosen), True)[..., :blocks]
 
 
 class KernelPages:

@@ -57,22 +57,6 @@ class Window:
     sequences: Sequences
 
 
-@dataclass(frozen=True)
-class FlatCubes:
-    """The cubes of all rows behind each other, for kernels that take all requests at once."""
-
-    tokens: torch.Tensor  # [vision] int64 in the step
-    cubes: torch.Tensor  # [cubes] int64 physical blocks
-    logical: torch.Tensor  # [cubes] int64 the same in their requests
-    begin: torch.Tensor  # [vision] int32 first of the cubes that a token may look at
-    end: torch.Tensor  # [vision] int32 past the last of them
-    own: torch.Tensor  # [vision] int32 physical block of the token
-    own_logical: torch.Tensor  # [vision] int64 the same in its request
-    offset: torch.Tensor  # [vision] int32 the token's place in it
-    longest: int  # the most cubes that a token may look at
-    places: int | None  # to select; None where requests differ
-
-
 @dataclass
 class BranchPlan:
     """What every layer needs, and on the host ``[rows]`` counts for the accounts."""
@@ -83,7 +67,6 @@ class BranchPlan:
     vision_row: torch.Tensor  # [vision] int64 row of each
     number: int  # of vision tokens
     rows: tuple[RowCubes, ...]
-    flat: FlatCubes
     windows: tuple[Window, ...]
     own_block: torch.Tensor  # [vision] int64 physical block of each
     places: torch.Tensor  # [vision] int64 cubes that each selects
@@ -138,7 +121,7 @@ class VideoNSAPlan(StepPlan):
         pair = shape.attention_flops_per_pair
         by_part = {
             "text": branches.text_pairs * pair,
-            "cmp": branches.cmp_pairs * pair,
+            "cmp": branches.cmp_pairs * pair * (1 + shape.score_products) / 2,
             "slc": branches.slc_pairs * pair,
             "swa": branches.swa_pairs * pair,
         }
@@ -214,29 +197,13 @@ def build_plan(
     def by_row(of_row: np.ndarray, values: np.ndarray) -> np.ndarray:
         return np.bincount(of_row, values, minlength=len(on))
 
-    of_rows = _rows(row, seen, row_cubes, table, most, device)
-    lengths = [len(each.cubes) for each in of_rows]
-    first = np.repeat(np.cumsum([0, *lengths])[:-1], [len(each.seen) for each in of_rows])
-    flat = FlatCubes(
-        tokens=to(vision),
-        cubes=torch.cat([each.cubes for each in of_rows]),
-        logical=torch.cat([each.logical for each in of_rows]),
-        begin=to(first, torch.int32),
-        end=to(first + seen, torch.int32),
-        own=to(table[row, tokens.block[vision]], torch.int32),
-        own_logical=to(tokens.block[vision]),
-        offset=to(position % BLOCK, torch.int32),
-        longest=int(seen.max()),
-        places=of_rows[0].most if len({each.most for each in of_rows}) == 1 else None,
-    )
     branches = BranchPlan(
         text=index_of(text, device) if len(text) else None,
         text_sequences=runs.sequences_of_text(table, device) if len(text) else None,
         vision=index_of(vision, device),
         vision_row=to(row),
         number=len(vision),
-        rows=of_rows,
-        flat=flat,
+        rows=_rows(row, seen, row_cubes, table, most, device),
         windows=_windows(runs, row, window, table, device),
         own_block=to(table[row, tokens.block[vision]]),
         places=to(places),
