@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
 from .accounts.reports import part_of_model, request_report
+from .methods.base import Method
 from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
@@ -151,7 +152,7 @@ def room_beside_sums(
     return available * page // (page + sums * (2 if values else 1))
 
 
-def step_bytes(config: VllmConfig) -> int:
+def step_bytes(config: VllmConfig, method: Method) -> int:
     """What a sparse step's layers share beside vLLM's own activations, at the most.
 
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
@@ -168,7 +169,10 @@ def step_bytes(config: VllmConfig) -> int:
     entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
     ranks = parallel.tensor_parallel_size
     entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
-    return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry
+    of_method = method.step_bytes(
+        tokens, heads, kv_heads, model.get_head_size(), model.dtype.itemsize
+    )
+    return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry + of_method
 
 
 class AccountingWorker:
@@ -205,7 +209,8 @@ class AccountingWorker:
         if runtime is None:
             return available
         if not current_platform.is_cpu():  # there the cache's size is given, beside everything else
-            available = max(0, available - step_bytes(self.vllm_config))
+            taken = step_bytes(self.vllm_config, runtime.method)
+            available = max(0, available - taken)
         room = room_beside_sums(
             available, self.get_kv_cache_spec(), values=runtime.method.sums_values
         )
