@@ -175,6 +175,12 @@ class Method:
             SettingsError: the method cannot work with this model or these options.
         """
 
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load what the method needs beside the model, in a worker.
+
+        It is called while the model is made, so that vLLM counts the memory.
+        """
+
     @classmethod
     def attention_modules(
         cls, text_config: Any, quant_config: Any, prefix: str
