@@ -166,6 +166,8 @@ class Finetuning:
         with torch.no_grad():
             for weight, average in zip(self.weights, self.averages):
                 weight.copy_(average)
+        config = self.model.config
+        config.text_config.dtype = config.vision_config.dtype = self.written_as
         self.model.to(self.written_as).save_pretrained(self.arguments.out)
         self.processor.save_pretrained(self.arguments.out)
 
