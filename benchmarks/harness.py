@@ -102,7 +102,7 @@ class PagedLayer:
         """
         self.begin(rows, requests)
         self.write(key, value)
-        return self.attend(query, hidden=hidden)
+        return self.attend(query, hidden=hidden, written=(key, value))
 
     def begin(self, rows: StepRows, requests: list[Request | None]) -> None:
         """Plan and metadata, which all layers of a step share."""
@@ -147,13 +147,17 @@ class PagedLayer:
         query: torch.Tensor,
         output: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        written: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> torch.Tensor:
-        """Attention of one layer: selection, tables and kernel."""
+        """Attention of one layer: selection, tables and kernel.
+
+        ``written`` are the step's keys and values, for a method that wants them once more.
+        """
         if output is None:
             output = torch.full_like(query, float("nan"))  # all of it must be written
         extra = {} if hidden is None else {"hidden": hidden}  # the stock impl has no such argument
         self.impl.forward(
-            self.layer, query, None, None, self.kv_cache, self._metadata, output, **extra
+            self.layer, query, *written, self.kv_cache, self._metadata, output, **extra
         )
         return output
 

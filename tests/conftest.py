@@ -1,6 +1,7 @@
 """Shared by all tests: paths to the parts of the tree that are not in the package, offline mode."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     on_shared_server = {
         f"tests/server/{path.name}"
         for path in (ROOT / "tests" / "server").glob("test_*.py")
-        if "served: Served" in path.read_text()
+        if re.search(r"\b(served|viewed): Served\b", path.read_text())
     }
 
     class ByModule(LoadScopeScheduling):

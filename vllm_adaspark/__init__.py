@@ -8,6 +8,9 @@ of our architectures.
 from __future__ import annotations
 
 ARCHITECTURE = "AdaSparkQwen2_5_VLForConditionalGeneration"
+LLAVA_ARCHITECTURE = "AdaSparkLlavaOnevisionForConditionalGeneration"
+# By the ``model_type`` of a checkpoint's config.json.
+ARCHITECTURES = {"qwen2_5_vl": ARCHITECTURE, "llava_onevision": LLAVA_ARCHITECTURE}
 VIDEONSA_ARCHITECTURE = "VideoNSAForConditionalGeneration"  # as VideoNSA's checkpoints call it
 LANGUAGE_MODEL = "AdaSparkQwen2ForCausalLM"  # its text part; not meant to be served alone
 
@@ -15,19 +18,20 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Tell vLLM about the architecture; cheap, and harmless when called again."""
+    """Tell vLLM about the architectures; cheap, and harmless when called again."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from .startup import StartupCheck
 
-    for architecture in (ARCHITECTURE, VIDEONSA_ARCHITECTURE):
-        MODELS_CONFIG_MAP[architecture] = StartupCheck
+    models = {
+        ARCHITECTURE: "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL",
+        LLAVA_ARCHITECTURE: "vllm_adaspark.models.llava_onevision:AdaSparkLlavaOnevision",
+        VIDEONSA_ARCHITECTURE: "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL",
+    }
+    MODELS_CONFIG_MAP.update(dict.fromkeys(models, StartupCheck))
+    models[LANGUAGE_MODEL] = "vllm_adaspark.models.qwen2:AdaSparkQwen2ForCausalLM"
     known = ModelRegistry.get_supported_archs()
-    for architecture, path in (
-        (ARCHITECTURE, "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL"),
-        (VIDEONSA_ARCHITECTURE, "vllm_adaspark.models.qwen2_5_vl:AdaSparkQwen2_5_VL"),
-        (LANGUAGE_MODEL, "vllm_adaspark.models.qwen2:AdaSparkQwen2ForCausalLM"),
-    ):
+    for architecture, path in models.items():
         if architecture not in known:
             ModelRegistry.register_model(architecture, path)

@@ -5,9 +5,12 @@ KV blocks a request owns.  :class:`RequestTable` keeps what plans need of that, 
 pipeline-parallel rank alike: a request's settings, which tokens of its prompt are video, and its
 blocks.  Nothing is read back from a device, and token positions stay those of the stock model.
 
-The settings come with the request's videos: the processor attaches them to each video as a small
-tensor (:func:`pack_settings`), because tensors are all that vLLM carries for a multimodal item.
-All videos of a request share them.  This module needs no vLLM.
+The settings come with the request's videos (and images, for a method that takes them for video), in
+two ways.  The processor writes them behind each item's hash (:func:`with_settings`), which is all
+that vLLM still tells a worker of a video that the prefix cache holds.  And it attaches them to each
+video as a small tensor (:func:`pack_settings`), which is there when the video is encoded; tensors
+are all that vLLM carries for an item.  All items of a request share them.  This module needs no
+vLLM.
 """
 
 from __future__ import annotations
@@ -23,10 +26,8 @@ import torch
 
 from .settings import OFF, Settings
 
-# Of a video's and of an image's multimodal item: the settings of its request.  Two, since a field
-# belongs to one kind of item in vLLM.
-FIELD = "adaspark_video"
-FIELDS = {"video": FIELD, "image": "adaspark_image"}
+FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
+BEHIND_HASH = "#adaspark="
 
 
 def pack_settings(settings: Any) -> torch.Tensor:
@@ -43,6 +44,11 @@ def unpack_settings(packed: torch.Tensor | None, method: type) -> Any:
     return method().override(told)
 
 
+def with_settings(mm_hash: str, settings: Any) -> str:
+    """The hash of a video or an image, with its request's settings behind it."""
+    return mm_hash + BEHIND_HASH + json.dumps(settings.to_dict())
+
+
 def settings_of(feature: Any, method: type) -> Any:
     """The settings that the processor attached to a video or an image.
 
@@ -50,8 +56,11 @@ def settings_of(feature: Any, method: type) -> Any:
         feature: vLLM's ``MultiModalFeatureSpec``.
         method: the class of the method's settings.
     """
-    packed = feature.data.get(FIELDS[feature.modality])
-    return unpack_settings(None if packed is None else packed.data, method)
+    _, marked, told = feature.identifier.rpartition(BEHIND_HASH)
+    try:
+        return method().override(json.loads(told) if marked else OFF)
+    except ValueError:  # a hash of somebody else's
+        return method().override(OFF)
 
 
 def media_of(features: Iterable[Any] | None, kinds: Sequence[str]) -> list[Any]:
@@ -85,6 +94,8 @@ class Prompt:
     Attributes:
         places: by kind (``"video"``, ``"image"``), vLLM's ``PlaceholderRange`` of each item.
         tokens: of the prompt.
+        after_video: how many tokens at the end of each video's place are no video.
+        dropped: tokens that its videos had more (video/prune.py).
         videos: in the order of the prompt; only workers know them.
         wants_all: whether the answer needs the last layer's output of every token, as
             ``prompt_logprobs`` do; only workers know.
@@ -92,12 +103,18 @@ class Prompt:
 
     tokens: int
     places: Mapping[str, Sequence[Any]]
+    after_video: int = 0
+    dropped: int = 0
     videos: Sequence[Video] = ()
     wants_all: bool = False
 
     def of(self, kinds: Sequence[str]) -> np.ndarray:
         """``[tokens]`` bool: which tokens belong to items of these kinds."""
-        return mask_of(self.tokens, [p for kind in kinds for p in self.places.get(kind, ())])
+        mask = np.zeros(self.tokens, bool)
+        for kind in kinds:
+            after = self.after_video if kind == "video" else 0
+            mask |= mask_of(self.tokens, self.places.get(kind, ()), after)
+        return mask
 
     @classmethod
     def from_features(cls, tokens: int, features: Iterable[Any] | None, **known: Any) -> Prompt:
@@ -115,10 +132,13 @@ class Request:
     Attributes:
         config: its settings, of the method's class.
         is_video: ``[prompt tokens]`` bool; images too, for a method that has them in its ``media``.
+        positions: ``[prompt tokens]`` int64, where tokens do not stand in the order of their
+            positions and the model does not say so itself; else None.
     """
 
     config: Settings
     is_video: np.ndarray
+    positions: np.ndarray | None = field(default=None, kw_only=True)
 
     @cached_property
     def is_cube(self) -> np.ndarray:
@@ -195,16 +215,18 @@ class RequestTable:
         return table
 
 
-def mask_of(tokens: int, places: Iterable[Any]) -> np.ndarray:
+def mask_of(tokens: int, places: Iterable[Any], after: int = 0) -> np.ndarray:
     """``[tokens]`` bool: which tokens of a prompt lie in ``places``.
 
     Args:
         tokens: of the prompt.
         places: vLLM's ``PlaceholderRange`` of each video; its ``is_embed`` leaves tokens out, so a
             video may lie in several spans.
+        after: how many tokens at the end of each place are no video.
     """
     mask = np.zeros(tokens, bool)
     for place in places:
         span = mask[place.offset : place.offset + place.length]
         span[:] = True if place.is_embed is None else np.asarray(place.is_embed, bool)
+        span[place.length - after :] = False
     return mask

@@ -24,7 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from .methods import base as methods
-from .requests import settings_of, videos_of
+from .requests import media_of, settings_of
 
 
 class OneStepPrompts:
@@ -69,9 +69,9 @@ class OneStepPrompts:
         return scheduled
 
     def _is_alone(self, request: Request) -> bool:
-        videos = videos_of(request.mm_features)
-        return bool(videos) and self._method.needs_one_step(
-            settings_of(videos[0], self._method.settings_class)
+        media = media_of(request.mm_features, self._method.media)
+        return bool(media) and self._method.needs_one_step(
+            settings_of(media[0], self._method.settings_class)
         )
 
 

@@ -56,9 +56,9 @@ def setting(
         request: whether a request may set it.
         checkpoint: whether a checkpoint may.
         rule: what is allowed: ``choices``, ``low`` and ``high`` of an integer, ``share`` for a
-            number above 0 and at most 1, ``budget`` for such a number or None, ``check`` for a
-            function of ("name=value" for its error, the value) to the value in its canonical type;
-            by the default's type otherwise.
+            number above 0 and at most 1, ``budget`` for such a number or None, ``part`` for a
+            number from 0 to below 1, ``check`` for a function of ("name=value" for its error, the
+            value) to the value in its canonical type; by the default's type otherwise.
     """
     who = {"request": request, "checkpoint": checkpoint}
     return field(default=default, metadata={"doc": doc, **who, **rule})
@@ -111,6 +111,11 @@ class Settings:
         for spec in fields(self):
             value = getattr(self, spec.name)
             object.__setattr__(self, spec.name, _checked(spec, value))
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of a video's tokens that the language model never sees; 0 but for some methods."""
+        return 0.0
 
     @property
     def cube_volume(self) -> int:
@@ -289,14 +294,8 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
         return tuple(parts)
     if "budget" in rule and value is None:
         return None
-    if "share" in rule or "budget" in rule:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-            or_null = ", or null" if "budget" in rule else ""
-            raise SettingsError(f"{problem}: expected a number above 0 and at most 1{or_null}")
-        # Never round down to nothing, and never quietly up to dense.
-        highest = SHARE_STEPS - 1 if value < 1 else SHARE_STEPS
-        steps = min(max(round(value * SHARE_STEPS), 1), highest)
-        return steps / SHARE_STEPS
+    if "share" in rule or "budget" in rule or "part" in rule:
+        return _checked_share(problem, value, rule)
     if "choices" in rule:
         if not isinstance(value, str) or value not in rule["choices"]:
             allowed = ", ".join(repr(c) for c in rule["choices"])
@@ -317,5 +316,21 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
     return value
 
 
+def _checked_share(problem: str, value: Any, rule: Mapping[str, Any]) -> float:
+    """A share in whole thousandths; never rounded down to nothing, nor quietly up to all."""
+    part = "part" in rule
+    if not _is_number(value) or not (0 <= value < 1 if part else 0 < value <= 1):
+        allowed = "from 0 to below 1" if part else "above 0 and at most 1"
+        or_null = ", or null" if "budget" in rule else ""
+        raise SettingsError(f"{problem}: expected a number {allowed}{or_null}")
+    if value in (0, 1):
+        return float(value)
+    return min(max(round(value * SHARE_STEPS), 1), SHARE_STEPS - 1) / SHARE_STEPS
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,13 +6,12 @@ work is refused here with the setting and the fix; nothing is ever silently dens
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from . import ARCHITECTURES
 from .settings import (
     CHECKPOINT_KEY,
     METHOD_KEY,
@@ -26,6 +25,8 @@ from .settings import (
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from .models.layout import Layout
+
 logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 
 # What adapters can read head by head: no scales per token, no packing.
@@ -38,24 +39,39 @@ class StartupCheck(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Settle settings and block size; raise SettingsError on what cannot work."""
-        from .methods.base import load, method_name  # a stock server has no use for it
+        from .methods.base import load, method_name  # a stock server has no use for these
+        from .models.layout import LayoutError, layout_of
 
-        name = method_name(
-            vllm_config.additional_config, vllm_config.model_config.hf_config.architectures
-        )
+        hf_config = vllm_config.model_config.hf_config
+        try:
+            layout = layout_of(hf_config)
+        except LayoutError as error:
+            raise SettingsError(str(error)) from None
+        others = set(ARCHITECTURES.values()) - {layout.architecture}
+        if others.intersection(hf_config.architectures):
+            raise SettingsError(
+                f"--hf-overrides architectures={hf_config.architectures}: this checkpoint's "
+                f"model_type is {hf_config.model_type}, so it must be [{layout.architecture!r}]"
+            )
+        name = method_name(vllm_config.additional_config, hf_config.architectures)
         method = load(name)
         config = settle(vllm_config, method.settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
         method.check_server(config, vllm_config)
+        no_prune = why_no_prune(vllm_config, layout)
+        if config.dropped_share and no_prune:
+            what = f"prune={config.dropped_share} {no_prune}"
+            raise SettingsError(f"AdaSpark does not support {what}")
         _split_graphs_at_our_ops(vllm_config)
         _use_our_worker(vllm_config)
-        _use_video_loader(vllm_config)
+        _use_video_loader(vllm_config, layout.loader)
         # The request processor and the model see the model's config, not ours: it travels there.
-        vllm_config.model_config.hf_config.adaspark_resolved = {
+        hf_config.adaspark_resolved = {
             METHOD_KEY: name,
             "settings": config.to_dict(),
             "step_tokens": _step_tokens(vllm_config),
+            "no_prune": no_prune,  # a request's is refused with the same reason
         }
         logger.info("AdaSpark: %s", config)
 
@@ -107,11 +123,14 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Raise on every option that AdaSpark does not support yet; listed in docs/features.md."""
     from vllm.platforms import current_platform
 
+    from .models.layout import layout_of
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     cache = vllm_config.cache_config
     multimodal = model.multimodal_config
     mm_kwargs: dict[str, Any] = (multimodal.mm_processor_kwargs if multimodal else None) or {}
     text = model.hf_text_config
+    by_layout = layout_of(model.hf_config).refused(mm_kwargs)
     refused = [
         (
             not (current_platform.is_cpu() or current_platform.is_cuda_alike()),
@@ -119,7 +138,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         (
             multimodal is not None and (multimodal.video_pruning_rate or 0) > 0,
-            "--video-pruning-rate: EVS drops the tokens that cubes are made of; leave it out",
+            "--video-pruning-rate: vLLM's EVS does not know of cubes; use "
+            f'--additional-config \'{{"{SERVER_KEY}": {{"prune": SHARE}}}}\', which drops the same',
         ),
         (
             vllm_config.kv_transfer_config is not None or bool(cache.kv_offloading_size),
@@ -161,15 +181,26 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             "for; leave it out, or derive the class from vllm_adaspark.worker.AdaSparkCPUWorker or "
             "AdaSparkGPUWorker",
         ),
-        (
-            _not_the_processors(mm_kwargs),
-            f"--mm-processor-kwargs {json.dumps(_not_the_processors(mm_kwargs))}: the model's "
-            "weights fix these; leave them out",
-        ),
+        (bool(by_layout), by_layout),
     ]
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"AdaSpark does not support {what}")
+
+
+def why_no_prune(vllm_config: VllmConfig, layout: Layout) -> str | None:
+    """Why this server cannot drop video tokens (``prune``); None if it can."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if not layout.takes_prune:
+        return f"for a checkpoint whose model_type is {layout.model_type}; leave it out"
+    if stages > 1:
+        return (
+            f"with --pipeline-parallel-size {stages}: only the first stage would know where the "
+            "tokens that are left belong; leave it out, or use --tensor-parallel-size"
+        )
+    if vllm_config.ec_transfer_config is not None:
+        return "with --ec-transfer-config: vLLM moves whole videos only; leave it out"
+    return None
 
 
 def _tells_requests(worker_cls: str | type) -> bool:
@@ -183,18 +214,6 @@ def _tells_requests(worker_cls: str | type) -> bool:
     except (ImportError, AttributeError, ValueError):
         return False
     return isinstance(cls, type) and issubclass(cls, AccountingWorker)
-
-
-def _not_the_processors(mm_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Server-wide processor options that contradict the vision tower: requests would fail."""
-    scopes = [mm_kwargs, *(mm_kwargs.get(name) for name in ("images_kwargs", "videos_kwargs"))]
-    return {
-        key: value
-        for scope in scopes
-        if isinstance(scope, Mapping)
-        for key, value in scope.items()
-        if key in ("merge_size", "patch_size", "temporal_patch_size")
-    }
 
 
 def _split_graphs_at_our_ops(vllm_config: VllmConfig) -> None:
@@ -227,20 +246,20 @@ def _use_our_worker(vllm_config: VllmConfig) -> None:
         parallel.worker_cls = f"vllm_adaspark.worker.AdaSpark{kind}Worker"
 
 
-def _use_video_loader(vllm_config: VllmConfig) -> None:
-    """Read videos with our loader, unless the user chose one in --media-io-kwargs.
+def _use_video_loader(vllm_config: VllmConfig, loader: str) -> None:
+    """Read videos with the model's loader, unless the user chose one in --media-io-kwargs.
 
     Raises:
         ValueError: options with which every video would be refused, or decord is not installed.
     """
     from .video.connector import use_connector
-    from .video.load import LOADER, check_server_options
+    from .video.load import check_server_options
 
     multimodal = vllm_config.model_config.multimodal_config
     if multimodal is not None:
         media = multimodal.media_io_kwargs
         video = dict(media.get("video") or {})
-        video["video_backend"] = video.get("video_backend") or LOADER
+        video["video_backend"] = video.get("video_backend") or loader
         check_server_options(video)
         multimodal.media_io_kwargs = media | {"video": video}
         use_connector()

@@ -63,6 +63,28 @@ class Runtime:
         table = self.requests.block_table(ids, padding)
         self.plan_step(replace(rows, block_table=table), [*requests, *[None] * padding], device)
 
+    def place(self, positions: torch.Tensor) -> None:
+        """Overwrite the positions of the step's tokens, where their requests have others.
+
+        In place, because a CUDA graph reads them where vLLM's runner put them; the runner makes
+        them anew in every step.
+
+        Args:
+            positions: ``[tokens]`` int64 of the step's tokens, in the order of the prompt.
+        """
+        if self.rows is None or self.requests is None or self.request_ids is None:
+            return
+        rows = self.rows
+        for row, request in enumerate(self.requests.rows(self.request_ids())):
+            if request is None or request.positions is None:
+                continue
+            first = rows.computed[row]
+            moved = request.positions[first : first + rows.query_lens[row]]
+            start = rows.query_start[row]
+            # No copy of nothing: after the prompt there is none to make.
+            if len(moved):
+                positions[start : start + len(moved)] = torch.from_numpy(moved)
+
     # -- between layers: nothing happens unless the plan drops tokens (paged/depths.py) ------------
 
     def positions(self, positions: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ as the line says.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ from vllm.v1.worker.gpu_worker import Worker
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
 from .accounts.reports import part_of_model, request_report
+from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
 from .paged.state import BlockSums, StepRows
 from .requests import Prompt, Request, RequestTable, Video, media_of, settings_of, videos_of
 from .step import Runtime
 from .traces.worker import TracingWorker
+from .video.prune import WholePrompt
 
 logger = init_logger("vllm.adaspark")
 
@@ -64,11 +67,10 @@ class RequestAccounts:
         self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
-    def admit(self, request_id: str, request: Request | None) -> None:
-        """Note what a new request asked for; None if it has no video."""
-        self.ledger.admit(
-            request_id, None if request is None else self._runtime.method.told(request)
-        )
+    def admit(self, request_id: str, request: Request | None, whole: WholePrompt) -> None:
+        """Note what a new request asked for, None if it has no video, and its whole prompt."""
+        told = None if request is None else self._runtime.method.told(request)
+        self.ledger.admit(request_id, told, whole if whole.dropped else None)
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -106,11 +108,12 @@ class RequestAccounts:
         report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
-                "AdaSpark %s: %d tokens (%d video), cubes attended %.1f%%, FFN active %.1f%%, "
-                "%.4g of %.4g TFLOPs (%.1f%% of dense)%s",
+                "AdaSpark %s: %d tokens (%d video, %d more dropped), attention density %.1f%%, "
+                "FFN density %.1f%%, %.4g of %.4g TFLOPs (%.1f%% of dense)%s",
                 request_id,
                 account.tokens,
                 account.video_tokens,
+                account.dropped_tokens,
                 100 * report["attention_density"],
                 100 * report["ffn_density"],
                 report["flops"]["executed"]["total"] / 1e12,
@@ -174,6 +177,7 @@ class AccountingWorker:
     vllm_config: VllmConfig
     _accounts: RequestAccounts | None = None
     _runtime: Runtime | None = None  # the model's, if it is one of ours
+    _layout: Layout  # of such a model
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -181,7 +185,7 @@ class AccountingWorker:
         runtime = getattr(model, "runtime", None)
         if runtime is None:
             return
-        self._runtime = runtime
+        self._runtime, self._layout = runtime, model.layout
         runtime.requests = RequestTable(self._describe)
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
@@ -221,26 +225,35 @@ class AccountingWorker:
         embeds = new.prompt_embeds
         tokens = len(new.prompt_token_ids if embeds is None else embeds)
         settings = settings_of(media[0], method.settings_class)
-        sampling = new.sampling_params
+        sampling, videos = new.sampling_params, videos_of(new.mm_features)
         prompt = Prompt.from_features(
             tokens,
             new.mm_features,
-            videos=[self._video(video) for video in videos_of(new.mm_features)],
+            after_video=self._layout.after_video,
+            videos=[self._video(video) for video in videos],
             wants_all=sampling is not None and sampling.prompt_logprobs is not None,
+            dropped=self._whole_prompt(new).dropped,
         )
-        return method.describe(settings, prompt)
+        positions = self._layout.positions(tokens, videos, settings)
+        return replace(method.describe(settings, prompt), positions=positions)
 
     def _video(self, feature: Any) -> Video:
         """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
+        grid = self._layout.grid(feature)
 
         def encoded() -> torch.Tensor:
             # Runner V2's cache is an object that holds the same dictionary.
             cache = self.model_runner.encoder_cache
-            return getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            everything = getattr(cache, "encoder_outputs", cache)[feature.identifier]
+            return everything[: math.prod(grid)]
 
-        merge = self.vllm_config.model_config.hf_config.vision_config.spatial_merge_size
-        t, h, w = feature.data["video_grid_thw"].data.tolist()
-        return Video((t, h // merge, w // merge), encoded)
+        return Video(grid, encoded)
+
+    def _whole_prompt(self, new: Any) -> WholePrompt:
+        """What a new request's prompt was before some tokens of its videos were dropped."""
+        embeds = new.prompt_embeds
+        tokens = len(new.prompt_token_ids if embeds is None else embeds)
+        return self._layout.whole_prompt(tokens, new.mm_features)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime
@@ -266,7 +279,7 @@ class AccountingWorker:
             accounts.settle()
         with observing("the settings in accounts"):
             for new in scheduler_output.scheduled_new_reqs:
-                accounts.admit(new.req_id, requests[new.req_id])
+                accounts.admit(new.req_id, requests[new.req_id], self._whole_prompt(new))
 
     def _after_step(self) -> None:
         """The same, once a step is launched."""

@@ -191,6 +191,11 @@ CUBES = [
 ]
 RASTER = Contender(f"{MAIN.name} raster", settings=MAIN.settings | {"order": "raster"})
 EVS = [Contender(f"evs q={q:g}", kind="evs", rate=q) for q in (0.5, 0.75, 0.9)]
+# EVS's rule before AdaSpark's.
+PRUNED = [
+    Contender(f"{MAIN.name} prune={q:g}", settings=MAIN.settings | {"prune": q})
+    for q in (0.5, 0.75)
+]
 
 EXTRA_CELLS = (Cell(128, (112, 168)), Cell(256, parts=2))
 
@@ -215,12 +220,12 @@ def default() -> Grid:
 
 
 def full() -> Grid:
-    """The default grid, every pair of shares, and EVS at every length: hours."""
+    """The default grid, every pair of shares, and AdaSpark with tokens dropped: hours."""
     grid = default()
     known = {contender.name for contender in grid.contenders}
     pairs = [top_p(a, f) for a in ATTENTION_SHARES for f in FFN_SHARES]
     more = [contender for contender in pairs if contender.name not in known]
-    return replace(grid, contenders=(*grid.contenders, *more))
+    return replace(grid, contenders=(*grid.contenders, *PRUNED, *more))
 
 
 def quick() -> Grid:

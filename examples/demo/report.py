@@ -35,7 +35,7 @@ def render(report: dict) -> str:
     lines = [
         f"{report['tokens']:,} tokens computed, {report['video_tokens']:,} of them video tokens",
         "",
-        f"layer  {'cubes attended':<{BAR_WIDTH + 9}}  FFN active (video tokens)",
+        f"layer  {'cubes attended':<{BAR_WIDTH + 9}}  FFN density (video tokens)",
     ]
     for layer in report["layers"]:
         attended = _share(layer["cubes_attended"], layer["cubes_seen"])

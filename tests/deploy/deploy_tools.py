@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEPLOY = ROOT / "deploy"
 ENTRYPOINT = DEPLOY / "docker" / "entrypoint.py"
-RUN_SECONDS = 60
+RUN_SECONDS = 300
 
 
 def tool(name: str) -> str:

@@ -20,7 +20,7 @@ from vllm_adaspark import ARCHITECTURE
 
 HEALTH = DEPLOY / "docker" / "health.py"
 KEY = "a-key-of-the-test"
-START_SECONDS = 240
+START_SECONDS = 600
 STOP_SECONDS = 60
 
 
@@ -100,7 +100,7 @@ def get(url: str, key: str | None = None, body: dict | None = None):
     data = json.dumps(body).encode() if body else None
     try:
         request = urllib.request.Request(url, data, headers)
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=120) as reply:
             return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

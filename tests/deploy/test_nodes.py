@@ -13,7 +13,7 @@ import pytest
 import video as demo_video  # examples/demo
 from deploy_servers import EntryServer
 
-START_SECONDS = 240
+START_SECONDS = 600
 
 
 def free_port() -> int:
@@ -46,7 +46,7 @@ def test_two_nodes_serve_one_model(tmp_path):
     )
     with worker, leader:
         leader.wait_until_ready(START_SECONDS)
-        client = openai.OpenAI(base_url=f"{leader.url}/v1", api_key="none", timeout=60)
+        client = openai.OpenAI(base_url=f"{leader.url}/v1", api_key="none", timeout=120)
         content = [
             {"type": "video_url", "video_url": {"url": clip.as_uri()}},
             {"type": "text", "text": "What happens?"},

@@ -1,4 +1,4 @@
-"""A naive Qwen2.5-VL whose layers drop video tokens: Hugging Face modules, our rules in loops.
+"""Naive models whose layers drop video tokens: Hugging Face's modules, our rules in loops.
 
 One request at a time; every layer has a list of the tokens that it sees, and a cache of its own.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.engines import VIDEO
 from engine.twin import TwinModel
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.methods.adatp import reference
@@ -20,7 +19,7 @@ from vllm_adaspark.methods.adatp.settings import AdaTPSettings
 class Token:
     """One token on its way through the layers."""
 
-    position: torch.Tensor  # [3]
+    position: torch.Tensor  # [3], or [1] without M-RoPE
     video: int | None  # which of the prompt's video tokens it is
     asks: bool
 
@@ -29,13 +28,16 @@ class PrunedTwin:
     """Log-probabilities of answers, token by token.
 
     Args:
-        checkpoint: folder of a Qwen2.5-VL in float32.
+        checkpoint: folder of a model in float32.
+        model: its twin without pruning, for its prompt and its rotation.
+        pairs: frames that a place in time of the video's tokens stands for.
+        newlines: tokens behind a video that are neither video nor text.
     """
 
-    def __init__(self, checkpoint) -> None:
-        raster = AdaSparkConfig().override({"order": "raster"})
-        self.stock = TwinModel(checkpoint, raster)  # for its prompt and its rotation
+    def __init__(self, checkpoint, model=TwinModel, pairs: int = 2, newlines: int = 0) -> None:
+        self.stock = model(checkpoint, AdaSparkConfig().override({"order": "raster"}))
         self.text = self.stock.text
+        self.pairs, self.newlines = pairs, newlines
         self.alive: list[list[int]] = []  # video tokens after each event, of the last answer
 
     @torch.inference_mode()
@@ -63,10 +65,10 @@ class PrunedTwin:
             x, positions = self.text.embed_tokens(ids), torch.arange(len(ids)).expand(3, -1)
             is_video = [False] * len(ids)
         else:
-            assert prompt.count(VIDEO) == 1
             x, positions, is_video = self.stock._prompt(prompt, video)
             is_video = is_video.tolist()
         last = max((i for i, of_video in enumerate(is_video) if of_video), default=len(is_video))
+        last += self.newlines
         number = iter(range(len(is_video)))
         tokens = [
             Token(positions[:, i], next(number) if is_video[i] else None, i > last)
@@ -83,7 +85,7 @@ class PrunedTwin:
             if token is not None:
                 at += 1
                 x = self.text.embed_tokens(torch.tensor([token]))
-                tokens = [Token(torch.full((3,), at), None, False)]
+                tokens = [Token(torch.full((len(positions),), at), None, False)]
             events = dict(zip(layers, shares, strict=True)) if token is None else {}
             hidden = self._forward(x, tokens, caches, events, settings)
             result.append(self.stock.model.lm_head(hidden[-1]).log_softmax(-1))
@@ -91,7 +93,7 @@ class PrunedTwin:
 
     def _cut(self, encoded: torch.Tensor, video, settings: AdaTPSettings) -> None:
         """Segments and places of the video's tokens."""
-        frames = len(video[0]) // 2
+        frames = len(video[0]) // self.pairs
         of_frame = encoded.unflatten(0, (frames, -1))
         segments = reference.segments([of_frame.mean(1)], settings.tau_s)
         places = of_frame.shape[1]
@@ -103,7 +105,7 @@ class PrunedTwin:
         for index, layer in enumerate(self.text.layers):
             attention = layer.self_attn
             positions = torch.stack([token.position for token in tokens], dim=1)
-            cos, sin = self.text.rotary_emb(x[None], positions[:, None])
+            cos, sin = self.stock._rope(x[None], positions)
             normed = layer.input_layernorm(x)
             q, k, v = (
                 projection(normed).unflatten(-1, (-1, attention.head_dim))

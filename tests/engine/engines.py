@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import video as demo_video  # examples/demo
 
-from vllm_adaspark import ARCHITECTURE
+from vllm_adaspark import ARCHITECTURES
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -92,17 +94,24 @@ def five_prompts() -> dict[str, dict]:
     }
 
 
+def architecture_of(checkpoint) -> str:
+    """Our name for a checkpoint's model."""
+    config = json.loads((Path(checkpoint) / "config.json").read_text())
+    return ARCHITECTURES[config["model_type"]]
+
+
 @contextmanager
 def engine(
     checkpoint,
     config: dict | None,
     method: str | None = "adaspark",
-    architecture: str | None = ARCHITECTURE,
+    architecture: str | None = "",
     **options,
 ):
     """A running engine; ``config`` None is the stock model, else the method's server settings.
 
-    ``method`` and ``architecture`` None leave the checkpoint to say which.
+    ``method`` and ``architecture`` None leave the checkpoint to say which; an empty architecture is
+    ours for its model.
 
     It runs in this process, which starts in two seconds, unless it has several ranks.
     """
@@ -126,7 +135,8 @@ def engine(
         named = {} if method is None else {"method": method}
         options["additional_config"] = named | {"adaspark": config}
         if architecture is not None:
-            options["hf_overrides"] = {"architectures": [architecture]}
+            named = architecture or architecture_of(checkpoint)
+            options["hf_overrides"] = {"architectures": [named]}
     llm = LLM(str(checkpoint), **options)
     try:
         yield llm

@@ -142,10 +142,7 @@ def kinds() -> dict[str, Case]:
 
 COMMON = {"max_model_len": 4096, "max_num_batched_tokens": 4096}  # starts faster than with 8192
 FEW_CUBES = {"dense_below": 2, "min_cubes": 2}  # the medium clip is short for the defaults
-SOME = (
-    *("as the server", "one cube", "top_k", "uniform", "paper", "off", "budget 0.45"),
-    *("dense layers", "dense text", "norm", "bypass", "raster order"),
-)
+SOME = ("as the server", "one cube", "paper", "budget 0.45", "dense text", "bypass")
 CHUNKED = ("as the server", "raster order", "budget 0.7", "top_k")
 
 GROUPS: dict[str, Group] = {

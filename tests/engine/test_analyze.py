@@ -28,7 +28,7 @@ pytest.importorskip("matplotlib")
 QUESTION = "Which number is shown on the card?"
 QUERIES = 8
 PICTURES = ("attention_mass", "ffn_change", "selection_ratio", "case")
-SECONDS = 300  # it takes thirty
+SECONDS = 600  # it takes thirty
 
 
 @pytest.fixture(scope="module")

@@ -34,21 +34,38 @@ def long_video(seed: int = 31):
     return clip(*LONG, seed=seed)
 
 
-def test_requests_of_one_batch_have_their_own_settings(checkpoint) -> None:
-    """Three settings in one batch: three densities, and the answers that each gives alone."""
-    settings = [{"p_attn": 0.9, "p_ffn": 0.8}, {"p_attn": 0.3, "p_ffn": 0.3}, {"flops": 0.5}]
-    prompts = [video_prompt(long_video(), **each) for each in settings]
+@pytest.fixture(scope="class")
+def sparse(checkpoint):
     with engine(checkpoint, SPARSE, enable_prefix_caching=False) as llm:
-        alone = [ask(llm, [prompt])[0] for prompt in prompts]
-        separate = last_reports(llm, 3)
-        together = ask(llm, prompts)
-        reports = last_reports(llm, 3)
-    for got, want in zip(together, alone, strict=True):
-        assert got.difference(want) < CLOSE
-    by_ratio = [sorted(r["flops_ratio"] for r in some) for some in (reports, separate)]
-    assert by_ratio[0] == pytest.approx(by_ratio[1], abs=1e-3)
-    densities = sorted(report["attention_density"] for report in reports)
-    assert all(high - low > 0.05 for low, high in pairwise(densities))
+        yield llm
+
+
+class TestOneEngine:
+    def test_requests_of_one_batch_have_their_own_settings(self, sparse) -> None:
+        """Three settings in one batch: three densities, and the answers that each gives alone."""
+        settings = [{"p_attn": 0.9, "p_ffn": 0.8}, {"p_attn": 0.3, "p_ffn": 0.3}, {"flops": 0.5}]
+        prompts = [video_prompt(long_video(), **each) for each in settings]
+        alone = [ask(sparse, [prompt])[0] for prompt in prompts]
+        separate = last_reports(sparse, 3)
+        together = ask(sparse, prompts)
+        reports = last_reports(sparse, 3)
+        for got, want in zip(together, alone, strict=True):
+            assert got.difference(want) < CLOSE
+        by_ratio = [sorted(r["flops_ratio"] for r in some) for some in (reports, separate)]
+        assert by_ratio[0] == pytest.approx(by_ratio[1], abs=1e-3)
+        densities = sorted(report["attention_density"] for report in reports)
+        assert all(high - low > 0.05 for low, high in pairwise(densities))
+
+    def test_a_budget_equals_the_twin(self, sparse, checkpoint) -> None:
+        video, question, flops = clip(44, seed=7), "Which digit?", 0.6
+        prompt = video_prompt(video, question=question, flops=flops)
+        (answer,) = ask(sparse, [prompt], 4, 20)
+        share = share_of(sparse, checkpoint, prompt, flops, **SPARSE)
+        # The twin takes the share of cubes and tokens, not of FLOPs.
+        twin = TwinModel(checkpoint, AdaSparkConfig().override(SPARSE | {"flops": None}))
+        kept = {key: SPARSE[key] for key in ("min_cubes", "dense_below")}
+        twin.config = AdaSparkConfig(flops=share, **kept)
+        assert agrees_with(answer, twin.logprobs(chat(VIDEO, question), video, list(answer.ids)))
 
 
 def test_off_is_the_stock_model(checkpoint) -> None:
@@ -133,19 +150,6 @@ def test_a_budget_of_the_server_and_one_that_cannot_be_met(checkpoint) -> None:
         (report,) = last_reports(llm)
         assert report["flops_ratio"] > 0.45
         assert not report["budget"]["kept"] and report["budget"]["smallest"] > 0.45
-
-
-def test_a_budget_equals_the_twin(checkpoint) -> None:
-    video, question, flops = clip(44, seed=7), "Which digit?", 0.6
-    prompt = video_prompt(video, question=question, flops=flops)
-    with engine(checkpoint, SPARSE) as llm:
-        (answer,) = ask(llm, [prompt], 4, 20)
-        share = share_of(llm, checkpoint, prompt, flops, **SPARSE)
-    # The twin takes the share of cubes and tokens, not of FLOPs.
-    twin = TwinModel(checkpoint, AdaSparkConfig().override(SPARSE | {"flops": None}))
-    kept = {key: SPARSE[key] for key in ("min_cubes", "dense_below")}
-    twin.config = AdaSparkConfig(flops=share, **kept)
-    assert agrees_with(answer, twin.logprobs(chat(VIDEO, question), video, list(answer.ids)))
 
 
 def share_of(llm, checkpoint, prompt: dict, flops: float, **settings) -> float:

@@ -219,7 +219,7 @@ BREAK = {
     "traces after a step": "vllm_adaspark.traces.worker.Tracer.after_step",
     "listing traces": "vllm_adaspark.traces.trace.Trace.summary",
     "reading a trace": "vllm_adaspark.traces.trace.Trace.meta",
-    "making a trace's frames": "vllm_adaspark.traces.frames.unpatchify",
+    "making a trace's frames": "vllm_adaspark.models.qwen2_5_vl_layout.unpatchify",
     "the account of a step": "vllm_adaspark.accounts.ledger.count_step",
     "the account of a request": "vllm_adaspark.worker.request_report",
     "accounts": "vllm_adaspark.worker.RequestAccounts.settle",

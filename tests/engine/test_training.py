@@ -174,7 +174,7 @@ def run_finetune(folder: Path, *options: object) -> str:
         [sys.executable, str(EXAMPLES / "finetune.py"), str(folder), *map(str, options)],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ import tiny_videonsa
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from vllm import EngineArgs
 
 from engine.engines import (
     VIDEO,
@@ -23,7 +24,7 @@ from engine.engines import (
     video_prompt,
 )
 from engine.twin import TwinModel
-from vllm_adaspark.methods.videonsa import reference
+from vllm_adaspark.methods.videonsa import faithful_reference, reference
 from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
 from vllm_adaspark.settings import SettingsError
 
@@ -84,13 +85,7 @@ class VideoNSATwin(TwinModel):
         self.weights = load_file(checkpoint / "model.safetensors")
 
     def _attend(self, q, k, v, normed, is_video, start, index) -> torch.Tensor:
-        layer = f"model.language_model.layers.{index}.self_attn.g_proj"
-        for nth in (1, 2):
-            weight, bias = (self.weights[f"{layer}_{nth}.{what}"] for what in ("weight", "bias"))
-            normed = functional.linear(
-                functional.gelu(normed) if nth == 2 else normed, weight, bias
-            )
-        gates = torch.sigmoid(normed / 0.3).unflatten(-1, (-1, 3))
+        gates = torch.sigmoid(self._gate_logits(normed, index) / 0.3)
         gates = torch.cat([gates.new_zeros(start, *gates.shape[1:]), gates])
         result = reference.attention(
             q, k, v, gates, is_video,
@@ -98,6 +93,16 @@ class VideoNSATwin(TwinModel):
             scale=q.shape[-1] ** -0.5, tokens=range(start, len(q)),
         )  # fmt: skip
         return result.output[start:].float()
+
+    def _gate_logits(self, normed, index) -> torch.Tensor:
+        """``[n, heads, 3]`` as ``g_proj_2`` gives them."""
+        layer = f"model.language_model.layers.{index}.self_attn.g_proj"
+        for nth in (1, 2):
+            weight, bias = (self.weights[f"{layer}_{nth}.{what}"] for what in ("weight", "bias"))
+            normed = functional.linear(
+                functional.gelu(normed) if nth == 2 else normed, weight, bias
+            )
+        return normed.unflatten(-1, (-1, 3))
 
     def _ffn(self, x, normed, is_video, start, index) -> torch.Tensor:
         return self.text.layers[index].mlp(normed)
@@ -169,6 +174,8 @@ def prefix_hit_inside_a_video(llm) -> None:
     hit = ask(llm, [video_prompt(video, question="What moves?")])[0]
     assert cold.cached_tokens == 0 and hit.cached_tokens >= 64 * 8
     assert hit.difference(cold) < CLOSE
+    (report,) = last_reports(llm)
+    assert (report["mode"], report["reason"]) in {("dense", "cached"), ("sparse", None)}
 
 
 def settings_per_request(llm, stock) -> None:
@@ -257,3 +264,83 @@ def test_a_checkpoint_without_gates_is_refused(checkpoint, videonsa, tmp_path) -
         engine(path, {}, **OURS),
     ):
         pass
+
+
+class FaithfulTwin(VideoNSATwin):
+    """What the released code computes, as its transcription has it; decode is dense."""
+
+    def _attend(self, q, k, v, normed, is_video, start, index) -> torch.Tensor:
+        scale = q.shape[-1] ** -0.5
+        sizes = {"block_counts": self.config.block_counts}
+        if start:
+            nothing = torch.zeros_like(is_video), torch.zeros(*q.shape[:2], 3)
+            result = reference.attention(
+                q, k, v, nothing[1], nothing[0], window_size=self.config.window_size,
+                scale=scale, tokens=range(start, len(q)), **sizes,
+            )  # fmt: skip
+            return result.output[start:].float()
+        logits = self._gate_logits(normed, index)
+        answer = faithful_reference.attend(
+            q, k, v, is_video, logits, scale=scale, window=self.config.window_size, **sizes
+        )
+        return answer.output.float()
+
+
+FAITHFUL = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
+
+
+def test_faithful_mode(videonsa, alone) -> None:
+    """Equals the transcription of the released code, beside others and after preemption."""
+    settings = {"mode": "faithful"}
+    video = clip(40, seed=7)
+    one = video_prompt(video, question="Which digit?")
+    batch = [video_prompt(clip(36, seed=20 + i), question="What moves?") for i in range(4)]
+    with engine(videonsa, settings, **FAITHFUL, **OURS) as llm:
+        answer = ask(llm, [one], max_tokens=4, logprobs=20)[0]
+        (report,) = last_reports(llm)
+        text = ask(llm, [prompts()["text only"]])[0]
+        want = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
+        named = [one, prompts()["text only"], prompts()["two videos"], prompts()["image"]]
+        singly = [ask(llm, [prompt])[0] for prompt in named]
+        for got, expected in zip(ask(llm, named), singly, strict=True):
+            assert got.difference(expected) < CLOSE
+    assert text.difference(alone["text only"]) == 0
+    assert report["settings"]["mode"] == "faithful"
+    assert all(report["flops"]["executed"][branch] > 0 for branch in (*BRANCHES, "gates", "text"))
+    config = VideoNSASettings(
+        mode="faithful",
+        block_counts=tiny_videonsa.BLOCK_COUNTS,
+        window_size=tiny_videonsa.WINDOW_SIZE,
+    )
+    twin = FaithfulTwin(videonsa, config)
+    expected = twin.logprobs(chat(VIDEO, "Which digit?"), video, list(answer.ids))
+    for step, (got, theirs) in enumerate(zip(answer.logprobs, expected, strict=True)):
+        tokens = torch.tensor(list(got))
+        difference = (theirs[tokens] - torch.tensor(list(got.values()))).abs().max()
+        assert difference < CLOSE, f"step {step}: {difference}"
+    options = {"num_gpu_blocks_override": 43, "max_model_len": 2048, "disable_log_stats": False}
+    with engine(videonsa, settings, **FAITHFUL, **OURS, **options) as llm:
+        together = ask(llm, batch, max_tokens=100)
+        assert sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") > 0
+    for got, theirs in zip(together, want, strict=True):
+        assert got.ids[:3] == theirs.ids[:3] and got.difference(theirs) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"enable_chunked_prefill": True}, r"chunked prefill, because .*--no-enable-chunked"),
+        ({"enable_prefix_caching": True}, r"prefix caching, because .*--no-enable-prefix"),
+        ({"tensor_parallel_size": 2}, r"--tensor-parallel-size 2, because"),
+    ],
+)
+def test_faithful_mode_refuses_at_start(videonsa, options, message) -> None:
+    arguments = EngineArgs(
+        model=str(videonsa),
+        max_model_len=4096,
+        max_num_batched_tokens=4096,
+        additional_config={"adaspark": {"mode": "faithful"}},
+        **FAITHFUL | options,
+    )
+    with pytest.raises(Exception, match=f"mode=faithful does not support {message}"):
+        arguments.create_engine_config()

@@ -193,3 +193,111 @@ def selected_by_token(made: Scene, step: list) -> dict[tuple[int, int, int], lis
             key = row, int(rows.token_position[token]), kv_head
             found[key] = sorted(logical[block // kv_heads] for block in chosen)
     return found
+
+
+SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
+
+
+def one_scene(layout: list, **settings) -> Scene:
+    rng = np.random.default_rng(7)
+    return scene(rng, [VideoNSASettings(**settings)], [layout], **SHAPE)
+
+
+def in_chunks(made: Scene, chunk: int) -> torch.Tensor:
+    (request,) = made.requests
+    request.done, outputs = 0, []
+    while left := len(request.is_video) - request.done:
+        step = [(request, min(chunk, left))]
+        outputs.append(made.step(step))
+        request.done += step[0][1]
+    return torch.cat(outputs)
+
+
+def test_chunks_compute_what_one_step_does() -> None:
+    made = one_scene([("text", 20), ("video", 500), ("text", 9)], block_counts=3, window_size=90)
+    whole = in_chunks(made, 1000)
+    for chunk in (64, 77):
+        made.layer.kv_cache.normal_()
+        assert relative_rms(in_chunks(made, chunk), whole) < 1e-5
+
+
+def test_a_later_token_changes_no_earlier_one() -> None:
+    """The released code shows a query later blocks; paper mode does not."""
+    made = one_scene([("text", 20), ("video", 400), ("text", 30)], block_counts=3)
+    before = in_chunks(made, 1000)
+    (request,) = made.requests
+    for changed in (440, 300, 130):
+        for name in "kv":
+            getattr(request, name)[changed] += 3.0
+        after = in_chunks(made, 1000)
+        assert torch.equal(after[:changed], before[:changed])
+        assert not torch.equal(after[changed:], before[changed:])
+        before = after
+
+
+def test_one_block_has_nothing_to_compress_and_selects_itself() -> None:
+    """At most 64 tokens: no compressed branch, and selection and window are the same."""
+    made = one_scene([("text", 5), ("video", 50), ("text", 5)], block_counts=32)
+    got = in_chunks(made, 1000)
+    (request,) = made.requests
+    gates_of_request = made.gates(request).clone()
+    for cmp, slc, swa in ((9.0, None, None), (None, 0.0, "both"), (None, "both", 0.0)):
+        forced = gates_of_request.clone()
+        together = forced[..., 1] + forced[..., 2]
+        for branch, gate in enumerate((cmp, slc, swa)):
+            if gate is not None:
+                forced[..., branch] = together if gate == "both" else gate
+        want = reference.attention(
+            request.q, request.k, request.v, forced, request.is_video,
+            block_counts=32, window_size=256, scale=32**-0.5,
+        )  # fmt: skip
+        assert relative_rms(got, want.output) < 1e-5
+
+
+def test_blocks_that_are_not_selected_are_not_read() -> None:
+    """Not a number in what no token of the step selected, sees or compresses token by token."""
+    made = one_scene([("video", 640)], block_counts=2, window_size=64)
+    (request,) = made.requests
+    made.step([(request, 576)])
+    request.done = 576
+    step = [(request, 8)]
+    want = made.step(step)
+    chosen = {block for blocks in selected_by_token(made, step).values() for block in blocks}
+    unread = set(range(8)) - chosen  # block 8 is in the window, 9 the own one
+    assert unread
+    for block in unread:
+        made.layer.kv_cache[int(request.blocks[block])] = float("nan")
+    assert torch.equal(made.step(step), want)
+    for block in chosen:  # the counter-test
+        made.layer.kv_cache[int(request.blocks[block])] = float("nan")
+    assert not made.step(step).isfinite().all()
+
+
+def test_images_and_off_and_what_checkpoints_say() -> None:
+    said = {"text_config": {"block_counts": 5, "window_size": 70}, "window_size": 9}
+    assert VideoNSASettings.of_checkpoint(said) == {"block_counts": 5, "window_size": 70}
+    assert VideoNSASettings.of_checkpoint({"block_counts": 4}) == {"block_counts": 4}
+    assert VideoNSASettings.of_checkpoint({}) == {}
+    assert VideoNSA.media == ("video", "image")
+    off = VideoNSARequest(VideoNSASettings().override("off"), np.ones(99, bool))
+    assert not off.has_vision(0, 99)
+
+
+def test_a_prompts_flops_are_what_accounts_count() -> None:
+    from vllm_adaspark.accounts.account import Account, ModelShape, count_step
+    from vllm_adaspark.methods.videonsa.plan import prompt_flops
+
+    shape = ModelShape(hidden=128, heads=4, kv_heads=2, head_size=32, intermediate=256)
+    made = one_scene([("text", 20), ("video", 500), ("text", 9)], block_counts=3, window_size=90)
+    (request,) = made.requests
+    account = Account(shape, range(1))
+    while request.done < len(request.is_video):
+        step = [(request, min(100, len(request.is_video) - request.done))]
+        made.step(step)
+        account.add(count_step(made.layer.runtime.rows, made.layer.runtime.plan, range(1), shape))
+        request.done += step[0][1]
+    executed = account.report()["flops"]["executed"]
+    whole = prompt_flops(request.config, shape, 1, request.is_video.numpy())
+    assert executed["total"] == pytest.approx(whole)
+    dense = prompt_flops(request.config.override("off"), shape, 1, request.is_video.numpy())
+    assert dense == pytest.approx(account.report()["flops"]["dense"]["total"])

@@ -508,7 +508,7 @@ def test_layer_ffn_equals_torch(
     torch.nn.Module.__init__(mlp)
     mlp.gate_up_proj, mlp.down_proj = Linear(24, 64), Linear(32, 24)
     mlp.act_fn = lambda x: torch.nn.functional.silu(x[:, :32]) * x[:, 32:]
-    method = harness.method(config, 1, 1, 16)
+    method = harness.adaspark(config, 1, 1, 16)
     mlp.adaspark, mlp.adaspark_layer = SimpleNamespace(plan=plan, method=method), 0
     monkeypatch.setattr(plugin_ffn, "get_tensor_model_parallel_world_size", lambda: 1)
     x, residual = torch.randn(2, len(request.is_video), 24)

@@ -5,12 +5,18 @@ Not collected by itself: the interpreter must be asked for before anything impor
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_adaspark import kernels
 from vllm_adaspark.kernels import videonsa_compress, videonsa_select
 from vllm_adaspark.kernels import videonsa_twins as twins
+from vllm_adaspark.methods.videonsa import compress as layer
+from vllm_adaspark.methods.videonsa.plan import build_plan
+from vllm_adaspark.methods.videonsa.request import VideoNSARequest
+from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
+from vllm_adaspark.paged.state import BlockSums, StepRows
 
 assert kernels.interpreted(), "run through tests/kernels/test_triton.py"
 
@@ -203,3 +209,38 @@ def test_videonsa_select_refuses_what_it_cannot_read() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             videonsa_select.select(**arguments | change)
+
+
+def test_videonsa_layer_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a layer, from the planner's own plan: output, table and trace of two requests."""
+    settings, heads, kv_heads, d = VideoNSASettings(block_counts=3), 4, 2, 16
+    # Chunks of few tokens, because a program of the interpreter takes long.
+    lengths, start, width = (64 * 7 + 3, 64 + 2), np.array([0, 6, 10]), 8
+    blocks = np.random.default_rng(0).permutation(2 * width).astype(np.int32).reshape(2, width)
+    rows = StepRows(start, np.array(lengths), blocks)
+    requests = [VideoNSARequest(settings, np.ones(length, bool)) for length in lengths]
+    plan = build_plan(rows, requests, torch.device("cpu"))
+    torch.manual_seed(0)
+    sums = [BlockSums(2 * width, kv_heads, d, 64, torch.device("cpu")) for _ in range(2)]
+    for each in sums:
+        each.sums.normal_().mul_(64)
+    branches = plan.attention
+    query = 2 * torch.randn(branches.number, kv_heads, heads // kv_heads, d)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        traced = torch.zeros(branches.number, kv_heads, branches.blocks, dtype=torch.bool)
+        branches.selection(kv_heads).block_table.fill_(-1)
+        out = layer.compress(query, branches, *sums, d**-0.5, None, traced)
+        table = branches.shared.block_table.view(kv_heads, branches.number, -1)
+        unused = torch.arange(table.shape[-1]) > branches.places[:, None]
+        return out, table.masked_fill(unused, -1).sort(-1).values, traced
+
+    calls, best = [], videonsa_compress.best
+    monkeypatch.setattr(videonsa_compress, "best", lambda *a: calls.append(1) or best(*a))
+    got = run()
+    assert len(calls) == 2, "a row each"
+    monkeypatch.setattr(layer, "use_triton", lambda tensor: False)
+    want = run()
+    assert relative_rms(got[0], want[0]) < 1e-5
+    assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
+    assert torch.equal(got[2].sum(-1), branches.places[:, None].expand(-1, kv_heads))

@@ -20,8 +20,8 @@ from typing import Any
 from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-START_SECONDS = 60  # it takes one or two
-ANSWER_SECONDS = 30
+START_SECONDS = 300  # it takes one or two
+ANSWER_SECONDS = 120
 FLAGS = (
     "--headless",
     "--no-sandbox",

@@ -20,6 +20,7 @@ SERVER_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_PLUGINS": "adaspark,adaspark_http",
 }
+KEY = "the-key"  # of the server that has one
 SETTINGS = {"p_attn": 0.6, "p_ffn": 0.5, "min_cubes": 1, "dense_below": 2}
 
 
@@ -89,7 +90,7 @@ class Served:
         return by_id
 
     def health(self) -> int:
-        with urllib.request.urlopen(f"{self.server.url}/health", timeout=60) as response:
+        with urllib.request.urlopen(f"{self.server.url}/health", timeout=120) as response:
             return response.status
 
 

@@ -13,7 +13,7 @@ from serving import Served, data_url, mm
 from video_files import encode, picture, sound
 from webserver import serve_folder
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.server
 TEXT_TOKENS = 16
 PAIR_TOKENS = 30  # of two frames: 6 x 5
 

@@ -24,7 +24,7 @@ from vllm_adaspark.accounts.account import Account, ModelShape
 from vllm_adaspark.accounts.ledger import EDGES
 from vllm_adaspark.server import metrics
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.server
 ROOT = Path(__file__).parents[2]
 SETTLE_SECONDS = 60  # on a busy machine; it takes less than one
 PARTS = ("qkvo", "attention", "selection", "ffn")
@@ -66,7 +66,7 @@ class Scrape(dict):
 
 
 def scrape(served: Served) -> Scrape:
-    with urllib.request.urlopen(f"{served.server.url}/metrics", timeout=20) as response:
+    with urllib.request.urlopen(f"{served.server.url}/metrics", timeout=120) as response:
         assert response.headers["content-type"].startswith("text/plain; version=")
         return Scrape(response.read().decode())
 
@@ -156,6 +156,7 @@ def test_metrics_add_up_to_the_accounts(served: Served, clip) -> None:
         ask(served, clip, cache_salt="metrics"),
         ask(served, clip, **mm({"p_attn": 0.2, "p_ffn": 0.2})),
         ask(served, clip, **mm("off")),
+        ask(served, clip, **mm({"prune": 0.5})),
         ask(served, None),
     ]
     after = settled(served, before.get_total("requests_total") + len(accounts))
@@ -171,24 +172,26 @@ def test_metrics_add_up_to_the_accounts(served: Served, clip) -> None:
     tokens = sum(account["tokens"] for account in accounts)
     assert grew("tokens_total", kind="video") == video
     assert grew("tokens_total", kind="text") == tokens - video
+    dropped = sum(account["dropped_tokens"] for account in accounts)
+    assert grew("dropped_tokens_total") == dropped > 0
     for reason in ("cut_cube", "mixed_block", "long_text"):
         want = sum(account["fallback_tokens"][reason] for account in accounts)
         assert grew("planner_fallback_tokens_total", reason=reason) == want
     for name in ("selection_seconds", "planning_seconds"):
         want = sum(account[name] for account in accounts)
         assert grew(f"{name}_total") == pytest.approx(want) and want > 0
-    assert grew("requests_total", mode="sparse", reason="") == 3
+    assert grew("requests_total", mode="sparse", reason="") == 4
     assert grew("requests_total", mode="dense", reason="off") == 1
     assert grew("requests_total", mode="dense", reason="no_video") == 1
-    assert grew("requests_total") == 5
+    assert grew("requests_total") == 6
 
-    with_video = accounts[:4]
+    with_video = accounts[:5]
     for name, field in (
         ("attention_density", "attention_density"),
-        ("ffn_active_share", "ffn_density"),
+        ("ffn_density", "ffn_density"),
     ):
         groups = [str(layer) for layer in range(4)]
-        assert [grew(f"{name}_count", layers=group) for group in groups] == [4] * 4
+        assert [grew(f"{name}_count", layers=group) for group in groups] == [5] * 4
         # A group is a layer here, and an account's density is the mean of its layers'.
         want = sum(account[field] for account in with_video)
         assert grew(f"{name}_sum") / 4 == pytest.approx(want)
@@ -310,7 +313,7 @@ def rank(
         "total": account.to_counts(),
         "requests": [["sparse", None, ended], ["dense", "off", 1]],
         "attention_density": histograms,
-        "ffn_active_share": histograms,
+        "ffn_density": histograms,
         "traces": {"held": 1, "bytes": 1000},
     }
 
@@ -550,7 +553,7 @@ def test_refusals_of_several_api_servers_are_added(tmp_path) -> None:
 
     def process(*arguments: str) -> str:
         command = [sys.executable, "-c", SEVERAL_API_SERVERS, *arguments]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 

@@ -1,4 +1,4 @@
-"""The shipped needle model reaches its accuracy through real servers, dense and sparse.
+"""The needle benchmark end to end, and what the shipped model answers: real servers, real mp4.
 
 docs/quality.md has the full measurement.  The bounds here lie some answers below it, so that they
 catch a broken checkpoint or a broken selection and not a rounding difference.
@@ -9,43 +9,81 @@ from dataclasses import replace
 import openai
 import pytest
 import variable_rate
-from needle import NEEDLE, grid  # benchmarks
-from needle.run import Run
+from needle import NEEDLE, grid, report, results, tables  # benchmarks
+from needle import __main__ as command
+from needle.run import Fleet, Run
 from needle.videos import scenes
 from needle.work import Work
 
-VIDEOS = 10  # six questions each
-LENGTHS = (1024, 4096)
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+CHECKPOINT = NEEDLE / "checkpoint"
+VIDEOS = 8  # six questions each
+SHORT, LONG = 1024, 4096
+DENSE = replace(grid.DENSE, lengths=(SHORT, LONG))
+OURS = replace(grid.MAIN, lengths=(SHORT, LONG))
+EVS = replace(grid.rivals(0.5, 0.5)[-1], lengths=(SHORT,))
+ASKED = grid.Grid((DENSE, OURS, EVS), videos=VIDEOS)
 
 
-@pytest.mark.server
-def test_the_shipped_weights_reach_their_accuracy_through_the_server(tmp_path):
-    dense = replace(grid.DENSE, lengths=LENGTHS)
-    ours = replace(grid.MAIN, lengths=LENGTHS[1:])
-    asked = grid.Grid((dense, ours), videos=VIDEOS)
-    records = Run(asked, NEEDLE / "checkpoint", tmp_path, Work(tmp_path / "w.jsonl", "")).measure()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("needle")
 
-    def right(name: str, tokens: int, *skills: str) -> float:
-        answers = [
-            answer
-            for record in records
-            if record["contender"] == name and record["tokens"] == tokens
-            for answer in record["answers"]
-            if answer["skill"] in skills
-        ]
-        assert len(answers) == len(skills) * VIDEOS
-        return sum(a["answer"] == a["expected"] for a in answers) / len(answers)
 
-    for tokens in LENGTHS:
-        assert right("dense", tokens, *scenes.SKILLS) >= 0.9, tokens
+@pytest.fixture(scope="module")
+def records(folder) -> list[dict]:
+    return Run(ASKED, CHECKPOINT, folder, Work(folder / "work.jsonl", "weights")).measure()
+
+
+def of(records: list[dict], contender: grid.Contender, tokens: int) -> list[dict]:
+    mine = [r for r in records if (r["contender"], r["tokens"]) == (contender.name, tokens)]
+    assert len(mine) == VIDEOS
+    return mine
+
+
+def right(records: list[dict], *skills: str) -> float:
+    answers = [a for record in records for a in record["answers"] if a["skill"] in skills]
+    assert len(answers) == len(skills) * len(records)
+    return sum(a["answer"] == a["expected"] for a in answers) / len(answers)
+
+
+def test_the_shipped_weights_reach_their_accuracy(records):
+    for tokens in (SHORT, LONG):
+        dense = of(records, DENSE, tokens)
+        assert right(dense, *scenes.SKILLS) >= 0.9, tokens
         for skill in scenes.SKILLS:
-            assert right("dense", tokens, skill) >= 0.8, (tokens, skill)
-    assert right(ours.name, LENGTHS[1], *scenes.SKILLS) >= 0.85
-    spent = [r["flops_ratio"] for r in records if r["contender"] == ours.name]
-    assert max(spent) < 0.6
+            assert right(dense, skill) >= 0.75, (tokens, skill)
+    ours = of(records, OURS, LONG)
+    assert right(ours, *scenes.SKILLS) >= 0.85
+    assert max(record["flops_ratio"] for record in ours) < 0.6
 
 
-@pytest.mark.server
+def test_evs_keeps_fewer_tokens_at_the_flops_of_ours(records):
+    mine, theirs = of(records, OURS, SHORT), of(records, EVS, SHORT)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one["flops_ratio"] < 0.9 and one["ffn_density"] < 0.9
+        assert one["settings"] == OURS.settings
+        assert other["attention_density"] < 1 and one["text_tokens"] == other["text_tokens"]
+    # At most the FLOPs of ours, and near them: fewer tokens, all of them computed.
+    spent = [sum(record["flops_ratio"] for record in some) for some in (mine, theirs)]
+    assert 0.97 * spent[0] < spent[1] <= spent[0] * (1 + 1e-6)
+
+
+def test_rows_come_out_and_nothing_is_asked_twice(records, folder, monkeypatch):
+    one = of(records, OURS, SHORT)[0]
+    rows = results.rows(one)
+    assert [row["skill"] for row in rows] == list(tables.scenes.SKILLS)
+    assert all(row["haystack"] == "calm" and row["tokens"] == SHORT for row in rows)
+
+    monkeypatch.setattr(Fleet, "client", None)  # no server starts
+    again = Run(ASKED, CHECKPOINT, folder, Work(folder / "work.jsonl", "weights")).measure()
+    assert again == records
+    result = results.document(records, ASKED, CHECKPOINT, command.now())
+    report.write(result, folder / "page.md")
+    page = (folder / "page.md").read_text()
+    assert OURS.name in page and EVS.name in page
+
+
 def test_cards_are_found_wherever_they_are_in_a_video_of_variable_rate(needle_url, tmp_path):
     """In its first second, among the frames that are two seconds apart, on its last frame."""
     url = variable_rate.write(tmp_path / "clip.mp4").as_uri()

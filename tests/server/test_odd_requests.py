@@ -22,9 +22,9 @@ import pytest
 import torch
 from serving import Served, about, data_url, mm
 
-from vllm_adaspark.models.checks import position_limit
+from vllm_adaspark.models.qwen2_5_vl_checks import position_limit
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300), pytest.mark.usefixtures("still_serves")]
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("still_serves")]
 
 HOUR = 3600
 

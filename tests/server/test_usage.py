@@ -17,7 +17,7 @@ from serving import Served, about, data_url, mm
 
 from vllm_adaspark.accounts.account import Account, ModelShape
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.server
 WAIT_SECONDS = 60  # on a busy machine; it takes less than one
 FIELDS = {
     "mode",
@@ -28,6 +28,7 @@ FIELDS = {
     "flops",
     "tokens",
     "video_tokens",
+    "dropped_tokens",
     "cached_tokens",
     "fallback_tokens",
     "selection_seconds",
@@ -154,6 +155,22 @@ def test_usage_tells_the_settings_and_the_budget(served: Served, clip) -> None:
     assert usage["settings"].items() >= asked.items()
 
 
+def test_usage_tells_what_was_dropped(served: Served, clip) -> None:
+    """Two requests about one video prune it differently; dense is the same."""
+    whole, pruned = (
+        create(served, clip, extra_body=mm({"p_attn": 1.0, "p_ffn": 1.0, "prune": share}))
+        for share in (0.0, 0.5)
+    )
+    told = cost(pruned)
+    assert told["dropped_tokens"] == told["video_tokens"] == cost(whole)["video_tokens"] // 2
+    assert pruned.usage.prompt_tokens == whole.usage.prompt_tokens - told["dropped_tokens"]
+    assert told["flops"]["dense"] == pytest.approx(cost(whole)["flops"]["dense"])
+    assert told["flops"]["dropped"]["total"] == pytest.approx(
+        (1 - told["flops_ratio"]) * told["flops"]["dense"]["total"]
+    )
+    assert (told["mode"], told["settings"]["prune"]) == ("sparse", 0.5)
+
+
 def test_cached_tokens_are_told_and_not_counted(served: Served, clip) -> None:
     cold, warm = (cost(create(served, clip, extra_body={"cache_salt": "warm"})) for _ in range(2))
     assert cold["cached_tokens"] == 0 < warm["cached_tokens"]
@@ -231,7 +248,7 @@ def test_concurrent_requests_get_their_own(served: Served, clip) -> None:
 
 
 def load(served: Served) -> int:
-    with urllib.request.urlopen(f"{served.server.url}/load", timeout=60) as response:
+    with urllib.request.urlopen(f"{served.server.url}/load", timeout=120) as response:
         return json.load(response)["server_load"]
 
 
@@ -264,7 +281,7 @@ def test_errors_are_stock(served: Served, media: Path) -> None:
         f"{served.server.url}/v1/chat/completions", b"{}", {"Content-Type": "text/plain"}
     )
     with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.urlopen(request, timeout=60)
+        urllib.request.urlopen(request, timeout=120)
 
 
 # -- requests that are odd, but not ours to refuse ------------------------------------------------
@@ -341,7 +358,7 @@ def post(served: Served, body: dict) -> tuple[int, str]:
         {"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

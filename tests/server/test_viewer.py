@@ -9,50 +9,20 @@ import os
 import urllib.error
 import urllib.request
 
-import checkpoint as demo_checkpoint  # examples/demo
 import numpy as np
-import openai
 import pytest
 from browser import Page, find_browser
 from PIL import Image
-from server import VllmServer  # examples/demo
-from serving import SERVER_ENV, Served, mm
+from serving import KEY, Served, mm
 
-from vllm_adaspark import ARCHITECTURE
 from vllm_adaspark.traces import reader
 from vllm_adaspark.traces.picture import cube_heat, gradient, save_heatmap
 from vllm_adaspark.video.order import cube_order
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
-START_SECONDS = 240
-KEY = "the-key"
+pytestmark = pytest.mark.server
 HAS_KEY = f"sessionStorage.setItem('adaspark-api-key', {json.dumps(KEY)})"
 QUESTION = "Which number is shown on the card?"
 VIDEO_TOKENS = 300  # of the clip: ten pairs of frames of 5 x 6 tokens
-
-
-@pytest.fixture(scope="module")
-def viewed(media, tmp_path_factory):
-    """A server with the HTTP plugin and an API key, which has not been asked anything."""
-    folder = tmp_path_factory.mktemp("viewer")
-    checkpoint = demo_checkpoint.build(folder / "checkpoint", dtype="float32", seed=3)
-    settings = {"p_attn": 0.5, "p_ffn": 0.5, "min_cubes": 1, "dense_below": 2}
-    arguments = [
-        *("--served-model-name", "tiny"),
-        *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
-        *("--additional-config", json.dumps({"adaspark": settings})),
-        "--trust-request-mm-kwargs",
-        *("--allowed-local-media-path", str(media)),
-        *("--dtype", "float32"),
-        *("--max-model-len", "4096"),
-        *("--max-num-batched-tokens", "2048"),
-        *("--api-key", KEY),
-        "--enforce-eager",
-    ]
-    with VllmServer(checkpoint, *arguments, log=folder / "server.log", env=SERVER_ENV) as server:
-        server.wait_until_ready(START_SECONDS)
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, timeout=60, max_retries=0)
-        yield Served(server, client, folder / "none.jsonl", None)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +53,7 @@ def fetch(viewed, path: str, *, key: str | None = KEY, method: str = "GET"):
     if key is not None:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return response.status, response.headers, response.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()

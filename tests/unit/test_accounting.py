@@ -31,6 +31,7 @@ from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.plan import StepPlan
 from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.paged.tiles import DENSE, TEXT, VIDEO
+from vllm_adaspark.video.prune import VideoSpan, WholePrompt
 
 BLOCK = 32
 LAYERS = range(2)
@@ -394,6 +395,31 @@ def test_two_chunks_cost_what_one_does_dense(whole, edge) -> None:
     assert got == want
     assert chunked.dense_pairs == 9316
     assert chunked.video_tokens == 96
+
+
+@pytest.mark.parametrize("edges", [[136], [50, 70, 101, 136], [136, 139]])
+def test_dropped_tokens_count_as_dense(edges) -> None:
+    """Of 300 video tokens 96 are in the prompt: dense is the cost of all, in chunks and answer."""
+    prompt = WholePrompt(136, [VideoSpan(32, 96, 300)])
+    account, kept, begin = Account(TINY, LAYERS), Account(TINY, LAYERS), 0
+    for end in edges:
+        rows, plan = step((begin, end - begin, 5))
+        for each, whole in ((account, [prompt]), (kept, [None])):
+            each.add(count_step(rows, plan, LAYERS, whole=whole), 0)
+        begin = end
+    tokens = edges[-1] + 204
+    dense = 2 * (tokens * (384 + 768) + tokens * (tokens + 1) / 2 * 32)
+    report, of_the_kept = account.report(), kept.report()
+    assert (report["tokens"], report["dropped_tokens"]) == (edges[-1], 204)
+    assert report["flops"]["dense"]["total"] == dense
+    assert report["flops"]["executed"] == of_the_kept["flops"]["executed"]
+    for part, flops in report["flops"]["dropped"].items():
+        assert report["flops"]["dense"][part] - flops == of_the_kept["flops"]["dense"][part]
+    assert report["flops_ratio"] == of_the_kept["flops"]["executed"]["total"] / dense
+    assert of_the_kept["dropped_tokens"] == of_the_kept["flops"]["dropped"]["total"] == 0
+    for density in ("attention_density", "ffn_density", "video_tokens"):
+        assert report[density] == of_the_kept[density], "of the tokens that are left"
+    assert Account.from_counts(account.to_counts()).report() == report
 
 
 @pytest.mark.parametrize("edge", [32, 64, 128])

@@ -1,5 +1,9 @@
 """AdaTP's pure parts against the twin and by hand: settings, segments, counts, choice, schedule."""
 
+import json
+from types import SimpleNamespace
+
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -7,13 +11,14 @@ import torch
 from vllm_adaspark.accounts.account import ModelShape
 from vllm_adaspark.methods.adatp import reference
 from vllm_adaspark.methods.adatp.flops import PromptCost, event_layers, layer_flops
+from vllm_adaspark.methods.adatp.method import AdaTP
 from vllm_adaspark.methods.adatp.prune import apportion, choose, kept_per_segment
 from vllm_adaspark.methods.adatp.relevance import relevant_segments, segment_shares
 from vllm_adaspark.methods.adatp.request import AdaTPRequest
 from vllm_adaspark.methods.adatp.score import text_scores
 from vllm_adaspark.methods.adatp.segments import adjacent_similarity, frame_means, segment_frames
 from vllm_adaspark.methods.adatp.settings import AdaTPSettings
-from vllm_adaspark.requests import Video
+from vllm_adaspark.requests import Prompt, Video
 from vllm_adaspark.settings import SettingsError
 
 SMALL = ModelShape(hidden=8, heads=2, kv_heads=1, head_size=4, intermediate=16)
@@ -65,6 +70,9 @@ def test_keep_and_flops_replace_each_other() -> None:
 def test_fastv_is_a_word_that_named_settings_outrank() -> None:
     fastv = AdaTPSettings().override("fastv")
     assert fastv.layers == (2,) and fastv.dedup == "off" and fastv.queries == "last"
+    assert (fastv.keep, fastv.flops) == ((0.5,), None)
+    budget = AdaTPSettings(keep=(0.5, 0.4), flops=None).override({"fastv": True, "flops": 0.4})
+    assert (budget.keep, budget.flops, budget.layers) == (None, 0.4, (2,))
     assert AdaTPSettings().override({"fastv": True, "layers": [3], "keep": 0.5}).layers == (3,)
 
 
@@ -312,7 +320,7 @@ def test_a_request_settles_how_many_tokens_go_on() -> None:
     cost = PromptCost(SMALL, 4, event_layers(config, 4), text=13, video=27, queries=5)
     videos = tuple(Video(grid, lambda: torch.ones(0)) for grid in ((3, 2, 2), (5, 1, 3)))
     similar = {3: np.array([0.95, 0.5]), 5: np.array([1.0, 1.0, 0.1, 1.0])}
-    request = AdaTPRequest(config, is_video, videos, cost)
+    request = AdaTPRequest(config, is_video, videos, 35, cost)
     assert request.asks == slice(35, 40)
     assert request.token_place.tolist() == [0, 1, 2, 3] * 3 + [0, 1, 2] * 5
     request.start(40, lambda video: similar[video.grid[0]])
@@ -326,10 +334,28 @@ def test_a_request_settles_how_many_tokens_go_on() -> None:
     assert (request.progress.pruning, request.progress.reason) == (None, "one_step")
 
 
+def test_what_is_told_travels_as_json() -> None:
+    text = SimpleNamespace(
+        num_attention_heads=2, hidden_size=8, num_key_value_heads=1, intermediate_size=16,
+        num_hidden_layers=6,
+    )  # fmt: skip
+    place = SimpleNamespace(offset=3, length=20, is_embed=None)
+    videos = [Video((4, 1, 5), lambda: torch.ones(20, 1))]
+    prompt = Prompt(30, {"video": [place]}, videos=videos)
+    method = AdaTP(AdaTPSettings(), text, "cpu")
+    told = {}
+    for name, settings in {"budget": {}, "all": {"keep": 1, "dedup": "off"}, "off": "off"}.items():
+        request = method.describe(AdaTPSettings().override(settings), prompt)
+        told[name] = json.loads(json.dumps(method.told(request)))
+        msgspec.msgpack.encode(method.told(request))  # takes no NumPy scalar, as vLLM's does not
+    assert told["budget"]["budget"]["flops"] == 0.273 and told["budget"]["layers"] == [2]
+    assert [each["off"] for each in told.values()] == [False, True, True]
+
+
 def test_a_prompt_without_text_after_its_video_asks_nothing() -> None:
     is_video = np.array([False, True, True])
     config = AdaTPSettings()
     cost = PromptCost(SMALL, 4, event_layers(config, 4), text=1, video=2, queries=0)
-    request = AdaTPRequest(config, is_video, (Video((2, 1, 1), lambda: torch.ones(2, 1)),), cost)
+    request = AdaTPRequest(config, is_video, (Video((2, 1, 1), lambda: torch.ones(2, 1)),), 3, cost)
     request.start(3, lambda video: np.ones(1))
     assert (request.progress.pruning, request.progress.reason) == (None, "no_text")

@@ -174,6 +174,26 @@ def test_the_smallest_budget_can_be_kept_and_no_smaller_one(tokens, min_cubes):
     assert long_video(tokens, min_cubes=1).least <= cost.least
 
 
+def test_a_budget_is_a_share_of_the_whole_video():
+    """Where tokens were dropped, the dense FLOPs are those of the prompt that still had them."""
+    is_video = np.concatenate([np.zeros(10, bool), np.ones(2000, bool), np.zeros(20, bool)])
+    config = settings(dense_below=2, min_cubes=1)
+    kept, all_of_it = (prompt_cost(SHAPE, LAYERS, is_video, config, n) for n in (2000, 0))
+    grown = np.concatenate([is_video, np.ones(2000, bool)])
+    assert (
+        kept.whole
+        == prompt_cost(SHAPE, LAYERS, grown, config).dense
+        == pytest.approx(naive_spent(grown, config, 1.0))
+    )
+    assert kept.dense == all_of_it.dense == all_of_it.whole < kept.whole / 2
+    assert kept.least == pytest.approx(all_of_it.least * kept.dense / kept.whole)
+    half, quarter = kept.share(0.5), kept.share(0.25)
+    assert half == 1.0, "dropping tokens keeps it alone"
+    assert 0 < quarter < 1
+    assert kept.spent(quarter, quarter) <= 0.25 * kept.whole
+    assert kept.spent(quarter + 0.002, quarter + 0.002) > 0.25 * kept.whole
+
+
 def test_edges_of_a_budget():
     cost = long_video()
     assert cost.share(1.0) == 1.0

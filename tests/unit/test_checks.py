@@ -15,7 +15,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
-from vllm_adaspark.models.checks import Grid, check_positions, position_limit
+from vllm_adaspark.models.qwen2_5_vl_checks import Grid, check_positions, position_limit
 from vllm_adaspark.models.sent_items import SentItems
 
 ROPES = {

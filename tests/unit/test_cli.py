@@ -32,7 +32,7 @@ def run(*arguments: str, code: str = PROGRAM, **env: str) -> subprocess.Complete
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, **env},
     )
 
@@ -219,6 +219,32 @@ def test_serve_takes_the_settings_of_the_method(served, call):
     assert code == 2 and "--windw (did you mean --window?)" in err
 
 
+def test_a_checkpoint_that_was_trained_for_a_method_runs_it(served, call, tuned):
+    """By its config.json, or by its name where that is not at hand; nothing needs to be named."""
+    model = tuned({}, architectures=["VideoNSAForConditionalGeneration"], block_counts=8)
+    for named in (str(model), "Enxin/VideoNSA"):
+        arguments, _ = served(named, "--window-size", "128")
+        assert value(arguments, "--hf-overrides") == {
+            "architectures": ["VideoNSAForConditionalGeneration"]
+        }
+        assert value(arguments, "--additional-config") == {"adaspark": {"window_size": 128}}
+    told = json.loads(
+        call("inspect", "--duration", "1m", "--size", "224x224", "--json", "--model", model)[1]
+    )
+    assert told["settings"]["block_counts"] == 8 and "p_attn" not in told["settings"]
+
+
+def test_serve_takes_lists_and_switches_of_a_method(served):
+    arguments, _ = served(
+        "m", "--method", "adatp", "--layers", "2,6", "--keep", "0.5", "--no-keep-budget",
+        "--tau-s", "0.9",
+    )  # fmt: skip
+    assert value(arguments, "--additional-config") == {
+        "method": "adatp",
+        "adaspark": {"layers": [2, 6], "keep": 0.5, "keep_budget": False, "tau_s": 0.9},
+    }
+
+
 def test_serve_merges_what_the_user_gives(served):
     arguments, _ = served(
         "m", "--hf_overrides={\"a\": {\"b\": 1}}", "--additional-config.adaspark.min_cubes", "2",
@@ -358,8 +384,9 @@ def test_messages_show_no_keys(call, arguments):
 def tuned(tmp_path):
     """A checkpoint's folder whose config.json has settings."""
 
-    def make(settings):
+    def make(settings, **more):
         model = {
+            "model_type": "qwen2_5_vl",
             "hidden_size": 256,
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
@@ -368,7 +395,7 @@ def tuned(tmp_path):
             "vision_config": {},
             "adaspark_config": settings,
         }
-        (tmp_path / "config.json").write_text(json.dumps(model))
+        (tmp_path / "config.json").write_text(json.dumps(model | more))
         return tmp_path
 
     return make
@@ -413,12 +440,12 @@ def test_none_of_our_flags_is_vllms():
     theirs = make_arg_parser(FlexibleArgumentParser())
     names = {name for action in theirs._actions for name in action.option_strings}
     assert {"--max-model-len", "--trust-request-mm-kwargs", *serve.REFUSED} <= names
-    parser = argparse.ArgumentParser(add_help=False)
-    serve.add_parser(parser.add_subparsers())
-    ours = parser._subparsers._group_actions[0].choices["serve"]
-    mine = {name for action in ours._actions for name in action.option_strings}
-    assert names & mine == {"-h", "--help"}
     for method in built_in():
+        parser = argparse.ArgumentParser(add_help=False)
+        serve.add_parser(parser.add_subparsers(), ["serve", "m", "--method", method])
+        ours = parser._subparsers._group_actions[0].choices["serve"]
+        mine = {name for action in ours._actions for name in action.option_strings}
+        assert names & mine == {"-h", "--help"}, method
         assert settings.misspelt(sorted(names), settings_class(method)) is None
 
 
@@ -601,6 +628,7 @@ def test_ask_refuses_before_it_starts(call, clip, arguments, message):
 
 def test_ask_says_how_a_long_video_would_fit(call, clip, tmp_path):
     config = {
+        "model_type": "qwen2_5_vl",
         "hidden_size": 256,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
@@ -618,14 +646,15 @@ def test_ask_says_how_a_long_video_would_fit(call, clip, tmp_path):
 # -- doctor ---------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_this_installation_sound():
-    done = run("doctor", "--json", VLLM_PLUGINS="adaspark,adaspark_http")
-    told = json.loads(done.stdout)
+def test_doctor_finds_this_installation_sound(call, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "adaspark,adaspark_http")
+    code, out, _ = call("doctor", "--json")
+    told = json.loads(out)
     found = {finding["name"]: finding for finding in told["findings"]}
     assert {"python", "torch", "vllm", "av", "architecture", "method adaspark"} <= found.keys()
     assert found["attention backend"]["value"] in ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
     broken = [finding for finding in told["findings"] if finding["state"] == "broken"]
-    assert (done.returncode, broken) == (0, [])
+    assert (code, broken) == (0, [])
 
 
 def test_doctor_names_what_is_broken_and_how_to_mend_it():

@@ -11,19 +11,12 @@ import pytest
 import torch
 import video as demo_video  # examples/demo
 
-from vllm_adaspark.accounts.cost import (
-    PRESETS,
-    CostError,
-    FrameRules,
-    Sampling,
-    Video,
-    cost,
-    read_model,
-    resized,
-    sampled_frames,
-)
+from vllm_adaspark.accounts.cost import PRESETS, cost, read_model
 from vllm_adaspark.cli.media import probe
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.models.layout import LayoutError, Sampling, Video
+from vllm_adaspark.models.qwen2_5_vl_layout import QwenFrames
+from vllm_adaspark.video.prune import COLUMNS
 
 CONFIG = AdaSparkConfig()
 HD = Video(frames=108_000, fps=30.0, width=1280, height=720)  # an hour
@@ -58,7 +51,7 @@ def test_samples_as_many_frames_as_the_loader(fps, limit):
     class Unlimited(Qwen2VLVideoBackend):
         _MAX_FRAMES = 1 << 20
 
-    sampling = Sampling(fps=fps, max_frames=limit, min_frames=min(4, limit))
+    sampling = Sampling(fps=fps, max_frames=limit)
     rng = np.random.default_rng(0)
     for frames in [2, 3, 5, 451, *rng.integers(2, 20_000, 60).tolist()]:
         for source_fps in (30.0, 23.976, 8.0):
@@ -66,24 +59,24 @@ def test_samples_as_many_frames_as_the_loader(fps, limit):
                 VideoSourceMetadata(frames, source_fps, frames / source_fps),
                 VideoTargetMetadata(-1, fps, 300),
                 max_frames=limit,
-                min_frames=sampling.min_frames,
+                min_frames=min(4, limit),
             )
-            mine = sampled_frames(Video(frames, source_fps, 100, 100), sampling)
+            mine = QwenFrames().sampled(Video(frames, source_fps, 100, 100), sampling)
             assert mine == len(taken), (frames, source_fps)
 
 
 def test_a_single_frame_is_no_video():
-    with pytest.raises(CostError, match="pairs"):
-        sampled_frames(Video(1, 8.0, 100, 100), Sampling())
+    with pytest.raises(LayoutError, match="pairs"):
+        QwenFrames().sampled(Video(1, 8.0, 100, 100), Sampling())
 
 
 @pytest.mark.parametrize(
     "rules",
     [
-        FrameRules(),
-        FrameRules(max_pixels=256 * 28 * 28),
-        FrameRules(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28),
-        FrameRules(cap_pixels_per_frame=True, max_video_tokens=900),
+        QwenFrames(),
+        QwenFrames(max_pixels=256 * 28 * 28),
+        QwenFrames(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28),
+        QwenFrames(cap_pixels_per_frame=True, max_video_tokens=900),
     ],
     ids=["qwen", "small", "class defaults", "capped"],
 )
@@ -122,11 +115,11 @@ def test_probes_what_vllm_reads(clips, name):
 
 
 def test_max_pixels_bounds_a_frame():
-    high, wide = resized(HD, 100, FrameRules(), Sampling(max_pixels=100_000))
+    high, wide = QwenFrames().resized(HD, 100, Sampling(max_pixels=100_000))
     assert high * wide <= 100_000
-    assert resized(HD, 100, FrameRules(), Sampling()) == (728, 1288)
-    with pytest.raises(CostError, match="200:1"):
-        resized(Video(10, 1.0, 4000, 10), 10, FrameRules(), Sampling())
+    assert QwenFrames().resized(HD, 100, Sampling()) == (728, 1288)
+    with pytest.raises(LayoutError, match="200:1"):
+        QwenFrames().resized(Video(10, 1.0, 4000, 10), 10, Sampling())
 
 
 def test_memory_of_a_known_case():
@@ -155,7 +148,7 @@ def test_dense_flops_of_a_known_case():
     assert told.dense_flops == pytest.approx(28 * (2 * tokens * weights + 4 * pairs * hidden))
 
 
-@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("size", ["3b", "7b", "32b", "72b"])
 def test_presets_have_the_published_weights(size):
     """Parameters of the shape, with embeddings and a vision tower of 0.67 billion."""
     model = PRESETS[size]
@@ -179,6 +172,28 @@ def test_sparsity_costs_less_and_off_costs_the_same():
     assert ratio(flops=0.4) == pytest.approx(0.4, abs=0.005)
     impossible = cost(PRESETS["7b"], video, CONFIG.override({"flops": 0.01}), Sampling())
     assert impossible.least_budget > 0.01 and impossible.flops_ratio > 0.01
+
+
+def test_a_pruned_video_costs_what_is_left_of_it():
+    video = Video(frames=120, fps=2.0, width=280, height=280)  # 60 x 10 x 10 tokens
+
+    def told(**settings):
+        return cost(PRESETS["7b"], video, CONFIG.override(settings), Sampling(), text_tokens=100)
+
+    whole, pruned, both = told(), told(prune=0.75, p_attn=1.0, p_ffn=1.0), told(prune=0.75)
+    assert (pruned.video_tokens, pruned.dropped_tokens) == (6000, 4500)
+    assert (pruned.prompt_tokens, pruned.cubes) == (1600, 1500 // 64)
+    assert whole.dropped_tokens == told(prune=0.75, off=True).dropped_tokens == 0
+    assert pruned.dense_flops == whole.dense_flops
+    alone = cost(
+        PRESETS["7b"], Video(30, 2.0, 280, 280), CONFIG, Sampling(), text_tokens=100
+    )  # 15 x 10 x 10 tokens
+    assert pruned.flops == pytest.approx(alone.dense_flops)
+    assert both.flops_ratio < pruned.flops_ratio < whole.flops_ratio
+    assert pruned.encoder_cache_bytes == 1500 * (3584 + COLUMNS) * 2
+    assert pruned.max_num_batched_tokens == 2048 and pruned.kv_bytes < whole.kv_bytes / 2
+    assert told(prune=0.5, flops=0.3).flops_ratio == pytest.approx(0.3, abs=0.005)
+    assert told(prune=0.5).least_budget < told().least_budget
 
 
 def test_an_hour_of_hd_does_not_fit_and_what_would_does():
@@ -205,6 +220,7 @@ def _files(tmp_path, **contents):
     return lambda name: tmp_path / name if (tmp_path / name).exists() else None
 
 
+KIND = {"model_type": "qwen2_5_vl"}
 TEXT = {
     "hidden_size": 256,
     "num_attention_heads": 8,
@@ -223,29 +239,31 @@ def test_reads_a_checkpoint_in_either_layout(tmp_path):
     new.mkdir()
     find = _files(
         old,
-        config={**TEXT, "vision_config": vision},
+        config={**KIND, **TEXT, "vision_config": vision},
         preprocessor_config={"min_pixels": 3136, "max_pixels": 12845056},
     )
     flat = read_model("m", find)
     size = {"shortest_edge": 3136, "longest_edge": 12845056}
     find = _files(
         new,
-        config={"text_config": TEXT, "vision_config": vision},
+        config={**KIND, "text_config": TEXT, "vision_config": vision},
         processor_config={"video_processor": {"size": size, "cap_pixels_per_frame": True}},
         preprocessor_config={"min_pixels": 1, "max_pixels": 2},
     )
     nested = read_model("m", find)
-    assert flat.rules == FrameRules()
-    assert nested.rules == FrameRules(cap_pixels_per_frame=True)
+    assert flat.rules == QwenFrames()
+    assert nested.rules == QwenFrames(cap_pixels_per_frame=True)
     assert flat.shape == nested.shape and flat.layers == nested.layers == 4
     assert flat.max_positions == nested.max_positions == 4096
 
 
 def test_says_what_a_checkpoint_lacks(tmp_path):
-    with pytest.raises(CostError, match=r"no config\.json"):
+    with pytest.raises(LayoutError, match=r"no config\.json"):
         read_model("m", _files(tmp_path))
-    with pytest.raises(CostError, match="num_attention_heads"):
-        read_model("m", _files(tmp_path, config={"hidden_size": 1}))
+    with pytest.raises(LayoutError, match="'clip': not a model of ours; supported: qwen2_5_vl"):
+        read_model("m", _files(tmp_path, config={"model_type": "clip"}))
+    with pytest.raises(LayoutError, match="num_attention_heads"):
+        read_model("m", _files(tmp_path, config={**KIND, "hidden_size": 1}))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CostError, match="cannot be read"):
+    with pytest.raises(LayoutError, match="cannot be read"):
         read_model("m", lambda name: tmp_path / name)

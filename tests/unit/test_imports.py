@@ -27,7 +27,10 @@ PURE = (
     "accounts.reports",
     "accounts.ledger",
     "accounts.cost",
+    "models.layout",
+    "models.qwen2_5_vl_layout",
     "video.order",
+    "video.prune",
     "video.decode",
     "video.sampling",
     "traces.trace",
@@ -53,7 +56,7 @@ sys.meta_path.insert(0, NoVllm())
 
 def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", BLOCK_VLLM + code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", BLOCK_VLLM + code], capture_output=True, text=True, timeout=600
     )
 
 

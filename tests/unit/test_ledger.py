@@ -14,6 +14,7 @@ from vllm_adaspark import observing as observing_module
 from vllm_adaspark.accounts import ledger as ledger_module
 from vllm_adaspark.accounts.account import ModelShape, count_step
 from vllm_adaspark.accounts.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
+from vllm_adaspark.accounts.reports import mode_of
 from vllm_adaspark.accounts.request_ids import search_name, unnumbered
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
@@ -22,6 +23,7 @@ from vllm_adaspark.observing import observing
 from vllm_adaspark.paged.plan import StepPlan
 from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.paged.tiles import DENSE
+from vllm_adaspark.video.prune import VideoSpan, WholePrompt
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
 SETTINGS = {"p_attn": 0.5, "p_ffn": 0.5, "flops": None, "budget": None, "off": False}
@@ -53,12 +55,27 @@ def test_a_requests_life(ledger) -> None:
     assert (a["counts"]["tokens"], a["counts"]["cached_tokens"]) == (11, 32)
     assert a["counts"]["settings"] == SETTINGS and b["counts"]["settings"] is None
     assert ledger.finish("a").tokens == 11
-    assert requests(ledger)[("dense", "few_cubes")] == 1
+    assert requests(ledger)[("dense", "cached")] == 1
     assert sum(requests(ledger).values()) == 1, "b still runs"
     assert ledger.finish("a") is None, "it ended only once"
     total = ledger.report()["total"]
     assert (total["tokens"], total["cached_tokens"]) == (16, 32)
     assert [r["finished"] for r in ledger.report()["requests"]] == [True, False]
+
+
+def test_a_request_whose_video_was_pruned(ledger) -> None:
+    """It is sparse whatever else it asked, also where all that is left came from the cache."""
+    told = SETTINGS | {"off": False, "prune": 0.5}
+    ledger.admit("a", told, WholePrompt(42, [VideoSpan(0, 40, 80)]))
+    ledger.admit("b", told, WholePrompt(42, [VideoSpan(0, 40, 80)]))
+    run(ledger, ("a", 42, 0), ("b", 2, 40))
+    a, b = (request["counts"] for request in ledger.report()["requests"])
+    assert (a["tokens"], a["dropped_tokens"]) == (42, 40)
+    assert (b["tokens"], b["dropped_tokens"], b["cached_tokens"]) == (2, 0, 40)
+    assert b["dense_pairs"] == 81 + 82, "they would have attended to the whole video"
+    assert mode_of(ledger.finish("a")) == mode_of(ledger.finish("b")) == ("sparse", None)
+    run(ledger, ("a", 3, 0))  # the id comes again
+    assert ledger.report()["requests"][-1]["counts"]["dropped_tokens"] == 0
 
 
 def test_a_request_that_never_ran(ledger) -> None:
@@ -280,7 +297,7 @@ def test_densities_of_a_finished_request(ledger) -> None:
         for name in metrics
         if name != "total" and name != "requests"
     }
-    assert sums == {"attention_density": [1, 0.6, 0.3, 0.04], "ffn_active_share": [1, 0.75, 0.5, 0]}
+    assert sums == {"attention_density": [1, 0.6, 0.3, 0.04], "ffn_density": [1, 0.75, 0.5, 0]}
     assert all(sum(g["counts"]) == 1 for g in metrics["attention_density"].values())
 
 

@@ -83,7 +83,7 @@ def test_every_contender_can_be_served(made):
             config = AdaSparkConfig().override(contender.settings)
             assert config.cube_volume == contender.block
             # A changed default of the plugin must not change a contender.
-            named = contender.settings.keys() | {"enabled", "flops", "keep", "trace"}
+            named = contender.settings.keys() | {"enabled", "flops", "keep", "prune", "trace"}
             for field in dataclasses.fields(AdaSparkConfig):
                 assert field.name in named or not field.metadata["request"], field.name
         else:

@@ -19,8 +19,10 @@ from vllm_adaspark.requests import (
     RequestTable,
     mask_of,
     pack_settings,
+    settings_of,
     unpack_settings,
     videos_of,
+    with_settings,
 )
 from vllm_adaspark.step import Runtime
 
@@ -84,6 +86,16 @@ def test_blocks_grow_are_replaced_after_preemption_and_forgotten(table) -> None:
 def test_settings_survive_the_ride_with_a_video(settings) -> None:
     config = AdaSparkConfig(report_file="x", cube_queries=4).override(settings)
     assert unpack_settings(pack_settings(config), AdaSparkConfig) == config
+    # Behind the hash, also behind one that a client chose to look like it.
+    for mm_hash in ("0f3a", with_settings("0f3a", AdaSparkConfig())):
+        feature = SimpleNamespace(identifier=with_settings(mm_hash, config), data=None)
+        assert settings_of(feature, AdaSparkConfig) == config
+
+
+@pytest.mark.parametrize("behind", ["", "#adaspark=", "#adaspark={", '#adaspark={"p":1}'])
+def test_a_video_that_came_past_the_processor_runs_dense(behind) -> None:
+    feature = SimpleNamespace(identifier="0f3a" + behind, data=None)
+    assert settings_of(feature, AdaSparkConfig) == AdaSparkConfig().override("off")
 
 
 def test_a_video_may_lie_in_several_spans() -> None:

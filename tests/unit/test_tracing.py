@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tomllib
@@ -16,15 +17,14 @@ from PIL import Image
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.models.qwen2_5_vl_layout import PatchShape, unpatchify
 from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.traces import reader
 from vllm_adaspark.traces.frames import (
     MAX_WAITING,
     FrameMaker,
     Frames,
-    PatchShape,
     frame_room,
-    unpatchify,
 )
 from vllm_adaspark.traces.step import StepTrace, chunk_of, counted_bytes
 from vllm_adaspark.traces.store import Sizes, TraceStore, trace_id
@@ -407,7 +407,7 @@ class Rank:
 
     def begin(self, name: str) -> None:
         recorder = self.recorders[name] = Recorder(layers=self.layers, dense_layer=self.dense_layer)
-        frames = Frames([(torch.zeros(16, 1176, dtype=torch.uint8), (4, 2, 2))], shape(), 1 << 20)
+        frames = Frames([(torch.zeros(16, 1176, dtype=torch.uint8), (4, 1, 1))], shape(), 1 << 20)
         if not self.has_frames:
             frames.forget()
         trace = new_trace(name, layers=self.layers)
@@ -425,7 +425,7 @@ class Rank:
 
 def test_ranks_that_hold_different_amounts_keep_the_same_traces() -> None:
     """A stage with more layers, one whose layers are dense, one with the frames, one without."""
-    limit = round(3.2 * (EXPECTED + 4 * PROMPT + 4 * frame_room((4, 2, 2), shape())))
+    limit = round(3.2 * (EXPECTED + 4 * PROMPT + 4 * frame_room((4, 1, 1), shape())))
     ranks = [
         Rank(range(0, 3), 1, True, limit),
         Rank(range(0, 3), 1, False, limit),
@@ -600,7 +600,7 @@ def test_complete_adds_text_and_walk() -> None:
     meta = reader.complete(new_trace().meta(), Tokenizer())
     assert meta["spans"][0]["texts"][:2] == ["<0>", "<1>"]
     assert "texts" not in meta["spans"][1]
-    walk = np.frombuffer(reader.base64.b64decode(meta["videos"][0]["walk"]), "<i4")
+    walk = np.frombuffer(base64.b64decode(meta["videos"][0]["walk"]), "<i4")
     assert (walk == cube_order(GRID, (4, 4, 4))).all()
 
 
@@ -625,7 +625,7 @@ def patchify(frames: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
     t, h, w = n // 2, height // 14, width // 14
     cut = torch.from_numpy(frames).permute(0, 3, 1, 2)
     cut = cut.reshape(t, 2, 3, h // 2, 2, 14, w // 2, 2, 14)
-    return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
+    return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h // 2, w // 2)
 
 
 def test_unpatchify_gives_the_frames_back() -> None:
@@ -650,7 +650,8 @@ def test_unpatchify_undoes_the_real_processor() -> None:
     )
     made = processor(videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt")
     real = PatchShape(14, 2, 2, processor.image_mean, processor.image_std)
-    got = unpatchify(made["pixel_values_videos"], tuple(made["video_grid_thw"][0].tolist()), real)
+    t, h, w = made["video_grid_thw"][0].tolist()
+    got = unpatchify(made["pixel_values_videos"], (t, h // 2, w // 2), real)
     assert np.abs(got.astype(int) - frames[::2]).max() <= 1
 
 

@@ -389,6 +389,8 @@ def test_bad_use_is_refused(model) -> None:
         enable_sparse_training(model, {"p_attn": 0.5})
     with pytest.raises(SettingsError, match="enabled=False"):
         enable_sparse_training(model, AdaSparkConfig(enabled=False))
+    with pytest.raises(SettingsError, match=r"prune=0\.5: training keeps all tokens"):
+        enable_sparse_training(model, AdaSparkConfig(prune=0.5))
     with pytest.raises(SettingsError, match="no adaspark_config"):
         enable_sparse_training(model)
     with pytest.raises(SettingsError, match=r"cube=\[3, 3, 3\] holds 27"):
@@ -449,5 +451,5 @@ def test_a_saved_checkpoint_says_how_it_was_trained(model, tmp_path) -> None:
 
 def test_imports_no_vllm() -> None:
     code = "import sys, vllm_adaspark.training; print('vllm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "False", done.stderr

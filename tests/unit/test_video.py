@@ -21,9 +21,10 @@ from transformers.video_utils import VideoMetadata
 from video_files import can_encode, encode, number_of, picture, sound
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen2VLVideoBackend
 
-from vllm_adaspark.accounts.cost import Sampling, sampled_frames
 from vllm_adaspark.cli import UsageError
 from vllm_adaspark.cli.media import probe
+from vllm_adaspark.models.layout import Sampling
+from vllm_adaspark.models.qwen2_5_vl_layout import QwenFrames
 from vllm_adaspark.video import decode
 from vllm_adaspark.video.container import scan
 from vllm_adaspark.video.load import (
@@ -34,7 +35,7 @@ from vllm_adaspark.video.load import (
     OpenCVVideoLoader,
     VideoLoader,
 )
-from vllm_adaspark.video.sampling import QWEN_FRAMES, Options, sample
+from vllm_adaspark.video.sampling import QWEN_FRAMES, Options
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_DECORD = pytest.mark.skipif(find_spec("decord") is None, reason="decord is not installed")
@@ -460,8 +461,8 @@ def test_inspect_counts_what_is_taken(times, options) -> None:
     data = encode(times=times, frames=77)
     video = probe(data, "video.mp4")
     assert (video.width, video.height) == (96, 64)
-    taken = sample(scan(data), Options(**options)).numbers
-    assert sampled_frames(video, Sampling(**options)) == len(taken)
+    taken = Options(**options).sample(scan(data)).numbers
+    assert QwenFrames().sampled(video, Sampling(**options)) == len(taken)
     assert bool(video.remarks) == (times is not None)
 
 

@@ -202,12 +202,13 @@ def test_up_to_64_tokens_select_what_they_window() -> None:
 
 def run(p: Prompt, block_counts: int, window: int, misread_lse: bool) -> tuple:
     """Fast output without the text tokens' dense part, blocks chosen, and the plan."""
-    plan = faithful.plan_prompt(p.vision.numpy(), block_counts, window, p.q.device)
+    plan = faithful.plan_prompt(
+        p.vision.numpy(), block_counts, window, p.q.device, misread_lse=misread_lse
+    )
     gates = (p.z / reference.TEMPERATURE).sigmoid()
     gates[~p.vision] = float("nan")  # not read
-    out, chosen = faithful.attend(
-        plan, p.q, p.k, p.v, gates, p.scale, faithful.TorchPages(), misread_lse=misread_lse
-    )
+    pages = faithful.TorchPages()
+    out, chosen = faithful.attend(plan, p.q, p.k, p.v, gates, p.scale, pages)
     return out, chosen, plan
 
 
@@ -235,7 +236,7 @@ def test_fast_equals_transcription(
     monkeypatch.setattr(faithful, "SLAB_LOGITS", 1 << 12)  # several slabs
     p = prompt(layout, heads, kv_heads, seed=case)
     want = p.reference(block_counts=block_counts, window=window, misread_lse=misread_lse)
-    got, chosen, plan = run(p, block_counts, window, misread_lse)
+    got, chosen, _ = run(p, block_counts, window, misread_lse)
 
     positions, near_ties = p.vision.nonzero().flatten().tolist(), 0
     same = torch.ones(len(p.q)).bool()
@@ -252,9 +253,6 @@ def test_fast_equals_transcription(
     dense = reference.dense_pass(*text, p.scale)
     whole = got.double() + torch.where(p.vision[:, None, None], 0.0, dense)
     assert relative_rms(whole[same], want.output[same]) < 1e-5
-    assert plan.runs == [
-        (sum(layout[:nth]), sum(layout[: nth + 1])) for nth, n in enumerate(layout) if nth % 2 and n
-    ]
 
 
 def test_choices_differ_where_the_layout_is_misread() -> None:
@@ -283,11 +281,17 @@ def test_a_later_token_changes_an_earlier_vision_row() -> None:
     assert moved[9:140].all()
 
 
-def test_a_plan_knows_runs_and_kinds() -> None:
+def test_a_plan_knows_kinds_and_sequences() -> None:
     vision = np.zeros(130, bool)
     vision[2:5] = vision[70:] = True
     plan = faithful.plan_prompt(vision, 20, 256, torch.device("cpu"))
-    assert plan.runs == [(2, 5), (70, 130)]
+    assert plan.windows.query_start.tolist() == [0, 3, 63]
+    assert plan.windows.seq_lens.tolist() == [5, 130]
+    assert plan.windows.block_table.tolist() == [[0, 1, 2]] * 2
+    assert (plan.windows.max_query_len, plan.windows.queries) == (60, 63)
+    selection = plan.selection(2)
+    assert selection is plan.selection(2) and selection.queries == 2 * 63
+    assert selection.seq_lens.tolist() == [t + 1 for t in plan.vision.tolist()] * 2
     assert plan.vision.tolist() == [*range(2, 5), *range(70, 130)]
     assert plan.text.tolist() == [0, 1, *range(5, 70)]
     assert plan.own.tolist() == [t // 64 for t in plan.vision.tolist()]

@@ -11,12 +11,16 @@ no vLLM.
 A method whose attention is not made of tiles tells its FLOPs itself (``StepPlan.tell``); they are
 added to those that are counted here for the steps without a plan.
 
+Dense is what the *whole* prompt would cost: where tokens of a video were dropped before the
+language model (video/prune.py), they count there as if they had run.
+
 An account holds what one rank saw: its KV heads and its layers.  ``to_counts`` and ``from_counts``
 carry it between processes; accounts/reports.py makes one account of all ranks'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +31,20 @@ from ..kernels import score_products
 from ..paged.plan import FALLBACKS, StepPlan
 from ..paged.state import StepRows
 from ..paged.tiles import DENSE
+from ..video.prune import WholePrompt
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
 BY_NAME = ("told_flops", "sums")  # told by a method's plan, by name, for each layer
-# counted once
-OF_STEP = ("tokens", "told_tokens", "video_tokens", "choices", "dense_pairs", "cubes_seen")
+OF_STEP = (  # counted once
+    "tokens",
+    "told_tokens",
+    "video_tokens",
+    "dropped_tokens",
+    "choices",
+    "dense_pairs",
+    "dropped_pairs",
+    "cubes_seen",
+)
 OF_REQUEST = (*OF_STEP, "cached_tokens")
 SECONDS = ("selection_seconds", "planning_seconds")
 
@@ -93,7 +106,9 @@ class StepCounts:
 
     tokens: np.ndarray
     video_tokens: np.ndarray
-    dense_pairs: np.ndarray  # causal (query, key) pairs
+    dropped_tokens: np.ndarray  # that the step would have computed more, had none been dropped
+    dense_pairs: np.ndarray  # causal (query, key) pairs of the whole prompt
+    dropped_pairs: np.ndarray  # of them, those that went with the dropped tokens
     pairs: np.ndarray  # [layers, rows] pairs attended
     scored: np.ndarray  # [layers, rows] (query token, cube) pairs scored
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
@@ -109,7 +124,11 @@ class StepCounts:
 
 
 def count_step(
-    rows: StepRows, plan: StepPlan | None, layers: range, shape: ModelShape | None = None
+    rows: StepRows,
+    plan: StepPlan | None,
+    layers: range,
+    shape: ModelShape | None = None,
+    whole: Sequence[WholePrompt | None] | None = None,
 ) -> StepCounts:
     """What a step did.
 
@@ -118,15 +137,20 @@ def count_step(
         plan: its plan, after the layers have run; None for a dense step.
         layers: this rank's layers.
         shape: sizes of a layer, for a plan that tells its FLOPs itself.
+        whole: the whole prompt of each row; None for one of which nothing was dropped.
     """
     lens, computed = rows.query_lens, rows.computed
     number = len(lens)
-    dense_pairs = _causal_pairs(lens, computed + lens)
+    pairs = _causal_pairs(lens, computed + lens)
+    before, upto = _in_whole_prompts(computed, computed + lens, whole)
+    dense_pairs = _causal_pairs(upto - before, upto)
     counts = StepCounts(
         tokens=lens,
         video_tokens=np.zeros(number, int),
+        dropped_tokens=upto - before - lens,
         dense_pairs=dense_pairs,
-        pairs=np.tile(dense_pairs.astype(float), (len(layers), 1)),
+        dropped_pairs=dense_pairs - pairs,
+        pairs=np.tile(pairs.astype(float), (len(layers), 1)),
         scored=np.zeros((len(layers), number)),
         cubes_seen=np.zeros(number),
         cubes_attended=np.zeros((len(layers), number)),
@@ -184,6 +208,17 @@ def count_step(
     return counts
 
 
+def _in_whole_prompts(
+    before: np.ndarray, upto: np.ndarray, whole: Sequence[WholePrompt | None] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a step's tokens begin and end, ``[rows]`` each, in the whole prompts."""
+    before, upto = before.astype(np.int64), upto.astype(np.int64)
+    for row, prompt in enumerate(whole or ()):
+        if prompt is not None:
+            before[row], upto[row] = prompt.up_to(before[row]), prompt.up_to(upto[row])
+    return before, upto
+
+
 def _causal_pairs(queries: np.ndarray, context: np.ndarray) -> np.ndarray:
     """Pairs of the last ``queries`` of ``context`` tokens, each seeing itself and all before."""
     return queries * (context - queries) + queries * (queries + 1) / 2
@@ -224,9 +259,11 @@ class Account:
     tokens: int = 0
     told_tokens: int = 0
     video_tokens: int = 0
+    dropped_tokens: int = 0
     choices: int = 0
     cached_tokens: int = 0
     dense_pairs: float = 0.0
+    dropped_pairs: float = 0.0
     cubes_seen: float = 0.0
     selection_seconds: float = 0.0
     planning_seconds: float = 0.0
@@ -308,16 +345,21 @@ class Account:
 
         ``attention_density``: share of the preceding cubes attended, weighted by query tokens.
         ``ffn_density``: FFN evaluations per video token; a cube's centroid is one.  1.0 where there
-        was nothing to leave out.  ``flops_ratio``: executed over dense.  ``means``: what a method
-        told of each video token.
+        was nothing to leave out.  ``flops_ratio``: executed over dense.  ``flops.dropped``: what of
+        the dense FLOPs went with the tokens that the language model never saw.  ``means``: what a
+        method told of each video token.
         """
         shape, number = self.shape, len(self.layers)
-        qkvo = float(self.tokens * number * shape.qkvo_flops_per_token)
-        dense = {
-            "qkvo": qkvo,
-            "attention": self.dense_pairs * number * shape.attention_flops_per_pair,
-            "ffn": float(self.tokens * number * shape.ffn_flops_per_token),
-        }
+
+        def densely(tokens: int, pairs: float) -> dict[str, float]:
+            return {
+                "qkvo": float(tokens * number * shape.qkvo_flops_per_token),
+                "attention": pairs * number * shape.attention_flops_per_pair,
+                "ffn": float(tokens * number * shape.ffn_flops_per_token),
+            }
+
+        dense = densely(self.tokens + self.dropped_tokens, self.dense_pairs)
+        dropped = densely(self.dropped_tokens, self.dropped_pairs)
         counted = self.tokens - self.told_tokens  # tokens of steps that are counted here
         executed = {
             "qkvo": float(counted * number * shape.qkvo_flops_per_token),
@@ -328,7 +370,8 @@ class Account:
         }
         for part, flops in self.told_flops.items():
             executed[part] = executed.get(part, 0.0) + float(flops.sum())
-        dense["total"], executed["total"] = sum(dense.values()), sum(executed.values())
+        for parts in (dense, executed, dropped):
+            parts["total"] = sum(parts.values())
         layers = [
             {
                 "layer": layer,
@@ -349,6 +392,7 @@ class Account:
         return {
             "tokens": self.tokens,
             "video_tokens": self.video_tokens,
+            "dropped_tokens": self.dropped_tokens,
             "cached_tokens": self.cached_tokens,
             "fallback_tokens": dict(self.fallback_tokens),
             "selection_seconds": self.selection_seconds,
@@ -356,7 +400,7 @@ class Account:
             "attention_density": float(np.mean([x["attention_density"] for x in layers])),
             "ffn_density": float(np.mean([x["ffn_density"] for x in layers])),
             "flops_ratio": _share(executed["total"], dense["total"]),
-            "flops": {"dense": dense, "executed": executed},
+            "flops": {"dense": dense, "executed": executed, "dropped": dropped},
             **of_all,
             "layers": layers,
         }

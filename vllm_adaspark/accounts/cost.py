@@ -1,7 +1,7 @@
 """What a video would cost: frames, tokens, cubes, FLOPs, memory, and the flags it needs.
 
-Frames are sampled by the server's code (video.sampling) and resized by the rules of Hugging Face's
-Qwen2VLVideoProcessor, restated here so that no model, no vLLM and no GPU is needed to ask.  The
+Which frames are taken and how many tokens they become is told by the model's layout
+(models/layout.py), from the checkpoint's files: no model, no vLLM and no GPU is needed to ask.  The
 dense FLOPs are counted; what AdaSpark spends of them depends on the video, so it is an estimate
 that takes a density of p: attention keeps ``p_attn`` of the preceding cubes, the FFN ``p_ffn`` of
 the tokens.  Where attention is concentrated, fewer cubes hold that mass.  A FLOPs budget is met as
@@ -27,42 +27,15 @@ from ..methods.adaspark.budget import prompt_cost
 from ..methods.adaspark.settings import AdaSparkConfig
 from ..methods.videonsa.plan import prompt_flops as videonsa_flops
 from ..methods.videonsa.settings import VideoNSASettings
+from ..models.layout import FrameRules, Layout, LayoutError, Sampling, Video, layout_class
+from ..models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
+from ..models.qwen2_5_vl_layout import Qwen2_5_VLLayout, QwenFrames
 from ..settings import Settings
-from ..video.sampling import (
-    FPS,
-    MIN_FRAMES,
-    PAIR,
-    QWEN_FRAMES,
-    Options,
-    at_constant_rate,
-    number_of_frames,
-)
+from ..video.prune import COLUMNS, kept_tokens
 from .account import ModelShape
 
-TEXT_BEFORE = 15  # tokens of Qwen's chat template before the video
 KEY_SUM_BYTES = 4  # float32
 ROUND = 1024  # lengths are proposed in multiples of this
-
-
-class CostError(ValueError):
-    """A model or video whose cost cannot be told; says what is wrong and what to do."""
-
-
-@dataclass(frozen=True)
-class FrameRules:
-    """How a checkpoint's processor resizes and cuts frames; defaults are Qwen2.5-VL's files."""
-
-    patch: int = 14  # pixels
-    merge: int = 2  # patches along a merged token's side
-    min_pixels: int = 4 * 28 * 28  # of a resized frame
-    max_pixels: int = 16384 * 28 * 28
-    cap_pixels_per_frame: bool = False  # bound the whole video too, as qwen-vl-utils does
-    max_video_tokens: int = 128_000  # only for that bound
-
-    @property
-    def side(self) -> int:
-        """Pixels along a merged token's side."""
-        return self.patch * self.merge
 
 
 @dataclass(frozen=True)
@@ -72,27 +45,48 @@ class Model:
     name: str
     shape: ModelShape
     layers: int
+    layout: type[Layout] = Qwen2_5_VLLayout
     max_positions: int = 128_000
-    rules: FrameRules = field(default_factory=FrameRules)
+    rules: FrameRules = field(default_factory=QwenFrames)
     weights: int | None = None  # bytes, None where unknown
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)  # config.json
 
 
-def _published(name: str, layers: int, billions: float, **shape: int) -> Model:
+def _qwen(name: str, layers: int, billions: float, **shape: int) -> Model:
     return Model(
-        name=f"Qwen/Qwen2.5-VL-{name.upper()}-Instruct",
+        name=f"Qwen/Qwen2.5-VL-{name}-Instruct",
         shape=ModelShape(head_size=128, **shape),
         layers=layers,
         weights=round(billions * 2e9),  # bfloat16
     )
 
 
+def _onevision(name: str, layers: int, billions: float, **shape: int) -> Model:
+    return Model(
+        name=f"llava-hf/llava-onevision-qwen2-{name}-ov-hf",
+        shape=ModelShape(**shape),
+        layers=layers,
+        layout=LlavaOnevisionLayout,
+        max_positions=32_768,
+        rules=LlavaFrames(),
+        weights=round(billions * 2e9),
+    )
+
+
+SUCH_AS = "such as Qwen/Qwen2.5-VL-7B-Instruct"
+
 # As in the checkpoints' config.json.
 PRESETS = {
-    "3b": _published("3b", 36, 3.75, hidden=2048, heads=16, kv_heads=2, intermediate=11008),
-    "7b": _published("7b", 28, 8.29, hidden=3584, heads=28, kv_heads=4, intermediate=18944),
-    "32b": _published("32b", 64, 33.5, hidden=5120, heads=40, kv_heads=8, intermediate=27648),
-    "72b": _published("72b", 80, 73.4, hidden=8192, heads=64, kv_heads=8, intermediate=29568),
+    "3b": _qwen("3B", 36, 3.75, hidden=2048, heads=16, kv_heads=2, intermediate=11008),
+    "7b": _qwen("7B", 28, 8.29, hidden=3584, heads=28, kv_heads=4, intermediate=18944),
+    "32b": _qwen("32B", 64, 33.5, hidden=5120, heads=40, kv_heads=8, intermediate=27648),
+    "72b": _qwen("72B", 80, 73.4, hidden=8192, heads=64, kv_heads=8, intermediate=29568),
+    "onevision-0.5b": _onevision(
+        "0.5b", 24, 0.89, hidden=896, heads=14, kv_heads=2, head_size=64, intermediate=4864
+    ),
+    "onevision-7b": _onevision(
+        "7b", 28, 8.03, hidden=3584, heads=28, kv_heads=4, head_size=128, intermediate=18944
+    ),
 }
 
 
@@ -104,13 +98,14 @@ def read_model(name: str, find: Callable[[str], Path | None]) -> Model:
         find: gives the path of a file of the checkpoint by its name, None if it has none.
 
     Raises:
-        CostError: no config.json, or not that of a Qwen2.5-VL.
+        LayoutError: no config.json, or not that of a model of ours.
     """
     config = _read_json(find("config.json"))
     if config is None:
-        raise CostError(f"model {name}: no config.json; give a Qwen2.5-VL checkpoint")
+        raise LayoutError(f"model {name}: no config.json; give a checkpoint, {SUCH_AS}")
     text = config | config.get("text_config", {})  # older checkpoints have no text_config
     try:
+        layout = layout_class(config["model_type"])
         heads, hidden = text["num_attention_heads"], text["hidden_size"]
         shape = ModelShape(
             hidden=hidden,
@@ -119,37 +114,31 @@ def read_model(name: str, find: Callable[[str], Path | None]) -> Model:
             head_size=hidden // heads,
             intermediate=text["intermediate_size"],
         )
-        layers, vision = text["num_hidden_layers"], config["vision_config"]
+        layers = text["num_hidden_layers"]
+        rules = layout.rules(config, _processor(find))
     except KeyError as missing:
-        raise CostError(
-            f"model {name}: config.json has no {missing}; give a Qwen2.5-VL checkpoint"
+        raise LayoutError(
+            f"model {name}: config.json has no {missing}; give a checkpoint, {SUCH_AS}"
         ) from None
+    except LayoutError as error:
+        raise LayoutError(f"model {name}: {error}") from None
     return Model(
         name=name,
         shape=shape,
         layers=layers,
+        layout=layout,
         max_positions=text.get("max_position_embeddings", Model.max_positions),
-        rules=_rules(vision, find),
+        rules=rules,
         weights=_weights(find),
         config=config,
     )
 
 
-def _rules(vision: dict[str, Any], find: Callable[[str], Path | None]) -> FrameRules:
-    """From the processor's file, in Hugging Face's order of preference."""
+def _processor(find: Callable[[str], Path | None]) -> dict[str, Any]:
+    """What configures the video processor, in Hugging Face's order of preference."""
     nested = (_read_json(find("processor_config.json")) or {}).get("video_processor")
     files = ("video_preprocessor_config.json", "preprocessor_config.json")
-    found = nested or next(filter(None, (_read_json(find(name)) for name in files)), {})
-    size = found.get("size") or {}
-    # What a file leaves out is the default of Hugging Face's class, not of Qwen's files.
-    return FrameRules(
-        patch=vision.get("patch_size", 14),
-        merge=vision.get("spatial_merge_size", 2),
-        min_pixels=found.get("min_pixels") or size.get("shortest_edge") or 128 * 28 * 28,
-        max_pixels=found.get("max_pixels") or size.get("longest_edge") or 768 * 28 * 28,
-        cap_pixels_per_frame=bool(found.get("cap_pixels_per_frame")),
-        max_video_tokens=found.get("max_video_tokens", FrameRules.max_video_tokens),
-    )
+    return nested or next(filter(None, (_read_json(find(name)) for name in files)), {})
 
 
 def _weights(find: Callable[[str], Path | None]) -> int | None:
@@ -167,75 +156,7 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CostError(f"{path} cannot be read: {error}") from None
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video before anything is done to it."""
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-    # Where its rate varies, frames it would have if all came as fast as its fastest part.
-    most_frames: int | None = None
-    remarks: tuple[str, ...] = ()  # what its owner should be told of the file
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Which frames are taken and how large they may be."""
-
-    fps: float = FPS
-    max_frames: int = QWEN_FRAMES
-    min_frames: int = MIN_FRAMES
-    max_pixels: int | None = None  # of a frame, after resizing
-
-
-def sampled_frames(video: Video, sampling: Sampling) -> int:
-    """Frames the server's loader takes.
-
-    Raises:
-        CostError: no pair of frames can be taken.
-    """
-    options = Options(sampling.fps, sampling.max_frames, sampling.min_frames)
-    number = number_of_frames(video.frames, video.fps, video.most_frames, options)
-    if number < PAIR:
-        raise CostError(
-            f"the video has {video.frames} frame(s), and Qwen2.5-VL takes them in pairs; "
-            "send a single frame as an image"
-        )
-    return number if video.most_frames else len(at_constant_rate(video.frames, number))
-
-
-def resized(video: Video, frames: int, rules: FrameRules, sampling: Sampling) -> tuple[int, int]:
-    """(height, width) of a frame after Hugging Face's ``smart_resize``.
-
-    Raises:
-        CostError: too narrow a frame.
-    """
-    height, width, side = video.height, video.width, rules.side
-    if max(height, width) > 200 * min(height, width):
-        raise CostError(f"frames of {width}x{height} are too narrow: at most 200:1 can be used")
-    most = sampling.max_pixels or rules.max_pixels
-    if rules.cap_pixels_per_frame:
-        total = int(rules.max_video_tokens * side**2 * 0.9)
-        most = max(min(most, total * PAIR // frames), int(rules.min_pixels * 1.05))
-    high, wide = round(height / side) * side, round(width / side) * side
-    if high * wide > most:
-        shrink = math.sqrt(height * width / most)
-        high = max(side, math.floor(height / shrink / side) * side)
-        wide = max(side, math.floor(width / shrink / side) * side)
-    elif high * wide < rules.min_pixels:
-        grow = math.sqrt(rules.min_pixels / (height * width))
-        high = math.ceil(height * grow / side) * side
-        wide = math.ceil(width * grow / side) * side
-    return high, wide
+        raise LayoutError(f"{path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -246,9 +167,10 @@ class Cost:
     resized: tuple[int, int]  # height, width in pixels
     grid: tuple[int, int, int]  # merged tokens in time, height, width
     video_tokens: int
+    dropped_tokens: int  # of them, those that the language model never sees (prune)
     prompt_tokens: int
     cubes: int
-    dense_flops: float
+    dense_flops: float  # with the dropped tokens
     flops: float | None  # an estimate, except for a budget that can be met; only AdaSpark's
     flops_ratio: float | None
     least_budget: float | None  # the smallest FLOPs budget that can be met
@@ -260,7 +182,7 @@ class Cost:
     max_model_len: int
     max_num_batched_tokens: int
     fits: bool  # whether the model has so many positions
-    fitting_frames: int | None  # max_frames that fits, if this does not
+    fitting_frames: int | None  # max_frames that fits, if this does not; None if none does
     fitting_pixels: int | None  # or max_pixels
 
     def to_dict(self) -> dict[str, Any]:
@@ -287,24 +209,26 @@ def cost(
         kv_element_bytes: 2 for a bfloat16 KV cache, 1 for fp8.
     """
     shape, rules = model.shape, model.rules
-    frames = sampled_frames(video, sampling)
-    height, width = resized(video, frames, rules, sampling)
-    grid = (-(-frames // PAIR), height // rules.side, width // rules.side)
-    tokens = math.prod(grid)
-    prompt = tokens + text_tokens
+    frames = rules.sampled(video, sampling)
+    size = rules.resized(video, frames, sampling)
+    grid = rules.grid(frames, size)
+    whole = math.prod(grid)
+    tokens = kept_tokens(grid, config.dropped_share)
+    place = tokens + rules.after_video  # in the prompt
+    prompt = place + text_tokens
     length = _round_up(prompt + answer_tokens)
     volume = config.cube_volume
     blocks = -(-(prompt + answer_tokens) // volume)
-    dense, spent, least = _flops(model, config, prompt, tokens)
+    dense, spent, least = _flops(model, config, prompt, tokens, whole - tokens)
     fits = prompt + answer_tokens <= model.max_positions
-    room = max(0, model.max_positions - text_tokens - answer_tokens)
-    patches = tokens * rules.merge**2
-    patch_bytes = 3 * PAIR * rules.patch**2 * 4  # float32
+    room = max(0, model.max_positions - text_tokens - answer_tokens - rules.after_video)
+    fitting_frames, fitting_pixels = (None, None) if fits else rules.fitting(room, grid)
     return Cost(
         frames=frames,
-        resized=(height, width),
+        resized=size,
         grid=grid,
-        video_tokens=tokens,
+        video_tokens=whole,
+        dropped_tokens=whole - tokens,
         prompt_tokens=prompt,
         cubes=tokens // volume,
         dense_flops=dense,
@@ -320,19 +244,19 @@ def cost(
         * KEY_SUM_BYTES
         * model.layers
         * (2 if isinstance(config, VideoNSASettings) else 1),  # it sums values, too
-        encoder_cache_bytes=tokens * shape.hidden * 2,
-        host_bytes=frames * video.height * video.width * 3 + patches * patch_bytes,
+        encoder_cache_bytes=place * (shape.hidden + COLUMNS * (whole > tokens)) * 2,
+        host_bytes=frames * video.height * video.width * 3 + rules.pixel_bytes(frames, size),
         weights_bytes=model.weights,
         max_model_len=min(length, model.max_positions) if fits else length,
-        max_num_batched_tokens=_round_up(tokens),
+        max_num_batched_tokens=_round_up(place),
         fits=fits,
-        fitting_frames=None if fits else room // (grid[1] * grid[2]) * PAIR,
-        fitting_pixels=None if fits else room // grid[0] * rules.side**2,
+        fitting_frames=fitting_frames,
+        fitting_pixels=fitting_pixels,
     )
 
 
 def _flops(
-    model: Model, config: Settings, prompt: int, video: int
+    model: Model, config: Settings, prompt: int, video: int, dropped: int
 ) -> tuple[float, float | None, float | None]:
     """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU.
 
@@ -342,22 +266,22 @@ def _flops(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
     is_video = np.zeros(prompt, bool)
-    start = min(TEXT_BEFORE, prompt - video)
+    start = min(model.rules.text_before, prompt - video)
     is_video[start : start + video] = True
     if not isinstance(config, AdaSparkConfig):
         dense = prompt_cost(shape, model.layers, is_video, AdaSparkConfig()).dense
         if isinstance(config, VideoNSASettings) and config.mode == "paper":
             return dense, videonsa_flops(config, shape, model.layers, is_video), None
         return dense, None if config.enabled else dense, None
-    cost = prompt_cost(shape, model.layers, is_video, config)
+    cost = prompt_cost(shape, model.layers, is_video, config, dropped)
     if not config.enabled:
-        return cost.dense, cost.dense, cost.least
+        return cost.whole, cost.dense, cost.least
     if config.flops is not None:
         share = ffn_share = cost.share(config.flops)
     else:
         share = config.p_attn if config.selection == "top_p" else config.keep
         ffn_share = config.p_ffn
-    return cost.dense, cost.spent(share, ffn_share), cost.least
+    return cost.whole, cost.spent(share, ffn_share), cost.least
 
 
 def _round_up(tokens: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from ..paged.tiles import Tiles
+from ..video.prune import WholePrompt
 from .account import Account, ModelShape, count_step
 from .reports import DENSE_REASONS, mode_of
 from .request_ids import search_name, unnumbered
@@ -89,6 +90,7 @@ class Ledger:
     def __init__(self, shape: ModelShape, layers: range, num_layers: int) -> None:
         self._shape, self._layers = shape, layers
         self._settings: dict[str, dict[str, Any]] = {}  # of requests that have not run yet
+        self._whole: dict[str, WholePrompt] = {}  # of requests some of whose tokens were dropped
         self._running: dict[str, Account] = {}
         self._finished: dict[str, Account] = {}  # oldest first; a beam search has one account
         self._total = Account(shape, layers)
@@ -99,16 +101,27 @@ class Ledger:
             if (mine := range(max(group.start, layers.start), min(group.stop, layers.stop)))
         }
         self._density = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
-        self._ffn_share = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
+        self._ffn_density = {label: Histogram(len(mine)) for label, mine in self._groups.items()}
 
-    def admit(self, request_id: str, settings: dict[str, Any] | None) -> None:
-        """A request is about to run for the first time; settings are None if it has no video."""
+    def admit(
+        self, request_id: str, settings: dict[str, Any] | None, whole: WholePrompt | None = None
+    ) -> None:
+        """A request is about to run for the first time.
+
+        Args:
+            request_id: the engine's name for it.
+            settings: what it runs under (Method.told); None if it has no video.
+            whole: the prompt that its own stands for; None if nothing was dropped.
+        """
+        if whole is not None:
+            self._whole[request_id] = whole
         if settings is not None:
             self._settings[request_id] = settings
 
     def add_step(self, request_ids: list[str], rows: StepRows, plan: StepPlan | None) -> None:
         """Account for a step whose layers have run; ``request_ids`` in row order."""
-        counts = count_step(rows, plan, self._layers, self._shape)
+        whole = [self._whole.get(request_id) for request_id in request_ids]
+        counts = count_step(rows, plan, self._layers, self._shape, whole)
         for row, request_id in enumerate(request_ids):
             account = self._running.get(request_id)
             if account is None:
@@ -122,6 +135,7 @@ class Ledger:
     def finish(self, request_id: str) -> Account | None:
         """Close a request's account; None if it never ran."""
         self._settings.pop(request_id, None)
+        self._whole.pop(request_id, None)
         account = self._running.pop(request_id, None)
         if account is None:
             return None
@@ -134,7 +148,7 @@ class Ledger:
                 self._density[label].observe(float(density))
             if account.video_tokens:
                 skipped = account.ffn_skipped[mine].mean() / account.video_tokens
-                self._ffn_share[label].observe(float(1 - skipped))
+                self._ffn_density[label].observe(float(1 - skipped))
         return account
 
     def _remember(self, request_id: str, account: Account) -> None:
@@ -190,7 +204,7 @@ class Ledger:
             "total": self._total.to_counts(),
             "requests": [[mode, why, number] for (mode, why), number in self._requests.items()],
             "attention_density": _plain(self._density),
-            "ffn_active_share": _plain(self._ffn_share),
+            "ffn_density": _plain(self._ffn_density),
         }
 
 

@@ -21,7 +21,8 @@ from .account import BY_NAME, PER_LAYER, SECONDS, Account
 # Why a method that must see a whole prompt at once let it run dense (docs/adatp.md).
 PROMPT_REASONS = ("no_text", "one_step", "prompt_logprobs")
 # Why a request ran dense.  "fallback": its cubes were cut by chunk edges, or its text was too long.
-DENSE_REASONS = ("no_video", "off", "few_cubes", "fallback", *PROMPT_REASONS)
+# "cached": all of its video came from the prefix cache, and its text leaves nothing out.
+DENSE_REASONS = ("no_video", "off", "few_cubes", "cached", "fallback", *PROMPT_REASONS)
 
 
 def merge_ranks(accounts: Sequence[dict[str, Any]]) -> Account:
@@ -151,7 +152,7 @@ def shown_settings(told: dict[str, Any]) -> dict[str, Any]:
 
 def mode_of(account: Account) -> tuple[str, str | None]:
     """``("sparse", None)``, or ``("dense", reason)`` when nothing could be left out."""
-    if account.choices:
+    if account.choices or (account.settings or {}).get("prune"):
         return "sparse", None
     if account.settings is None:
         return "dense", "no_video"
@@ -162,4 +163,6 @@ def mode_of(account: Account) -> tuple[str, str | None]:
             return "dense", reason
     if account.fallback_tokens["cut_cube"] or account.fallback_tokens["long_text"]:
         return "dense", "fallback"
+    if account.cached_tokens and not account.video_tokens:
+        return "dense", "cached"
     return "dense", "few_cubes"

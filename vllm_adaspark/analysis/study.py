@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..models.layout import layout_of
 from .measure import MASSES, AttentionMass, Prompt, ffn_change, statistics
 
 LEAST_CUBES = 4  # before a query: of fewer there is little to choose
@@ -57,7 +58,10 @@ def study(
         selection.append({"p": share, **told, "layers": layers})
         if len(selection) == 1:
             ids = torch.tensor(answer.prompt_token_ids)
-            is_video = ids == config.model_config.hf_config.video_token_id
+            hf_config = config.model_config.hf_config
+            is_video = ids == hf_config.video_token_id
+            place = is_video.nonzero()
+            is_video[place[len(place) - layout_of(hf_config).after_video :]] = False
             prompt = Prompt(is_video, config.cache_config.block_size)
             chosen = _queries(prompt, queries)
 

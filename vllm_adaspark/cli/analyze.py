@@ -18,7 +18,7 @@ PASSES_ON = True  # unknown options are vLLM's
 ANSWER_TOKENS = 32  # of the traced run, to be read below its picture
 SHARES = "0.5,0.7,0.8,0.9,0.95"
 # Settings that the study's runs choose themselves, or that it has no use for.
-CHOSEN = ("p_attn", "p_ffn", "flops", "off", "trace", "report_file")
+CHOSEN = ("p_attn", "p_ffn", "flops", "prune", "off", "trace", "report_file")
 # Fixed, because the numbers are taken in this process from a prompt computed in one step.
 OURS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.question.strip():
         raise UsageError("--question is empty")
     refuse_misspelt(args)
-    settings = given_settings(args)
+    settings = given_settings(args) | {"prune": 0.0}  # runs are compared token by token
     checked(args.settings_class, settings)
     try:
         plots.require_matplotlib()
@@ -93,7 +93,7 @@ def _analyze(
     config = checked(
         args.settings_class, settings, checkpoint=args.settings_class.of_checkpoint(model.config)
     )
-    sampling = media.sampling(args)
+    sampling = media.sampling(args, model.rules)
     text_tokens = 64 + len(args.question.encode())  # at the most
     with ExitStack() as stack:
         file = stack.enter_context(offline.video_file(args.video))
@@ -101,11 +101,11 @@ def _analyze(
         cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
         offline.prepare_environment()
         revision = ["--revision", args.revision] if args.revision else []
-        options = offline.engine_options(model.name, sampling, file, [*args.rest, *revision])
+        options = offline.engine_options(model, sampling, file, [*args.rest, *revision])
         _fix(options, cost.max_model_len)
         offline.say("starting the engine")
         llm = stack.enter_context(
-            offline.engine(options, DEFAULT, settings, config.cube_volume, cost)
+            offline.engine(options, model, DEFAULT, settings, config.cube_volume, cost)
         )
         question = offline.Question(file, args.question, args.max_pixels)
 

@@ -37,7 +37,9 @@ def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path, or http(s):, file: or data: URL")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
-        "--model", required=True, help="a checkpoint's folder or name, or 3b, 7b, 32b, 72b"
+        "--model",
+        required=True,
+        help="a checkpoint's folder or name, or 3b, 7b, 32b, 72b, onevision-0.5b, onevision-7b",
     )
     parser.add_argument("--revision", help="of the model on its hub")
     parser.add_argument("--max-tokens", type=int, default=256, help="of the answer (256)")
@@ -60,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_misspelt(args)
     settings = given_settings(args)
     checked(args.settings_class, settings)
-    sampling = media.sampling(args)
     model = media.find_model(args.model, args.revision)
+    sampling = media.sampling(args, model.rules)
     config = checked(
         args.settings_class, settings, checkpoint=args.settings_class.of_checkpoint(model.config)
     )
@@ -75,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
         cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
         offline.prepare_environment()
         rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
-        options = offline.engine_options(model.name, sampling, file, rest)
+        options = offline.engine_options(model, sampling, file, rest)
         offline.say("starting the engine")
-        engine = offline.engine(options, args.method, settings, config.cube_volume, cost)
+        engine = offline.engine(options, model, args.method, settings, config.cube_volume, cost)
         llm = stack.enter_context(engine)
         question = offline.Question(file, args.question, args.max_pixels)
 
@@ -165,12 +167,12 @@ def render(runs: dict[str, Any]) -> str:
     for stage in ("read", "prefill", "answer", "total"):
         rows.append((f"{stage}, s", [f"{answer.seconds[stage]:.2f}" for answer in answers]))
     for title, key in (
-        ("cubes attended", "attention_density"),
-        ("FFN active", "ffn_density"),
+        ("attention density", "attention_density"),
+        ("FFN density", "ffn_density"),
         ("FLOPs of dense", "flops_ratio"),
     ):
         rows.append((title, [f"{answer.account[key]:.1%}" for answer in answers]))
     if len(runs) > 1:
         rows.insert(0, ("", list(runs)))
-    lines += [f"{title:<16}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows]
+    lines += [f"{title:<18}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, requires, ver
 from importlib.util import find_spec
 from typing import Any
 
-from .. import ARCHITECTURE, __version__
+from .. import ARCHITECTURES, __version__
 from ..methods import built_in
 from . import PROGRAM
 
@@ -194,11 +194,12 @@ def _vllm() -> Iterator[Finding]:
     load_general_plugins()
     from vllm.model_executor.models import ModelRegistry
 
-    registered = ARCHITECTURE in ModelRegistry.get_supported_archs()
+    known = ModelRegistry.get_supported_archs()
+    missing = [name for name in ARCHITECTURES.values() if name not in known]
     yield Finding(
         "architecture",
-        OK if registered else BROKEN,
-        ARCHITECTURE + ("" if registered else " is not registered"),
+        BROKEN if missing else OK,
+        f"{', '.join(missing)} is not registered" if missing else ", ".join(ARCHITECTURES),
         "see the plugin and VLLM_PLUGINS above",
     )
     if supported:

@@ -28,7 +28,10 @@ def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
         "video", nargs="?", metavar="VIDEO", help="path or URL; or --duration and --size instead"
     )
     parser.add_argument(
-        "--model", default="7b", help="a checkpoint's folder or name, or 3b, 7b (default), 32b, 72b"
+        "--model",
+        default="7b",
+        help="a checkpoint's folder or name, or 3b, 7b (default), 32b, 72b, onevision-0.5b, "
+        "onevision-7b",
     )
     parser.add_argument("--duration", help="without VIDEO: its length, e.g. 90s, 10m, 1h, 1h30m")
     parser.add_argument("--size", help="without VIDEO: width x height, e.g. 1280x720")
@@ -55,10 +58,12 @@ def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what it costs."""
     from ..accounts import cost as costs
+    from ..models.layout import LayoutError
     from . import media
 
-    sampling = media.sampling(args)
     checked(args.settings_class, given_settings(args))
+    model = media.find_model(args.model)
+    sampling = media.sampling(args, model.rules)
     for name in ("text_tokens", "answer_tokens"):
         if getattr(args, name) < 1:
             raise UsageError(
@@ -70,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("VIDEO and --duration or --size: give a video, or both of those")
     else:
         video = media.probe(media.read_video(args.video), args.video)
-    model = media.find_model(args.model)
     config = checked(
         args.settings_class,
         given_settings(args),
@@ -86,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
             answer_tokens=args.answer_tokens,
             kv_element_bytes=1 if args.kv_cache_dtype == "fp8" else 2,
         )
-    except costs.CostError as error:
+    except LayoutError as error:
         raise UsageError(str(error)) from None
-    flags = _flags(args, cost)
+    flags = _flags(args, cost, model.rules.flags(sampling))
     if args.json:
         about = {"frames": video.frames, "fps": video.fps, "seconds": video.seconds}
         about["size"] = [video.width, video.height]
@@ -104,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _imagined(args: argparse.Namespace):
     """The video that ``--duration`` and ``--size`` describe."""
-    from ..accounts.cost import Video
+    from ..models.layout import Video
 
     if not args.duration or not args.size:
         raise UsageError(
@@ -125,23 +129,13 @@ def _imagined(args: argparse.Namespace):
     return Video(frames, args.source_fps, int(size[1]), int(size[2]))
 
 
-def _flags(args: argparse.Namespace, cost: Any) -> list[str]:
+def _flags(args: argparse.Namespace, cost: Any, of_frames: list[str]) -> list[str]:
     """Options of ``vllm serve`` (and ours, which are the same) that this video needs."""
     flags = [
         f"--max-model-len {cost.max_model_len}",
         f"--max-num-batched-tokens {cost.max_num_batched_tokens}",
+        *of_frames,
     ]
-    video = {}
-    if args.fps != 2:
-        video["fps"] = args.fps
-    if args.max_frames != 768:
-        video["max_frames"] = args.max_frames
-        if args.max_frames < 4:
-            video["min_frames"] = args.max_frames
-    if video:
-        flags.append(f"--media-io-kwargs '{json.dumps({'video': video})}'")
-    if args.max_pixels is not None:
-        flags.append(f"--mm-processor-kwargs '{json.dumps({'max_pixels': args.max_pixels})}'")
     if args.kv_cache_dtype != "auto":
         flags.append(f"--kv-cache-dtype {args.kv_cache_dtype}")
     return flags
@@ -151,6 +145,7 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
     """The report as text."""
     t, h, w = cost.grid
     high, wide = cost.resized
+    dropped = f", {cost.dropped_tokens:,} of them dropped" if cost.dropped_tokens else ""
     rows = [
         ("model", model.name),
         (
@@ -164,7 +159,10 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
             f"{cost.frames:,} frames of {wide}x{high} (one every "
             f"{video.seconds / cost.frames:.2f} s)",
         ),
-        ("tokens", f"{cost.video_tokens:,} = {t} x {h} x {w}; prompt {cost.prompt_tokens:,}"),
+        (
+            "tokens",
+            f"{cost.video_tokens:,} = {t} x {h} x {w}{dropped}; prompt {cost.prompt_tokens:,}",
+        ),
         ("cubes", f"{cost.cubes:,} of {config.cube_volume} tokens (one KV block each)"),
         ("", ""),
         ("FLOPs, dense", f"{_si(cost.dense_flops)}FLOPs for the prompt"),
@@ -198,14 +196,15 @@ def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: i
         UsageError: it cannot be asked, or the model has too few positions for it.
     """
     from ..accounts import cost as costs
+    from ..models.layout import LayoutError
 
     try:
         cost = costs.cost(model, video, config, sampling, **tokens)
-    except costs.CostError as error:
+    except LayoutError as error:
         raise UsageError(str(error)) from None
     if not cost.fits:
         raise UsageError(
-            f"the video has {cost.video_tokens:,} tokens, more than the model's "
+            f"the prompt has {cost.prompt_tokens:,} tokens, more than the model's "
             f"{model.max_positions:,} positions hold; what fits: {' or '.join(ways_to_fit(cost))}"
         )
     return cost
@@ -213,9 +212,8 @@ def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: i
 
 def ways_to_fit(cost: Any) -> list[str]:
     """Options with which a video that does not fit would."""
-    ways = [f"--max-frames {cost.fitting_frames}"] if cost.fitting_frames >= 2 else []
-    if cost.fitting_pixels >= 4 * 28 * 28:
-        ways.append(f"--max-pixels {cost.fitting_pixels}")
+    options = {"--max-frames": cost.fitting_frames, "--max-pixels": cost.fitting_pixels}
+    ways = [f"{name} {value}" for name, value in options.items() if value is not None]
     return ways or ["a shorter video: not even the fewest and smallest frames fit"]
 
 

@@ -13,34 +13,35 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from ..accounts.cost import PRESETS, CostError, Model, Sampling, Video, read_model
+from ..accounts.cost import PRESETS, Model, read_model
+from ..models.layout import FrameRules, LayoutError, Sampling, Video
 from ..video import decode
 from ..video.container import VideoError, scan
-from ..video.sampling import MAX_FPS, MAX_FRAMES, PAIR, most_frames
+from ..video.sampling import MAX_FPS, MAX_FRAMES, most_frames
 from . import CommandError, UsageError
 
 FETCH_SECONDS = 60  # without a sign of life
 
 
-def sampling(args: argparse.Namespace) -> Sampling:
-    """The flags' values, checked."""
-    if not 0 < args.fps <= MAX_FPS:
+def sampling(args: argparse.Namespace, rules: FrameRules) -> Sampling:
+    """The flags' values, checked against what the model's ``rules`` allow."""
+    if args.fps is not None and not 0 < args.fps <= MAX_FPS:
         raise UsageError(f"--fps {args.fps:g}: expected a number above 0 and at most {MAX_FPS}")
-    if not PAIR <= args.max_frames <= MAX_FRAMES:
+    least = rules.least_frames
+    if args.max_frames is not None and not least <= args.max_frames <= MAX_FRAMES:
         raise UsageError(
-            f"--max-frames {args.max_frames}: expected a whole number from {PAIR} to {MAX_FRAMES}"
+            f"--max-frames {args.max_frames}: expected a whole number from {least} to {MAX_FRAMES}"
         )
-    least = 4 * 28 * 28
+    least = rules.least_pixels
+    if args.max_pixels is not None and least is None:
+        raise UsageError(
+            f"--max-pixels {args.max_pixels}: this model gives all frames one size; leave it out"
+        )
     if args.max_pixels is not None and args.max_pixels < least:
         raise UsageError(
             f"--max-pixels {args.max_pixels}: expected at least {least} (four tokens a frame)"
         )
-    return Sampling(
-        fps=args.fps,
-        max_frames=args.max_frames,
-        min_frames=min(Sampling.min_frames, args.max_frames),
-        max_pixels=args.max_pixels,
-    )
+    return Sampling(fps=args.fps, max_frames=args.max_frames, max_pixels=args.max_pixels)
 
 
 def is_web_address(source: str) -> bool:
@@ -138,7 +139,7 @@ def find_model(name: str, revision: str | None = None) -> Model:
     """What must be known of a model: a preset (``7b``), a checkpoint's folder, or a hub's name.
 
     Raises:
-        UsageError: no such preset or folder, or not a Qwen2.5-VL.
+        UsageError: no such preset or folder, or not a model of ours.
         CommandError: the hub could not be asked.
     """
     preset = PRESETS.get(name.lower())
@@ -154,7 +155,7 @@ def find_model(name: str, revision: str | None = None) -> Model:
                 f"as {PRESETS['7b'].name}, or one of {', '.join(PRESETS)}"
             )
         return read_model(name, lambda file: _from_hub(name, file, revision))
-    except CostError as error:
+    except LayoutError as error:
         raise UsageError(str(error)) from None
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .. import ARCHITECTURE
-from ..accounts.cost import Cost, Sampling
-from ..methods import DEFAULT
+from ..accounts.cost import Cost, Model
+from ..methods import DEFAULT, OF_ARCHITECTURE
+from ..models.layout import Sampling
 from ..settings import METHOD_KEY, SERVER_KEY
 from . import CommandError, UsageError
+from .checkpoints import trained_for
 from .media import is_web_address, local_path, read_video
 from .vllm_options import merge
 
@@ -66,11 +67,11 @@ def video_file(source: str) -> Iterator[Path]:
         yield path
 
 
-def engine_options(model: str, sampling: Sampling, video: Path, rest: list[str]) -> Any:
+def engine_options(model: Model, sampling: Sampling, video: Path, rest: list[str]) -> Any:
     """vLLM's EngineArgs from the arguments that are not ours.
 
     Args:
-        model: a checkpoint's folder or name.
+        model: the checkpoint.
         sampling: which frames are read.
         video: the file that vLLM may read.
         rest: the arguments.
@@ -88,19 +89,19 @@ def engine_options(model: str, sampling: Sampling, video: Path, rest: list[str])
     parser = Parser(add_help=False)
     EngineArgs.add_cli_args(parser)
     try:
-        options = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *rest]))
+        options = EngineArgs.from_cli_args(parser.parse_args(["--model", model.name, *rest]))
         media = dict(options.media_io_kwargs or {})
         chosen = dict(media.get("video") or {})
-        for name in ("fps", "max_frames", "min_frames"):
+        for name in ("fps", "max_frames", "min_frames", "num_frames"):
             if name in chosen:
                 raise UsageError(
                     f"--media-io-kwargs video.{name}={chosen[name]!r}: use --fps or --max-frames"
                 )
-            chosen[name] = getattr(sampling, name)
+        chosen |= model.rules.loader_options(sampling)
     except ValueError as error:
         raise UsageError(f"vLLM's options: {error}") from None
     except OSError as error:  # the model is looked up on its hub
-        raise CommandError(f"--model {model!r} could not be fetched: {error}") from None
+        raise CommandError(f"--model {model.name!r} could not be fetched: {error}") from None
     options.media_io_kwargs = media | {"video": chosen}
     options.allowed_local_media_path = str(video.absolute().parent)
     return options
@@ -108,12 +109,13 @@ def engine_options(model: str, sampling: Sampling, video: Path, rest: list[str])
 
 @contextmanager
 def engine(
-    options: Any, method: str, settings: dict[str, Any], volume: int, cost: Cost
+    options: Any, model: Model, method: str, settings: dict[str, Any], volume: int, cost: Cost
 ) -> Iterator[Any]:
     """A running ``vllm.LLM`` with room for one such video.
 
     Args:
         options: vLLM's EngineArgs; what they leave open is filled in here.
+        model: the checkpoint.
         method: the sparsity method's name.
         settings: the method's server settings.
         volume: tokens in a KV block.
@@ -133,8 +135,11 @@ def engine(
                 f"--{name.replace('_', '-')} {given}: the prompt has about {needed} tokens, and "
                 "must fit; leave it out, or give it at least the value that inspect tells"
             )
-    ours = {SERVER_KEY: settings} | ({METHOD_KEY: method} if method != DEFAULT else {})
-    options.hf_overrides = {**options.hf_overrides, "architectures": [ARCHITECTURE]}
+    architecture = trained_for(model.name, model.config) or model.layout.architecture
+    ours = {SERVER_KEY: settings}
+    if method != OF_ARCHITECTURE.get(architecture, DEFAULT):
+        ours[METHOD_KEY] = method
+    options.hf_overrides = {**options.hf_overrides, "architectures": [architecture]}
     options.additional_config = merge(dict(options.additional_config), ours)
     options.limit_mm_per_prompt = options.limit_mm_per_prompt or {"video": 1, "image": 0}
     options.max_model_len = options.max_model_len or cost.max_model_len

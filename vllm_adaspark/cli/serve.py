@@ -19,10 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .. import ARCHITECTURE
-from ..methods import DEFAULT
-from ..settings import CHECKPOINT_KEY, METHOD_KEY, Settings, SettingsError, operator_settings
+from ..methods import DEFAULT, OF_ARCHITECTURE
+from ..settings import METHOD_KEY, Settings, SettingsError, operator_settings
 from . import PROGRAM, CommandError, UsageError
+from .checkpoints import architecture_of, config_of
 from .redact import redact_arguments
 from .settings import (
     ADDITIONAL,
@@ -70,7 +70,8 @@ def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
         epilog="'vllm serve --help=all' lists vLLM's options; videos usually want "
         f"--max-num-batched-tokens, see '{PROGRAM} inspect'.",
     )
-    add_settings(parser, method_named(arguments))
+    given = next(iter(arguments[1:2]), "-")
+    add_settings(parser, method_named(arguments, None if given.startswith("-") else given))
     group = parser.add_argument_group("server")
     group.add_argument(
         "--request-settings",
@@ -125,10 +126,12 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
     overrides, rest = _json_option(args.rest, "--hf-overrides", file)
     additional, rest = _json_option(rest, ADDITIONAL, file)
-    named = overrides.get("architectures", [ARCHITECTURE])
-    if named != [ARCHITECTURE]:
+    checkpoint = config_of(str(model), value_of(rest, "--revision"))
+    architecture = architecture_of(str(model), checkpoint)
+    named = overrides.get("architectures", [architecture])
+    if named != [architecture]:
         raise UsageError(
-            f"--hf-overrides architectures={named!r}: it must be [{ARCHITECTURE!r}], which is "
+            f"--hf-overrides architectures={named!r}: it must be [{architecture!r}], which is "
             "filled in if it is left out"
         )
     cls = args.settings_class
@@ -141,13 +144,13 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if not isinstance(settings, dict):
         raise UsageError(f"{ADDITIONAL} {PLUGIN}={settings!r}: expected an object")
     settings = settings | given_settings(args)
-    checkpoint = overrides.get(CHECKPOINT_KEY, _checkpoint_settings(str(model)))
-    config = checked(cls, settings, f"{ADDITIONAL} {PLUGIN}", checkpoint)
+    trained = cls.of_checkpoint(checkpoint | overrides)
+    config = checked(cls, settings, f"{ADDITIONAL} {PLUGIN}", trained)
     _refuse_conflicts(rest, file, config)
 
     arguments = ["serve", *rest]
-    arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [ARCHITECTURE]})]
-    if args.method != DEFAULT:
+    arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [architecture]})]
+    if args.method != OF_ARCHITECTURE.get(architecture, DEFAULT):
         additional[METHOD_KEY] = args.method
     if settings:
         additional[PLUGIN] = settings
@@ -165,16 +168,7 @@ def _refuse_missing(model: str) -> None:
     if not folder.exists() and model.startswith(("/", "./", "../", "~")):
         raise UsageError(f"MODEL {model!r}: no such folder")
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UsageError(f"MODEL {model!r}: no config.json in it; give a Qwen2.5-VL checkpoint")
-
-
-def _checkpoint_settings(model: str) -> Any:
-    """``adaspark_config`` of a checkpoint that is a folder here; None where only vLLM will know."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return config.get(CHECKPOINT_KEY) if isinstance(config, dict) else None
+        raise UsageError(f"MODEL {model!r}: no config.json in it; give a checkpoint")
 
 
 def _json_option(

@@ -9,28 +9,37 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..methods import DEFAULT, built_in, settings_class
+from ..methods import DEFAULT, OF_ARCHITECTURE, built_in, settings_class
 from ..settings import METHOD_KEY, OFF, Settings, SettingsError, check_cube_volume
 from . import UsageError
+from .checkpoints import config_of, trained_for
 from .vllm_options import from_config_file, json_object, take_json, value_of
 
 ADDITIONAL = "--additional-config"
 
 
-def method_named(arguments: Sequence[str]) -> str:
-    """The method that the arguments ask for: ours, or vLLM's ``--additional-config`` with it.
+def method_named(arguments: Sequence[str], model: str | None = None) -> str:
+    """The method that the arguments ask for, or the one that the checkpoint was trained for.
+
+    Args:
+        arguments: the command's: ``--method``, or vLLM's ``--additional-config`` with it.
+        model: the checkpoint's folder or name; by default what ``--model`` says.
 
     Raises:
-        UsageError: both name one, and not the same.
+        UsageError: both options name one, and not the same.
     """
     arguments = list(arguments)
     flag = value_of(arguments, "--method")
+    model = model or value_of(arguments, "--model")
     try:
-        in_file = from_config_file(arguments).get(ADDITIONAL) or {}
+        file = from_config_file(arguments)
+        model = model or file.get("--model")
+        in_file = file.get(ADDITIONAL) or {}
         if isinstance(in_file, str):
             in_file = json_object(ADDITIONAL, in_file)
         told = take_json(arguments, ADDITIONAL)[0].get(METHOD_KEY, in_file.get(METHOD_KEY))
@@ -40,7 +49,9 @@ def method_named(arguments: Sequence[str]) -> str:
         raise UsageError(
             f"--method {flag} and {ADDITIONAL} {METHOD_KEY}={told!r}: leave one of them out"
         )
-    return flag or told or DEFAULT
+    if flag or told or not model:
+        return flag or told or DEFAULT
+    return OF_ARCHITECTURE.get(trained_for(str(model), config_of(str(model))), DEFAULT)
 
 
 def add_settings(parser: argparse.ArgumentParser, method: str) -> None:
@@ -93,13 +104,16 @@ def _add_setting(group: argparse._ArgumentGroup, spec: Any) -> None:
     if spec.name == "cube":
         options = {"type": _cube, "metavar": "T,H,W"}
     elif isinstance(spec.default, bool):
-        options = {"action": "store_true"}
+        on = argparse.BooleanOptionalAction
+        options = {"action": on if spec.default else "store_true"}
     elif "choices" in rule:
         options = {"choices": rule["choices"]}
-    elif "share" in rule or "budget" in rule:
+    elif rule.keys() & {"share", "budget", "part"}:
         options = {"type": float, "metavar": "SHARE"}
     elif "low" in rule:
         options = {"type": int, "metavar": "N"}
+    elif "check" in rule:
+        options = {"type": _value, "metavar": "VALUE"}
     else:
         options = {"metavar": "PATH"}
     default = f" (default: {spec.default})" if spec.default not in (None, False) else ""
@@ -111,8 +125,12 @@ def _add_setting(group: argparse._ArgumentGroup, spec: Any) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which frames are taken and how large they may be."""
     group = parser.add_argument_group("frames")
-    group.add_argument("--fps", type=float, default=2.0, help="frames taken per second (2)")
-    group.add_argument("--max-frames", type=int, default=768, help="frames taken at the most (768)")
+    group.add_argument(
+        "--fps", type=float, help="frames taken per second (Qwen: 2; LLaVA-OneVision: no limit)"
+    )
+    group.add_argument(
+        "--max-frames", type=int, help="frames taken at the most (Qwen: 768; LLaVA-OneVision: 32)"
+    )
     group.add_argument(
         "--max-pixels", type=int, help="pixels of a frame at the most (the checkpoint's)"
     )
@@ -187,6 +205,16 @@ def _class_of(method: str) -> type[Settings]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _value(text: str) -> Any:
+    """JSON, numbers with commas between them, or text; the settings check it."""
+    for form in (text, f"[{text}]"):
+        try:
+            return json.loads(form)
+        except ValueError:
+            continue
+    return text
 
 
 def _cube(text: str) -> list[int]:

@@ -17,6 +17,9 @@ from importlib.util import find_spec
 
 import torch
 
+# Entries of a row to choose from: a program holds one in registers; longer rows are the twin's.
+MAX_CHOICES = 16384
+
 
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether work on ``tensor`` goes to the Triton kernels.

@@ -13,13 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-# A row is held in registers by one program; longer rows are the twin's.
-MAX_ENTRIES = 16384
+from . import MAX_CHOICES
 
 
 def takes(probs: torch.Tensor) -> bool:
     """Whether :func:`top_p` can: fp32, three dimensions at most, rows that fit."""
-    return probs.dtype == torch.float32 and probs.ndim <= 3 and probs.shape[-1] <= MAX_ENTRIES
+    return probs.dtype == torch.float32 and probs.ndim <= 3 and probs.shape[-1] <= MAX_CHOICES
 
 
 def top_p(
@@ -34,7 +33,7 @@ def top_p(
     if not takes(probs):
         raise ValueError(
             f"probs of dtype {probs.dtype} and shape {tuple(shape)}: the kernel takes float32, "
-            f"three dimensions at most and {MAX_ENTRIES} entries; use choose.top_p"
+            f"three dimensions at most and {MAX_CHOICES} entries; use choose.top_p"
         )
     kept = torch.empty(shape, dtype=torch.bool, device=probs.device)
     if not kept.numel():

@@ -20,8 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import interpreted, scores_heads_of
-from .nucleus import MAX_ENTRIES
+from . import MAX_CHOICES, interpreted, scores_heads_of
 from .score import LOG2_E, SHARED_BYTES
 
 # Importances held at a time, in numbers: they are read once, by `best`, and then of no use.
@@ -201,8 +200,8 @@ def best(importance: torch.Tensor, count: torch.Tensor, places: int) -> torch.Te
         ValueError: a row has more entries than a program holds.
     """
     n, kv_heads, longest = importance.shape
-    if longest > MAX_ENTRIES:
-        raise ValueError(f"{longest} blocks to choose from: the kernel takes {MAX_ENTRIES}")
+    if longest > MAX_CHOICES:
+        raise ValueError(f"{longest} blocks to choose from: the kernel takes {MAX_CHOICES}")
     chosen = torch.empty(n, kv_heads, places, dtype=torch.int32, device=importance.device)
     if chosen.numel():
         block = max(16, triton.next_power_of_2(longest))

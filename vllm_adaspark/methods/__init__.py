@@ -10,9 +10,12 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
+from .. import VIDEONSA_ARCHITECTURE
 from ..settings import Settings
 
 DEFAULT = "adaspark"
+# Architectures of checkpoints that were trained for one method and cannot run with another.
+OF_ARCHITECTURE = {VIDEONSA_ARCHITECTURE: "videonsa"}
 
 
 def built_in() -> list[str]:

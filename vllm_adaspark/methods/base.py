@@ -40,20 +40,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import VIDEONSA_ARCHITECTURE
 from ..paged.heads import HeadRanks
 from ..paged.plan import StepPlan
 from ..paged.state import BlockSums, StepRows
 from ..requests import Prompt, Request
 from ..settings import METHOD_KEY, Settings, SettingsError
+from . import OF_ARCHITECTURE
 
 BUILT_IN = {
     "adaspark": "vllm_adaspark.methods.adaspark.method:AdaSpark",
     "adatp": "vllm_adaspark.methods.adatp.method:AdaTP",
     "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
 }
-# Architectures of checkpoints that were trained for one method and cannot run with another.
-OF_ARCHITECTURE = {VIDEONSA_ARCHITECTURE: "videonsa"}
+
+# For ``scheduler_config.scheduler_cls``, where Method.needs_one_step may say yes.
+ONE_STEP_SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ class AttentionCall:
             backend that vLLM chose: ``(query [queries, heads, head_size], sequences, output)``.
             ``window=n`` lets a query see its last n keys only.  ``one_kv_head=True`` is for
             sequences that see one KV head each, whose block b is ``b * kv_heads + head`` in their
-            tables, and whose queries have the heads of one GQA group.
+            tables, and whose queries have the heads of one GQA group.  ``cache`` is a scratch cache
+            to attend over in place of the layer's.
+        scratch_cache: a paged cache like the layer's, for keys and values that are not the
+            model's: ``(key, value [n, kv_heads, head_size])``, which fill its blocks 0, 1, ...
     """
 
     layer: int
@@ -98,6 +102,7 @@ class AttentionCall:
     choose: Callable[[torch.Tensor], Any]
     run: Callable[[Any], None]
     run_sequences: Callable[..., None]
+    scratch_cache: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

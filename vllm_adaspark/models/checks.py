@@ -8,10 +8,8 @@ these requests through.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Mapping
+from typing import Any
 
 PIXELS = ("min_pixels", "max_pixels")
 SIZE = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
@@ -22,22 +20,25 @@ LOADER_NUMBERS = ("fps", "num_frames", "min_frames", "max_frames")
 SCOPES = ("images_kwargs", "videos_kwargs")  # Hugging Face's names for "only for images", "videos"
 
 
-def check_processor_kwargs(kwargs: Mapping[str, Any], ours: str) -> None:
+def check_processor_kwargs(kwargs: Mapping[str, Any], ours: str, *, sizes: bool) -> None:
     """Refuse keys of ``mm_processor_kwargs`` that the model cannot follow, and values out of range.
 
     Args:
         kwargs: those of one request.
         ours: our own key, whose value is checked elsewhere.
+        sizes: whether the model takes frames of any size, so that a request may bound theirs.
 
     Raises:
         ValueError: names the key, the value and what is allowed.
     """
-    _check_scope({k: v for k, v in kwargs.items() if k != ours}, "mm_processor_kwargs", ours)
+    named = {key: value for key, value in kwargs.items() if key != ours}
+    _check_scope(named, "mm_processor_kwargs", ours, sizes)
 
 
-def _check_scope(kwargs: Mapping[str, Any], where: str, ours: str | None) -> None:
+def _check_scope(kwargs: Mapping[str, Any], where: str, ours: str | None, sizes: bool) -> None:
     scopes = SCOPES if ours else ()
-    allowed = [*([ours] if ours else []), *PIXELS, "size", *LOADER_NUMBERS, *scopes]
+    of_sizes = (*PIXELS, "size") if sizes else ()
+    allowed = [*([ours] if ours else []), *of_sizes, *LOADER_NUMBERS, *scopes]
 
     def refuse(key: str, value: Any, why: str) -> None:
         raise ValueError(f"{where}.{key}={value!r}: {why}")
@@ -50,7 +51,7 @@ def _check_scope(kwargs: Mapping[str, Any], where: str, ours: str | None) -> Non
         if key in scopes:
             if not isinstance(value, Mapping):
                 refuse(key, value, "expected an object")
-            _check_scope(value, f"{where}.{key}", None)
+            _check_scope(value, f"{where}.{key}", None, sizes)
         elif key in PIXELS:
             if not _is_whole(value) or not 1 <= value <= MOST_PIXELS:
                 refuse(key, value, f"expected a whole number of pixels from 1 to {MOST_PIXELS}")
@@ -84,98 +85,3 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_embeddings(data: Mapping[str, Any], modality: str, merge: int, hidden: int) -> None:
-    """Refuse ``image_embeds`` or ``video_embeds`` that do not fit their grid.
-
-    Args:
-        data: ``{modality}_embeds`` ``[rows, hidden]`` of all items one after the other, and
-            ``{modality}_grid_thw`` ``[items, 3]`` in patches.
-        modality: ``"image"`` or ``"video"``.
-        merge: patches along a merged token's side.
-        hidden: width of the language model's embeddings.
-
-    Raises:
-        ValueError: names the field, what it holds and what was expected.
-    """
-    embeds_name, grid_name = f"{modality}_embeds", f"{modality}_grid_thw"
-    missing = [name for name in (embeds_name, grid_name) if data.get(name) is None]
-    if missing:
-        raise ValueError(f"{embeds_name}: {' and '.join(missing)} missing; send both")
-    embeds, grids = (torch.as_tensor(data[name]) for name in (embeds_name, grid_name))
-    if grids.ndim != 2 or grids.shape[1] != 3 or grids.is_floating_point():
-        raise ValueError(
-            f"{grid_name}: expected whole numbers [items, 3] (frames, rows, columns of patches), "
-            f"got {list(grids.shape)} of {grids.dtype}"
-        )
-    for t, h, w in grids.tolist():
-        if min(t, h, w) < 1 or h % merge or w % merge or (modality == "image" and t != 1):
-            frames = "one frame" if modality == "image" else "at least one frame"
-            raise ValueError(
-                f"{grid_name}={[t, h, w]}: expected {frames}, and rows and columns that are "
-                f"positive multiples of {merge}"
-            )
-    rows = int((grids.prod(-1) // merge**2).sum())
-    if list(embeds.shape) != [rows, hidden] or not embeds.is_floating_point():
-        raise ValueError(
-            f"{embeds_name}: {grid_name}={grids.tolist()} asks for [{rows}, {hidden}] "
-            f"floating-point numbers, got {list(embeds.shape)} of {embeds.dtype}"
-        )
-
-
-class Grid(NamedTuple):
-    """Size of an image or video in merged tokens, and how far apart its frames are in time."""
-
-    frames: int
-    rows: int
-    columns: int
-    positions_per_frame: float  # M-RoPE time positions from one pair of frames to the next
-
-    @property
-    def extent(self) -> int:
-        """M-RoPE positions that it takes up."""
-        last = int((self.frames - 1) * self.positions_per_frame)
-        return max(last, self.rows - 1, self.columns - 1) + 1
-
-
-def position_limit(text_config: Any) -> int:
-    """M-RoPE positions there are: rows of the cos/sin table that vLLM builds.
-
-    vLLM makes it four times as long as the model's positions, because time positions of videos run
-    faster than tokens; under YaRN, so often the original positions times the factor.
-    """
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    positions = text_config.max_position_embeddings
-    if rope.get("rope_type", rope.get("type")) == "yarn":
-        positions = rope["original_max_position_embeddings"] * rope["factor"]
-    return int(4 * positions)
-
-
-def check_positions(
-    tokens: int, media: Iterable[tuple[int, Grid]], max_model_len: int, limit: int
-) -> None:
-    """Refuse a prompt whose positions, or those of its answer, run past the rotary table.
-
-    Args:
-        tokens: of the prompt.
-        media: (tokens, grid) of each image and video in it.
-        max_model_len: the longest a prompt with its answer may get, in tokens.
-        limit: positions there are.
-
-    Raises:
-        ValueError: says how many positions the prompt takes and what to change.
-    """
-    media = list(media)
-    used = sum(grid.extent for _, grid in media)
-    text = tokens - sum(number for number, _ in media)
-    for_answer = max(0, max_model_len - tokens)
-    if used + text + for_answer <= limit:
-        return
-    longest = max((grid for _, grid in media), key=lambda grid: grid.extent, default=None)
-    told = f" (the longest video or image takes {longest.extent})" if longest else ""
-    raise ValueError(
-        f"this prompt's images and videos take {used} positions in time{told}, its text {text} and "
-        f"its answer up to {for_answer}, but this model has {limit}: send fewer or shorter videos, "
-        "or check their duration"
-    )

@@ -7,18 +7,19 @@ stock weights of every size load unchanged.  Three things happen to a video on i
 * after the vision tower the video's embeddings are put into cube order;
 * its M-RoPE positions, which are the stock model's, are put into the same order.
 
+Where a request asks to drop tokens (``prune``), pruned.py does the last two.
+
 At the top of ``forward`` the step is planned, from what the worker knows of its requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VisionTransformer,
@@ -29,17 +30,13 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.model_executor.models.vision import run_dp_sharded_mrope_vision_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.platforms import current_platform
-from vllm.sequence import IntermediateTensors
 
 from .. import LANGUAGE_MODEL
-from ..methods import base as methods
-from ..paged.depth_metadata import give_depths
-from ..requests import FIELD, settings_of, unpack_settings, videos_of
-from ..settings import Settings
-from ..step import Runtime
-from ..video.order import cube_order
-from .processing import AdaSparkProcessingInfo, AdaSparkProcessor
+from ..requests import settings_of, videos_of
+from .base import SparseModel
+from .layout import walk
+from .pruned import PrunedVideos, in_whole_prompt
+from .qwen2_5_vl_processing import AdaSparkProcessingInfo, AdaSparkProcessor
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -47,7 +44,7 @@ from .processing import AdaSparkProcessingInfo, AdaSparkProcessor
     info=AdaSparkProcessingInfo,
     dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
 )
-class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
+class AdaSparkQwen2_5_VL(PrunedVideos, SparseModel, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL, all sizes, with AdaSpark."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -77,35 +74,22 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
                 architectures=[LANGUAGE_MODEL],
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
-
-        self.runtime = Runtime(methods.of_model(config, current_platform.device_type))
-        self._settings_class = self.runtime.method.settings_class
-        self.language_model.share(self.runtime)
+        self._share_runtime(config)
 
     # -- from video to embeddings ---------------------------------------------------------------
 
-    def _parse_and_validate_video_input(self, **kwargs: object):
-        parsed = super()._parse_and_validate_video_input(**kwargs)
-        # Rides along with the parsed input: the schema takes no field of ours.
-        self._video_settings = kwargs.get(FIELD)
-        return parsed
-
     def _process_video_input(self, video_input) -> tuple[torch.Tensor, ...]:
-        """Each video's embeddings ``[tokens, hidden]``, in cube order."""
+        """Each video's embeddings ``[tokens, hidden]``, in cube order; if pruned, with places."""
+        grids = video_input["video_grid_thw"].tolist()
         if video_input["type"] == "video_embeds":
             videos = super()._process_video_input(video_input)
         else:
-            videos = self._encode_in_pieces(
-                video_input["pixel_values_videos"], video_input["video_grid_thw"].tolist()
-            )
-        merge = self.visual.spatial_merge_size
-        ordered = []
-        for video, grid, packed in zip(
-            videos, video_input["video_grid_thw"].tolist(), self._video_settings, strict=True
-        ):
-            walk = _walk(grid, unpack_settings(packed, self._settings_class), merge)
-            ordered.append(video if walk is None else video[walk.to(video.device)])
-        return tuple(ordered)
+            videos = self._encode_in_pieces(video_input["pixel_values_videos"], grids)
+        seconds = video_input.get("second_per_grid_ts")
+        seconds = [1.0] * len(grids) if seconds is None else torch.as_tensor(seconds).tolist()
+        per_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        merged = [self.layout.merged(grid) for grid in grids]
+        return self._in_order(videos, merged, [apart * per_second for apart in seconds])
 
     def _encode_in_pieces(
         self, pixels: torch.Tensor, grids: list[list[int]]
@@ -142,78 +126,28 @@ class AdaSparkQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         config = super().get_encoder_cudagraph_config()
         return replace(config, modalities=[m for m in config.modalities if m != "video"])
 
-    # -- weights ----------------------------------------------------------------------------------
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As stock, but a method's own weights must be in the checkpoint."""
-        loaded = super().load_weights(weights)
-        missing = [
-            f"{attention}.{name}"
-            for attention, module in self.language_model.method_modules()
-            for name, _ in module.named_parameters()
-            if f"language_model.{attention}.{name}" not in loaded
-        ]
-        if missing:
-            raise ValueError(
-                f"the checkpoint lacks {len(missing)} weights of the method, among them "
-                f"{', '.join(missing[:4])}: it was not trained for it; serve one that was"
-            )
-        return loaded
-
-    # -- positions and the step's plan -----------------------------------------------------------
+    # -- positions --------------------------------------------------------------------------------
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Stock positions ``[3, tokens]``, those of each video in the order of its tokens."""
-        positions, delta = super().get_mrope_input_positions(input_tokens, mm_features)
-        merge = self.config.vision_config.spatial_merge_size
+        """Stock positions ``[3, tokens]``, those of each video in the order of its tokens.
+
+        All tokens of a pruned video get that of its first one; what follows the video starts behind
+        the whole of it, so the answer's positions are known before the video is encoded.
+        """
+        whole = self.layout.whole_prompt(len(input_tokens), mm_features)
+        positions, delta = super().get_mrope_input_positions(
+            [0] * whole.tokens, in_whole_prompt(mm_features, whole)
+        )
+        token = whole.up_to(np.arange(len(input_tokens)))  # of the whole prompt, for each of ours
         for video in videos_of(mm_features):
             settings = settings_of(video, self._settings_class)
-            walk = _walk(video.data["video_grid_thw"].data.tolist(), settings, merge)
-            if walk is not None:
-                start = video.mm_position.offset
-                tokens = slice(start, start + video.mm_position.length)
-                positions[:, tokens] = positions[:, tokens][:, walk]
-        return positions, delta
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: object,
-    ) -> torch.Tensor | IntermediateTensors:
-        """As stock, once the step is planned."""
-        self._begin_step(positions)
-        hidden = super().forward(
-            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
-        )
-        return self.runtime.restore(hidden, positions.shape[-1])
-
-    def _begin_step(self, positions: torch.Tensor) -> None:
-        context = get_forward_context()
-        metadata = context.attn_metadata
-        rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
-        self.runtime.begin_step(rows, positions.device)
-        plan = self.runtime.plan
-        if plan is not None and plan.depths is not None:
-            plan.depths.begin(positions)
-            give_depths(context, plan.depths)
-
-    @classmethod
-    def get_model_state_cls(cls) -> type:
-        """Model runner V2 asks for this; runner V1 does not."""
-        from .model_state import AdaSparkModelState
-
-        return AdaSparkModelState
-
-
-def _walk(grid: list[int], config: Settings, merge: int) -> torch.Tensor | None:
-    """Cube order of a video with patch grid ``[t, h, w]``; None for raster order."""
-    if config.order == "raster":
-        return None
-    t, h, w = grid
-    walk = cube_order((t, h // merge, w // merge), config.cube, config.order)
-    return torch.from_numpy(walk.copy())
+            order = walk(self.layout.grid(video), settings)
+            start = video.mm_position.offset
+            tokens = slice(start, start + video.mm_position.length)
+            if settings.dropped_share:
+                token[tokens] = token[start]
+            elif order is not None:
+                token[tokens] = token[tokens][order]
+        return positions[:, torch.from_numpy(token)], delta + whole.dropped

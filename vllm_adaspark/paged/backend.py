@@ -168,11 +168,20 @@ class SparseImpl:
             *,
             one_kv_head: bool = False,
             window: int | None = None,
+            cache: torch.Tensor | None = None,
         ) -> None:
-            cache = virtual_cache(kv_cache) if one_kv_head else kv_cache
+            cache = kv_cache if cache is None else cache
+            cache = virtual_cache(cache) if one_kv_head else cache
             self._run_sequences(
                 layer, query, cache, attn_metadata, sequences, output, one_kv_head, window
             )
+
+        def scratch_cache(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            size = kv_cache.shape[2]
+            made = kv_cache.new_zeros(-(-len(key) // size), *kv_cache.shape[1:])
+            slots = torch.arange(len(key), device=key.device)
+            super(SparseImpl, self).do_kv_cache_update(layer, key, value, made, slots)
+            return made
 
         call = AttentionCall(
             layer=index,
@@ -190,6 +199,7 @@ class SparseImpl:
             choose=choose,
             run=run,
             run_sequences=run_sequences,
+            scratch_cache=scratch_cache,
         )
         runtime.method.attend(step, call)
         return output

@@ -108,8 +108,9 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
         return HistogramMetricFamily(f"vllm_adaspark:{name}", what, labels=[*ENGINE, "layers"])
 
     executed = counter("executed_flops", "FLOPs of the language model's layers.", "part")
-    dense = counter("dense_flops", "What they would have been without sparsity.", "part")
+    dense = counter("dense_flops", "What they would have been dense.", "part")
     tokens = counter("tokens", "Tokens computed, prompt and answer.", "kind")
+    dropped = counter("dropped_tokens", "Video tokens that the language model never saw.")
     fallbacks = counter(
         "planner_fallback_tokens", "Tokens run dense against their settings.", "reason"
     )
@@ -117,9 +118,7 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
     planning = counter("planning_seconds", "Time spent on plans, on the host.")
     requests = CounterMetricFamily(REQUESTS, REQUESTS_HELP, labels=LABELS)
     density = histogram("attention_density", "Share of preceding cubes attended, per request.")
-    ffn_share = histogram(
-        "ffn_active_share", "Share of video tokens that ran the FFN, per request."
-    )
+    ffn_density = histogram("ffn_density", "Share of video tokens that ran the FFN, per request.")
     mean = GaugeMetricFamily(
         "vllm_adaspark:mean",
         "Means over video tokens that the method tells.",
@@ -139,17 +138,18 @@ def families(model_name: str, engines: dict[int, list[dict[str, Any]]]) -> list[
                 if part != "total":
                     family.add_metric([*labels, part], value)
         _add_tokens(tokens, fallbacks, labels, total)
+        dropped.add_metric(labels, total.dropped_tokens)
         selection.add_metric(labels, total.selection_seconds)
         planning.add_metric(labels, total.planning_seconds)
         for mode, reason, number in ranks[0]["requests"]:
             requests.add_metric([*labels, mode, reason or ""], number)
-        for family, name in ((density, "attention_density"), (ffn_share, "ffn_active_share")):
+        for family, name in ((density, "attention_density"), (ffn_density, "ffn_density")):
             _add_histograms(family, labels, [rank[name] for rank in ranks])
         held = [rank["traces"] for rank in ranks]  # each rank has its part of every trace
         traces.add_metric(labels, held[0]["held"])
         trace_bytes.add_metric(labels, sum(part["bytes"] for part in held))
-    counters = [executed, dense, tokens, fallbacks, selection, planning, requests]
-    return [*counters, density, ffn_share, mean, traces, trace_bytes]
+    counters = [executed, dense, tokens, dropped, fallbacks, selection, planning, requests]
+    return [*counters, density, ffn_density, mean, traces, trace_bytes]
 
 
 def _add_tokens(

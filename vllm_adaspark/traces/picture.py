@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..video.order import cube_order
+from ..video.order import cube_order, decode_walk
 from .reader import spread
 
 WIDTH, MARGIN, GAP, LINE = 1240, 28, 14, 24
@@ -22,6 +22,8 @@ OPACITY = 0.65
 INK, SOFT, GROUND = "#16181d", "#5b6270", "#ffffff"
 ALWAYS = (159, 180, 199)  # tokens in no whole cube
 NEVER = (58, 63, 73)  # cubes after the source
+DROPPED = (236, 238, 242)  # tokens that the language model never saw
+GONE = -2  # their cube
 # The same colours as the viewer's (server/viewer/stage.js): samples of "inferno".
 COLORS = np.array(
     [
@@ -96,22 +98,26 @@ def cube_heat(rows: list[list[float | None]], layers: list[int], layer: int | No
 
 
 def cubes_of(trace: dict[str, Any], number: int) -> np.ndarray:
-    """``[t, h, w]``: the cube of each of a video's tokens; -1 where it is in no whole cube."""
+    """``[t, h, w]``: the cube of each of a video's tokens; -1: in no whole one, -2: dropped."""
     video, size = trace["videos"][number], trace["block_size"]
-    order = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+    if video.get("walk") is None:
+        order = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+    else:
+        order = decode_walk(video["walk"])
     block = (video["offset"] + np.arange(len(order))) // size
     cube_of_block = {start // size: nth for nth, start in enumerate(trace["cube_starts"])}
-    cubes = np.empty(len(order), int)
+    cubes = np.full(np.prod(video["grid"]), GONE)
     cubes[order] = [cube_of_block.get(each, -1) for each in block.tolist()]
     return cubes.reshape(video["grid"])
 
 
 def colors(heat: np.ndarray, cubes: np.ndarray) -> np.ndarray:
     """``[..., 3]`` uint8 of the tokens whose cubes are ``cubes [...]``."""
-    share = np.append(heat, 0.0)[cubes]  # -1 takes the last
+    share = np.append(heat, [0.0, 0.0])[cubes]  # -1 and -2 take the last two
     rgb = gradient(np.nan_to_num(share))
     rgb[np.isnan(share)] = NEVER
     rgb[cubes < 0] = ALWAYS
+    rgb[cubes == GONE] = DROPPED
     return rgb.astype(np.uint8)
 
 
@@ -181,6 +187,7 @@ def _scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, y: int) -> None:
         (ramp, 200, "0 to 100 % of (KV head, source token) pairs attended the cube"),
         (Image.new("RGB", (1, 1), ALWAYS), 16, "in no whole cube: always attended"),
         (Image.new("RGB", (1, 1), NEVER), 16, "after the source: no candidate"),
+        (Image.new("RGB", (1, 1), DROPPED), 16, "dropped"),
     ):
         sheet.paste(picture.resize((width, 16)), (x, y))
         draw.text((x + width + 8, y), text, INK, _font(13))

@@ -12,7 +12,6 @@ A whole trace, as :func:`read_offline` and :func:`read_http` return it::
 
 from __future__ import annotations
 
-import base64
 import json
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..accounts.request_ids import search_name, unnumbered
-from ..video.order import cube_order
+from ..video.order import cube_order, encode_walk
 
 SOURCES = ("question", "answer")
 
@@ -152,15 +151,16 @@ def complete(meta: dict[str, Any], tokenizer: Any = None) -> dict[str, Any]:
     """``meta`` with the text of its tokens, and each video's walk through its raster.
 
     ``spans[...]["texts"]``: one string per token; ``videos[...]["walk"]``: base64 of little-endian
-    int32, the raster index of the video's i-th token.
+    int32, the raster index of the video's i-th token.  A pruned video's is in its trace.
     """
     for span in meta["spans"]:
         if "ids" in span and tokenizer is not None:
             span["texts"] = [tokenizer.decode([token]) for token in span["ids"]]
             span["text"] = tokenizer.decode(span["ids"])
     for video in meta["videos"]:
-        walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
-        video["walk"] = base64.b64encode(walk.astype("<i4").tobytes()).decode()
+        if video["walk"] is None:
+            walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+            video["walk"] = encode_walk(walk)
     return meta
 
 

@@ -114,7 +114,7 @@ class TraceStore:
             trace.reserved = whole
         else:
             trace.frames.forget()
-            trace.counted = trace.prompt_ids.nbytes
+            trace.counted -= trace.frames.room
             trace.truncated = (
                 f"nothing was recorded: it takes about {whole / 2**20:.1f} MiB, and running "
                 f"requests' traces left {(self.limit - self._of_others(trace)) / 2**20:.1f} MiB "

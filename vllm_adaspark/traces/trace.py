@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..video.order import encode_walk
 from .frames import Frames
 
 SOURCES = "question, answer, token:N or cube:N"
@@ -30,10 +31,13 @@ class Video:
     cube: tuple[int, int, int]
     order: str
     seconds: float | None = None  # of a frame pair
+    kept: int | None = None  # tokens that are left of a pruned video
+    name: str | None = None  # of its entry in the encoder cache
 
     @property
     def length(self) -> int:
-        return int(np.prod(self.grid))
+        """Its tokens in the prompt."""
+        return int(np.prod(self.grid)) if self.kept is None else self.kept
 
     @property
     def end(self) -> int:
@@ -116,18 +120,25 @@ class Trace:
     answer_ids: list[int] = field(default_factory=list)
     usage: dict[str, Any] | None = None  # the request's counts, once it is finished
     chunks: list[Chunk] = field(default_factory=list)
+    survivors: dict[int, np.ndarray] = field(default_factory=dict)  # of pruned videos: [kept]
     frames: Frames = field(default_factory=Frames)
     counted: int = 0  # bytes that every rank counts for it, see store.py
     reserved: int = 0  # bytes kept free for it until its request ends, those counted included
 
     def __post_init__(self) -> None:
-        self.counted = self.prompt_ids.nbytes + self.frames.room
+        kept = sum(self.videos[number].kept for number in self.pruned)
+        self.counted = self.prompt_ids.nbytes + self.frames.room + 4 * kept
+
+    @property
+    def pruned(self) -> list[int]:
+        """The numbers of its pruned videos."""
+        return [number for number, video in enumerate(self.videos) if video.kept is not None]
 
     @property
     def nbytes(self) -> int:
         """What this rank holds of it."""
-        chunks = sum(chunk.nbytes for chunk in self.chunks)
-        return self.prompt_ids.nbytes + self.frames.nbytes + chunks
+        parts = [*self.chunks, *self.survivors.values()]
+        return self.prompt_ids.nbytes + self.frames.nbytes + sum(part.nbytes for part in parts)
 
     @property
     def end(self) -> int:
@@ -187,6 +198,8 @@ class Trace:
                     "grid": list(video.grid),
                     "cube": list(video.cube),
                     "order": video.order,
+                    "tokens": video.length,
+                    "walk": encode_walk(self.survivors.get(number)),
                     "seconds_per_frame": video.seconds,
                     "frames": self.frames.number(number),
                 }

@@ -12,10 +12,11 @@ record drops the whole trace, and the others' parts of it then count as gone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.utils import get_pp_indices
@@ -25,14 +26,16 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from ..accounts.reports import shown_settings
 from ..accounts.request_ids import search_name
 from ..methods.base import Method
+from ..models.layout import Layout, Pictures
 from ..observing import observing
 from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from ..requests import settings_of, videos_of
 from ..step import Runtime
-from .frames import FrameMaker, Frames, PatchShape
+from .frames import FrameMaker, Frames
 from .step import StepTrace, chunk_of, counted_bytes
 from .store import Sizes, TraceStore, trace_id
+from .survivors import Survivors
 from .trace import Trace, Video
 
 logger = init_logger("vllm.adaspark")
@@ -48,14 +51,17 @@ class Tracer:
         runtime: Runtime,
         layers: range,
         sizes: Sizes,
-        shape: PatchShape,
+        layout: Layout,
+        pictures: Pictures,
         keeps_frames: bool = True,
     ) -> None:
         self._settings_class = runtime.method.settings_class
         self.store = TraceStore(runtime.method.settings.trace_mb << 20)
         self._runtime, self._layers, self._sizes = runtime, layers, sizes
-        self._shape, self._keeps_frames = shape, keeps_frames
+        self._layout, self._pictures = layout, pictures
+        self._keeps_frames = keeps_frames
         self._frame_maker = FrameMaker()
+        self._survivors = Survivors()
         self._pending: tuple[list[str], StepRows, StepPlan | None] | None = None
 
     def before_step(self, scheduler_output: Any) -> list[Trace]:
@@ -69,9 +75,19 @@ class Tracer:
         running, ended = self.store.running, []
         # Sorted: a set's order differs from rank to rank, and the oldest finished trace goes first.
         for request_id in sorted(scheduler_output.finished_req_ids):
-            if request_id in running:
+            self._survivors.forget(request_id)
+            if request_id not in running:
+                continue
+            if self.knows_survivors(running[request_id]):
                 ended.append(self.store.finish(request_id))
+            else:
+                del running[request_id]
+                logger.warning_once(
+                    "AdaSpark: no trace of a request whose pruned video was encoded too long ago"
+                )
         for request in scheduler_output.scheduled_new_reqs:
+            if self.store.limit:
+                self._survivors.expect(request.req_id, self._pruned(request))
             with observing("starting a trace"):
                 self._start(request)
         scheduled = scheduler_output.num_scheduled_tokens
@@ -79,8 +95,11 @@ class Tracer:
             self._runtime.new_trace = StepTrace
         return ended
 
-    def after_step(self, request_ids: Callable[[], list[str]]) -> None:
-        """Note the step that was launched."""
+    def after_step(
+        self, request_ids: Callable[[], list[str]], encoder_cache: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Note the step that was launched, and the videos that were encoded for it."""
+        self._survivors.note(encoder_cache)
         if self._runtime.new_trace is not None and self._runtime.rows is not None:
             self._pending = (list(request_ids()), self._runtime.rows, self._runtime.plan)
 
@@ -100,6 +119,8 @@ class Tracer:
         if step.failed:
             raise RuntimeError("a layer's choice was not recorded")
         bits = step.to_host(self._layers)
+        for trace in self.store.running.values():
+            self._fill_in_survivors(trace)
         for row, request_id in enumerate(request_ids):
             trace = self.store.running.get(request_id)
             if trace is None or trace.truncated:
@@ -110,6 +131,18 @@ class Tracer:
                 trace.cached = chunk.start
             if chunk.end > chunk.start and self.store.grow(trace, chunk.counted):
                 trace.add(chunk)
+
+    def _fill_in_survivors(self, trace: Trace) -> None:
+        for number in trace.pruned:
+            if number not in trace.survivors:
+                kept = self._survivors.get(trace.videos[number].name)
+                if kept is not None:
+                    trace.survivors[number] = kept
+
+    def knows_survivors(self, trace: Trace) -> bool:
+        """Whether it is known which tokens of a trace's videos were kept."""
+        self._fill_in_survivors(trace)
+        return len(trace.survivors) == len(trace.pruned)
 
     def note_answer(self, output: ModelRunnerOutput) -> None:
         """Keep the tokens that were sampled for traced requests."""
@@ -135,7 +168,7 @@ class Tracer:
             request_id=request.req_id,
             started=time.time(),
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
-            videos=[_video(feature, self._settings_class, self._shape.merge) for feature in videos],
+            videos=[self._video(feature) for feature in videos],
             settings=shown_settings(
                 self._runtime.method.told(self._runtime.requests[request.req_id])
             ),
@@ -143,8 +176,8 @@ class Tracer:
             layers=self._layers,
             stop_ids=_stop_ids(request.sampling_params),
             frames=Frames(
-                [_patches(feature) for feature in videos],
-                self._shape,
+                [self._pixels(feature) for feature in videos],
+                self._pictures,
                 self.store.limit // FRAME_SHARE,
             ),
         )
@@ -160,32 +193,36 @@ class Tracer:
         name = search_name(request_id)
         return name is not None and any(search_name(t.request_id) == name for t in self.store)
 
+    def _pixels(self, feature: Any) -> tuple[Any, tuple[int, int, int]] | None:
+        """A video's pixels and its grid; None if it came as embeddings, or whole from the cache."""
+        pixels = self._layout.pixels(feature)
+        return None if pixels is None else (pixels, self._layout.grid(feature))
 
-def _patches(feature: Any) -> tuple[Any, tuple[int, int, int]] | None:
-    """A video's patches and their grid; None if it came as embeddings, or whole from the cache."""
-    pixels = feature.data.get("pixel_values_videos")
-    if pixels is None or pixels.data is None:
-        return None
-    return pixels.data, tuple(feature.data["video_grid_thw"].data.tolist())
+    def _pruned(self, request: Any) -> list[str]:
+        """What the encoder cache calls the videos of a request that asked to drop some tokens."""
+        return [
+            video.identifier
+            for video in videos_of(request.mm_features)
+            if settings_of(video, self._settings_class).dropped_share
+        ]
+
+    def _video(self, feature: Any) -> Video:
+        config = settings_of(feature, self._settings_class)
+        return Video(
+            offset=feature.mm_position.offset,
+            grid=self._layout.grid(feature),
+            cube=config.cube,
+            order=config.order,
+            seconds=self._layout.seconds(feature),
+            kept=feature.mm_position.length if config.dropped_share else None,
+            name=feature.identifier,
+        )
 
 
 def _stop_ids(sampling: Any) -> frozenset[int]:
     """Tokens that end an answer."""
     stop = {sampling.eos_token_id, *(sampling.stop_token_ids or ())}
     return frozenset(stop - {None})
-
-
-def _video(feature: Any, settings_class: type, merge: int) -> Video:
-    config = settings_of(feature, settings_class)
-    frames, rows, columns = feature.data["video_grid_thw"].data.tolist()
-    seconds = feature.data.get("second_per_grid_ts")
-    return Video(
-        offset=feature.mm_position.offset,
-        grid=(frames, rows // merge, columns // merge),
-        cube=config.cube,
-        order=config.order,
-        seconds=float(seconds.data) if seconds is not None and seconds.data is not None else None,
-    )
 
 
 class _NotingOutput(AsyncModelRunnerOutput):
@@ -216,7 +253,8 @@ class TracingWorker:
                 runtime,
                 range(stage.start_layer, stage.end_layer),
                 _sizes(self.vllm_config, runtime.method),
-                _patch_shape(self.vllm_config.model_config),
+                model.layout,
+                model.layout.pictures(self.vllm_config.model_config.hf_image_processor_config),
                 keeps_frames=get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank,
             )
 
@@ -229,7 +267,10 @@ class TracingWorker:
     def _after_step(self) -> None:
         super()._after_step()
         with observing("traces after a step"):
-            self._tracer.after_step(self._request_ids)
+            cache = self.model_runner.encoder_cache  # model runner V2 has one around the entries
+            self._tracer.after_step(
+                self._request_ids, getattr(cache, "encoder_outputs", cache) or {}
+            )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
@@ -275,7 +316,9 @@ class TracingWorker:
         with observing("reading a trace"):
             self._tracer.settle()
             trace = self._tracer.store[wanted]
-            return None if trace is None else self._read(trace, what, *arguments)
+            if trace is None or not self._tracer.knows_survivors(trace):
+                return None
+            return self._read(trace, what, *arguments)
         return None
 
     def _read(self, trace: Trace, what: str, *arguments: Any) -> Any:
@@ -311,18 +354,4 @@ def _sizes(config: VllmConfig, method: Method) -> Sizes:
         block_size=config.cache_config.block_size,
         step_tokens=scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
         choices=config.cache_config.block_size if method.tokens_choose else 1,
-    )
-
-
-def _patch_shape(model_config: Any) -> PatchShape:
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    vision = model_config.hf_config.vision_config
-    processor = model_config.hf_image_processor_config
-    return PatchShape(
-        patch=vision.patch_size,
-        frames=vision.temporal_patch_size,
-        merge=vision.spatial_merge_size,
-        mean=processor.get("image_mean", OPENAI_CLIP_MEAN),
-        std=processor.get("image_std", OPENAI_CLIP_STD),
     )

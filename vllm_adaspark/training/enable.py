@@ -109,6 +109,10 @@ def _check(config: AdaSparkConfig) -> None:
             "enabled=False: there is nothing sparse to train; leave it out, or call "
             "disable_sparse_training"
         )
+    if config.prune:
+        raise SettingsError(
+            f"prune={config.prune}: training keeps all tokens of a video; leave it out"
+        )
     check_cube_volume(config)
 
 

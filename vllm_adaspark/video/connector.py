@@ -17,8 +17,8 @@ from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from vllm.multimodal.media.video import VideoMediaIO
 
 from .container import VideoError
-from .load import UNSET_NUM_FRAMES, VideoLoader, check_backend
-from .sampling import MAX_FRAMES, ONE_FRAME, PAIR, Options, at_constant_rate, refuse
+from .load import VideoLoader, check_backend
+from .sampling import ONE_FRAME, PAIR, Options, at_constant_rate, refuse
 
 DEFAULT = "http"  # vLLM's name for its own, which VLLM_MEDIA_CONNECTOR may replace by another
 LIST_FPS = 1.0  # vLLM's, for a list that comes without
@@ -67,10 +67,9 @@ class _VideoMediaIO(MediaIO):
         if media_type.lower() != "video/jpeg":
             return self._stock.load_base64(media_type, data)
         stock = self._stock
-        if stock.num_frames not in UNSET_NUM_FRAMES:
-            refuse("num_frames", stock.num_frames, "all frames of a list are used; use max_frames")
+        most = stock.video_loader.most_of_list(stock.num_frames, stock.kwargs)
         parts = data.split(",")
-        taken, metadata = _taken(len(parts), stock.kwargs)
+        taken, metadata = _taken(len(parts), most, stock.kwargs)
         pictures = [np.asarray(_picture(stock.image_io, parts[at], at)) for at in taken]
         odd = next((at for at, one in enumerate(pictures) if one.shape != pictures[0].shape), None)
         if odd is not None:
@@ -88,15 +87,14 @@ class _VideoMediaIO(MediaIO):
         return self._stock.load_file(filepath)
 
 
-def _taken(sent: int, options: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+def _taken(sent: int, most: int, options: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
     """(places in the list of the frames that are used, metadata).
 
-    All are used unless ``max_frames`` allows fewer.  ``fps`` is the rate of the video that the
+    All are used unless there are more than ``most``.  ``fps`` is the rate of the video that the
     client took its frames from; ``frames_indices`` and ``total_num_frames`` say which of its frames
     they are, and without them the list is the whole video.
     """
-    checked = Options.checked(options, also=LIST_OPTIONS)
-    most = checked.max_frames if "max_frames" in options else MAX_FRAMES
+    Options.checked(options, also=LIST_OPTIONS)
     if sent < PAIR:
         raise VideoError(f"data:video/jpeg: a list of {sent} frame(s) is no video; {ONE_FRAME}")
     indices = options.get("frames_indices", list(range(sent)))
@@ -114,7 +112,7 @@ def _taken(sent: int, options: dict[str, Any]) -> tuple[list[int], dict[str, Any
         refuse("duration", duration, "expected seconds")
     taken = list(range(sent))
     if sent > most:
-        taken = at_constant_rate(sent, most // PAIR * PAIR)
+        taken = at_constant_rate(sent, max(PAIR, most // PAIR * PAIR))
     return taken, {
         "total_num_frames": total,
         "fps": fps,

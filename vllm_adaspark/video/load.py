@@ -1,13 +1,14 @@
-"""vLLM's video loaders for our model: PyAV, OpenCV or decord, one choice of frames, clear errors.
+"""vLLM's video loaders for our models: PyAV, OpenCV or decord, a clear choice of frames and errors.
 
-* ``adaspark`` reads with PyAV; startup.StartupCheck makes it our architecture's default.
+* ``adaspark`` reads with PyAV; startup.StartupCheck makes it the default for models that take
+  frames by time, and ``adaspark_uniform`` for those that take a number of them.
 * ``adaspark_opencv`` and ``adaspark_decord`` read the same frames with OpenCV and decord; chosen
   with ``--media-io-kwargs '{"video": {"video_backend": "adaspark_opencv"}}'``, or by a request.
   What they cannot read, or number otherwise, is read with PyAV after all, and logged.
 
-How many frames is set by ``fps``, ``max_frames`` and ``min_frames`` in ``media_io_kwargs.video``,
-of the server or of a request.  A bad one is a ValueError, which is HTTP 400; so is a video that
-cannot be used.
+How many frames is set by ``fps``, ``max_frames`` and ``min_frames``, or by ``num_frames`` and
+``fps``, in ``media_io_kwargs.video`` of the server or of a request.  A bad one is a ValueError,
+which is HTTP 400; so is a video that cannot be used.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from . import decode
 from .container import Contents, scan
-from .sampling import Options, metadata, refuse, sample
+from .sampling import EVEN_FRAMES, MAX_FRAMES, Evenly, Options, metadata, refuse
 
 logger = init_logger("vllm.adaspark")
 
 LOADER = "adaspark"  # names for media_io_kwargs.video.video_backend
+UNIFORM_LOADER = "adaspark_uniform"
 OPENCV_LOADER = "adaspark_opencv"
 DECORD_LOADER = "adaspark_decord"
 
@@ -60,15 +62,41 @@ class VideoLoader(StockLoader):
             ValueError: an option or the video cannot be used; says which, and why.
         """
         if num_frames not in UNSET_NUM_FRAMES:
-            refuse("num_frames", num_frames, "frames are sampled by time; use fps or max_frames")
-        options = Options.checked(options)
+            options["num_frames"] = num_frames
+        return cls._load(data, cls.options(options))
+
+    @classmethod
+    def _load(cls, data: bytes, options: Options | Evenly) -> tuple[np.ndarray, dict[str, Any]]:
         contents = scan(data)
         if contents.cut_short:
             logger.warning("AdaSpark: a video: %s", contents.cut_short)
-        taken = sample(contents, options)
+        taken = options.sample(contents)
         frames, read, decoder = cls._read(data, contents, taken.numbers)
         _tell_what_is_missing(contents, taken.numbers, read)
         return frames, metadata(contents, taken, read, decoder)
+
+    @classmethod
+    def options(cls, given: dict[str, Any]) -> Options | Evenly:
+        """Options of ``media_io_kwargs.video``, checked.
+
+        Raises:
+            ValueError: names the option, its value and what is allowed.
+        """
+        if given.get("num_frames", -1) != -1:
+            why = "frames are sampled by time; use fps or max_frames"
+            refuse("num_frames", given["num_frames"], why)
+        return Options.checked({k: v for k, v in given.items() if k != "num_frames"})
+
+    @classmethod
+    def most_of_list(cls, num_frames: int, options: dict[str, Any]) -> int:
+        """How many frames of a list of JPEGs are used at the most.
+
+        Raises:
+            ValueError: an option cannot be followed.
+        """
+        if num_frames not in UNSET_NUM_FRAMES:
+            refuse("num_frames", num_frames, "all frames of a list are used; use max_frames")
+        return options.get("max_frames", MAX_FRAMES)
 
     @classmethod
     def _read(
@@ -77,6 +105,24 @@ class VideoLoader(StockLoader):
         """(frames, their numbers, the decoder's name)."""
         frames, read = decode.read(data, contents, numbers, check_size=check_frame_pixel_limit)
         return frames, read, VideoLoader.decoder
+
+
+@VIDEO_LOADER_REGISTRY.register(UNIFORM_LOADER)
+class UniformVideoLoader(VideoLoader):
+    """Reads with PyAV the frames that vLLM's own loader takes for models that know no time."""
+
+    @classmethod
+    def load_bytes(cls, data, num_frames=EVEN_FRAMES, **options):
+        return cls._load(data, cls.options(options | {"num_frames": num_frames}))
+
+    @classmethod
+    def options(cls, given):
+        return Evenly.checked(given)
+
+    @classmethod
+    def most_of_list(cls, num_frames, options):
+        most = super().most_of_list(UNSET_NUM_FRAMES[0], options)
+        return most if num_frames in UNSET_NUM_FRAMES else min(most, num_frames)
 
 
 class _OtherDecoder(VideoLoader):
@@ -180,11 +226,9 @@ def check_server_options(options: dict[str, Any]) -> None:
     check_backend(options)
     options = dict(options)
     name = options.pop("video_backend")
-    if issubclass(VIDEO_LOADER_REGISTRY.name2class[name], VideoLoader):
-        number = options.pop("num_frames", -1)
-        if number != -1:
-            refuse("num_frames", number, "frames are sampled by time; use fps or max_frames")
-        Options.checked(options)
+    loader = VIDEO_LOADER_REGISTRY.name2class[name]
+    if issubclass(loader, VideoLoader):
+        loader.options(options)
         if name == DECORD_LOADER:
             require_decord()
 

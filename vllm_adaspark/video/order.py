@@ -22,6 +22,7 @@ dense bidirectional terms; it does change which tokens are "earlier" under the c
 
 from __future__ import annotations
 
+import base64
 from functools import lru_cache
 from itertools import pairwise
 
@@ -105,6 +106,16 @@ def spread_tokens(volume: int, count: int) -> np.ndarray:
     step = max(1, volume // count)
     nth = np.arange(volume // step)
     return nth * step + (nth + nth // step) % step
+
+
+def encode_walk(walk: np.ndarray | None) -> str | None:
+    """A walk, or a part of one, as text: base64 of little-endian int32; None for None."""
+    return None if walk is None else base64.b64encode(walk.astype("<i4").tobytes()).decode()
+
+
+def decode_walk(text: str) -> np.ndarray:
+    """Undo :func:`encode_walk`."""
+    return np.frombuffer(base64.b64decode(text), "<i4")
 
 
 def _slabs(frames: int, cube: tuple[int, int, int]) -> int:

@@ -7,6 +7,9 @@ query tile with ``c`` preceding cubes may keep ``max(share * c, min(min_cubes, c
 cube's FFN runs that share of its tokens, at least one.  *Which* cubes and tokens that are is found
 in each layer: choose.under_budget finds the p that keeps so many of them in all tiles together.
 
+Where tokens are dropped before the language model (``prune``), the dense FLOPs are those of the
+whole prompt, so a budget says what both may cost: what dropping saves need not be saved again.
+
 The share follows from the request's own prompt, as if no token of it were cached, so it is the same
 whatever the prefix cache holds.  Counted is the prompt: generated tokens, whose projections always
 run, come on top.  Pure NumPy; no vLLM.
@@ -37,7 +40,8 @@ class PromptCost:
     ``cubes[g]`` cubes before them and keep ``at_least[g]`` whatever the budget.
     """
 
-    dense: float  # all of it, run densely
+    whole: float  # with the tokens that were dropped, run densely: what a budget is a share of
+    dense: float  # what is left of the prompt, run densely
     cubes: np.ndarray  # [groups]
     at_least: np.ndarray  # [groups]
     flops_per_cube: np.ndarray  # [groups] what all queries of a group spend on one cube
@@ -64,13 +68,14 @@ class PromptCost:
     @property
     def least(self) -> float:
         """The smallest budget that can be kept, in (0, 1]."""
-        return min(1.0, self.spent(LEAST_SHARE, LEAST_SHARE) / self.dense)
+        return min(1.0, self.spent(LEAST_SHARE, LEAST_SHARE) / self.whole)
 
     def share(self, flops: float) -> float:
-        """The share that a budget of ``flops * dense`` leaves, in (0, 1], in whole thousandths.
+        """The share that a budget of ``flops * whole`` leaves, in (0, 1], in whole thousandths.
 
-        The share is 1 for a budget of 1 and where nothing can be left out.  A budget that cannot be
-        kept gets ``flops`` itself as the share: less would save little and cost the answer much.
+        The share is 1 for a budget of 1, for one that dropping tokens keeps alone, and where
+        nothing can be left out.  A budget that cannot be kept gets ``flops`` itself as the share:
+        less would save little and cost the answer much.
         """
         if flops >= 1 or not self.optional:
             return 1.0
@@ -79,7 +84,7 @@ class PromptCost:
         low, high = LEAST_SHARE, 1.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            if self.spent(middle, middle) <= flops * self.dense:
+            if self.spent(middle, middle) <= flops * self.whole:
                 low = middle
             else:
                 high = middle
@@ -87,7 +92,11 @@ class PromptCost:
 
 
 def prompt_cost(
-    shape: ModelShape, layers: int, is_video: np.ndarray, config: AdaSparkConfig
+    shape: ModelShape,
+    layers: int,
+    is_video: np.ndarray,
+    config: AdaSparkConfig,
+    dropped: int = 0,
 ) -> PromptCost:
     """Count a prompt as the plan will cut it (planner.py).
 
@@ -96,6 +105,7 @@ def prompt_cost(
         layers: layers of the language model, over all pipeline stages.
         is_video: ``[tokens]`` bool, of the prompt.
         config: the request's settings.
+        dropped: tokens of its videos that are not in the prompt.
     """
     tokens, size = len(is_video), config.cube_volume
     whole = tokens // size
@@ -114,16 +124,16 @@ def prompt_cost(
     asked = np.concatenate([np.full(len(video_blocks), min(config.cube_queries, size)), text])
     asked *= config.selection != "uniform"  # which looks at no score
 
-    pairs = tokens * (tokens + 1) / 2
-    dense = (
-        tokens * (shape.qkvo_flops_per_token + shape.ffn_flops_per_token)
-        + pairs * shape.attention_flops_per_pair
-    )
+    def densely(tokens: int) -> float:
+        projections = tokens * (shape.qkvo_flops_per_token + shape.ffn_flops_per_token)
+        return layers * (projections + tokens * (tokens + 1) / 2 * shape.attention_flops_per_pair)
+
     number = int(is_cube.sum())
     sparse = max(0, layers - config.dense_layers)
     of_a_cube = sparse * shape.ffn_flops_per_token * (config.compensation == "centroid")
     return PromptCost(
-        dense=layers * dense,
+        whole=densely(tokens + dropped),
+        dense=densely(tokens),
         cubes=before[block],
         at_least=np.minimum(before[block], config.min_cubes),
         flops_per_cube=sparse * size * shape.attention_flops_per_pair * queries,

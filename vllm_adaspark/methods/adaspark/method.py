@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...accounts.account import ModelShape
@@ -35,16 +34,15 @@ class AdaSpark(Method):
 
     def refuse(self, settings: AdaSparkConfig, named: Any, prompt: Prompt) -> None:
         """Refuse a budget that the request itself names and that its prompt cannot keep."""
-        is_video = prompt.of(self.media)
-        if settings.flops is None or not settings.enabled or not is_video.any():
+        if settings.flops is None or not settings.enabled or not prompt.of(self.media).any():
             return
         if not isinstance(named, Mapping) or named.get("flops") is None:
             return
-        least = self._cost(settings, is_video).least
+        least = self._cost(settings, prompt).least
         if settings.flops < least:
             raise SettingsError(
                 f"mm_processor_kwargs.{SERVER_KEY}: flops={settings.flops} cannot be met: of this "
-                f"request's {len(is_video)} tokens, what always runs (projections, text, "
+                f"request's {prompt.tokens} tokens, what always runs (projections, text, "
                 f"min_cubes={settings.min_cubes}) takes more; the smallest budget that can is "
                 f"{math.ceil(least * 100) / 100}"
             )
@@ -54,11 +52,12 @@ class AdaSpark(Method):
         is_video = prompt.of(self.media)
         if settings.flops is None or not settings.enabled:
             return AdaSparkRequest(settings, is_video)
-        cost = self._cost(settings, is_video)
+        cost = self._cost(settings, prompt)
         return AdaSparkRequest(settings, is_video, cost.share(settings.flops), cost.least)
 
-    def _cost(self, settings: AdaSparkConfig, is_video: np.ndarray) -> PromptCost:
-        return prompt_cost(self._shape, self._layers, is_video, settings)
+    def _cost(self, settings: AdaSparkConfig, prompt: Prompt) -> PromptCost:
+        is_video = prompt.of(self.media)
+        return prompt_cost(self._shape, self._layers, is_video, settings, prompt.dropped)
 
     def told(self, request: AdaSparkRequest) -> dict[str, Any]:
         """Its settings under the names that users know.
@@ -84,9 +83,10 @@ class AdaSpark(Method):
             "compensation": config.compensation,
             "cube": list(config.cube),
             "order": config.order,
+            "prune": config.dropped_share,
             "trace": config.trace,
             "budget": budget,
-            "off": numbers.attention_share == numbers.ffn_share == 1,
+            "off": numbers.attention_share == numbers.ffn_share == 1 and not config.dropped_share,
         }
 
     def plan(

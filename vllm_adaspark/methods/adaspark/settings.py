@@ -52,6 +52,9 @@ class AdaSparkConfig(Settings):
         "budget: spend at most this share of the dense FLOPs; chooses p (null: none)",
         budget=True,
     )
+    prune: float = setting(
+        0.0, "share of a video's tokens dropped before the language model (0: none)", part=True
+    )
     selection: str = setting(
         "top_p", "how cubes are chosen: by mass, by rank or evenly", choices=SELECTIONS
     )
@@ -100,6 +103,11 @@ class AdaSparkConfig(Settings):
                 f"flops={self.flops!r} chooses p, so selection={self.selection!r} cannot be kept: "
                 "leave selection out or set it to 'top_p', or set keep instead of flops"
             )
+
+    @property
+    def dropped_share(self) -> float:
+        """``prune``, unless the request runs dense."""
+        return self.prune if self.enabled else 0.0
 
     @property
     def sparse_attention(self) -> bool:

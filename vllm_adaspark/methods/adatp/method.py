@@ -67,7 +67,7 @@ class AdaTP(Method):
             )
         if not isinstance(named, Mapping) or named.get("flops") is None:
             return
-        least = self._cost(settings, is_video).least
+        least = self._cost(settings, prompt).least
         if settings.flops < least:
             raise SettingsError(
                 f"{source}: flops={settings.flops} cannot be met: of this request's "
@@ -77,23 +77,23 @@ class AdaTP(Method):
             )
 
     def describe(self, settings: AdaTPSettings, prompt: Prompt) -> AdaTPRequest:
-        is_video = prompt.of(self.media)
         return AdaTPRequest(
-            settings,
-            is_video,
-            tuple(prompt.videos),
-            self._cost(settings, is_video),
-            prompt.wants_all,
+            config=settings,
+            is_video=prompt.of(self.media),
+            videos=tuple(prompt.videos),
+            text_from=_text_from(prompt),
+            cost=self._cost(settings, prompt),
+            wants_all=prompt.wants_all,
         )
 
-    def _cost(self, settings: AdaTPSettings, is_video: np.ndarray) -> PromptCost:
-        video = int(is_video.sum())
-        after = len(is_video) - 1 - int(np.flatnonzero(is_video)[-1])
+    def _cost(self, settings: AdaTPSettings, prompt: Prompt) -> PromptCost:
+        video = int(prompt.of(self.media).sum())
+        after = prompt.tokens - _text_from(prompt)
         return PromptCost(
             self._shape,
             self._layers,
             event_layers(settings, self._layers),
-            text=len(is_video) - video,
+            text=prompt.tokens - video,
             video=video,
             queries=min(after, 1) if settings.queries == "last" else after,
         )
@@ -126,7 +126,7 @@ class AdaTP(Method):
             "order": config.order,
             "trace": config.trace,
             "budget": budget,
-            "off": not config.enabled or (shares[-1] == 1 and config.dedup == "off"),
+            "off": not config.enabled or (float(shares[-1]) == 1 and config.dedup == "off"),
         }
 
     # -- a step ------------------------------------------------------------------------------------
@@ -193,3 +193,8 @@ class AdaTP(Method):
                 keep[int(start[prompt.row]) + before] = False
                 keep[int(start[prompt.row]) + after] = True
         return keep
+
+
+def _text_from(prompt: Prompt) -> int:
+    """The first token behind all videos of a prompt and what belongs to them, such as newlines."""
+    return max(place.offset + place.length for place in prompt.places["video"])

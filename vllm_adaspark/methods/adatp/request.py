@@ -60,6 +60,7 @@ class AdaTPRequest(Request):
     Attributes:
         config: its settings.
         videos: in order; together they are the prompt's video tokens.
+        text_from: the first token behind its videos; what follows asks.
         cost: what its prompt costs.
         wants_all: whether the answer needs the last layer's output of every token.
         progress: changes as it runs.
@@ -67,6 +68,7 @@ class AdaTPRequest(Request):
 
     config: AdaTPSettings
     videos: tuple[Video, ...] = ()
+    text_from: int = 0
     cost: PromptCost | None = None
     wants_all: bool = False
     progress: Progress = field(default_factory=Progress, compare=False)
@@ -75,10 +77,8 @@ class AdaTPRequest(Request):
     def asks(self) -> slice:
         """The text tokens of the prompt whose attention is the score: those after its videos."""
         tokens = len(self.is_video)
-        first = int(np.flatnonzero(self.is_video)[-1]) + 1
-        if self.config.queries == "last":
-            first = max(first, tokens - 1)
-        return slice(first, tokens)
+        last_alone = self.config.queries == "last"
+        return slice(max(self.text_from, tokens - 1) if last_alone else self.text_from, tokens)
 
     @cached_property
     def frame_places(self) -> np.ndarray:

@@ -1,8 +1,8 @@
 """AdaTP's own settings: after which layers video tokens are dropped, how many, and by what rule.
 
 ``"fastv"``, or ``{"fastv": true}`` beside other settings, is short for the simplest rival: one
-event after layer 2, which keeps the tokens that the last text token attends to most, wherever they
-are (FastV, arXiv 2403.06764).
+event after layer 2, which keeps the half of the tokens that the last text token attends to most,
+wherever they are (FastV, arXiv 2403.06764).  A budget named beside it takes the place of the half.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class AdaTPSettings(Settings):
     words: ClassVar[dict[str, dict[str, Any]]] = Settings.words | {
         FASTV: {
             "layers": [2],
+            "keep": [0.5],
             "tau_s": -1.0,
             "alpha_boost": 1.0,
             "dedup": "off",
@@ -148,6 +149,8 @@ class AdaTPSettings(Settings):
     def spelt_out(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings`` with short words spelt out, and what they rule out of a lower source's."""
         plain = super().spelt_out(settings)
+        if settings.get("flops") is not None and "keep" not in settings:
+            plain.pop("keep", None)  # a word's
         budget, keep = plain.get("flops"), plain.get("keep")
         if budget is not None and keep is not None:
             raise SettingsError(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...settings import SettingsError
+from ..base import ONE_STEP_SCHEDULER
 from .flops import event_layers
 from .settings import AdaTPSettings
-
-SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
 
 
 def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
@@ -30,7 +29,7 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
             "as many tokens as the first got; use --tensor-parallel-size",
         ),
         (
-            scheduler.scheduler_cls not in (None, SCHEDULER),
+            scheduler.scheduler_cls not in (None, ONE_STEP_SCHEDULER),
             f"--scheduler-cls {scheduler.scheduler_cls}: a prompt must run in one step and in "
             "blocks of its own, which our scheduler sees to; leave it out",
         ),
@@ -44,4 +43,4 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"AdaTP does not support {what}")
-    scheduler.scheduler_cls = SCHEDULER
+    scheduler.scheduler_cls = ONE_STEP_SCHEDULER

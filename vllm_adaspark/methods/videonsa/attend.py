@@ -7,7 +7,7 @@ import torch
 from ..base import AttentionCall
 from .compress import compress
 from .gates import gates_of
-from .plan import BranchPlan, Index, VideoNSAPlan
+from .plan import BranchPlan, Index, VideoNSAPlan, take
 
 
 def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
@@ -15,9 +15,9 @@ def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
     plan: BranchPlan = step.attention
     if plan.text is not None:
         _run(call, plan.text, plan.text_sequences)
-    gates = gates_of(_take(call.hidden, plan.vision), call.modules)  # [vision, heads, 3]
+    gates = gates_of(take(call.hidden, plan.vision), call.modules)  # [vision, heads, 3]
     step.gate_sums[call.layer] = _sum_by_row(gates, plan, len(step.tokens))
-    query = _take(call.query, plan.vision)
+    query = take(call.query, plan.vision)
     mixed = _branches(step, call, query, gates)  # [vision, heads, head_size]
     call.output[plan.vision] = mixed.to(call.output.dtype)
 
@@ -50,7 +50,7 @@ def _branches(
     mixed.addcmul_(selected.float(), g_slc)
     windowed = torch.empty_like(query, dtype=call.output.dtype)
     for window in plan.windows:
-        part = _take(query, window.tokens)
+        part = take(query, window.tokens)
         output = torch.empty_like(part, dtype=windowed.dtype)
         call.run_sequences(part, window.sequences, output, window=window.size)
         windowed[window.tokens] = output
@@ -60,13 +60,9 @@ def _branches(
 
 def _run(call: AttentionCall, tokens: Index, sequences) -> None:
     output = call.output[tokens]
-    call.run_sequences(_take(call.query, tokens).contiguous(), sequences, output)
+    call.run_sequences(take(call.query, tokens).contiguous(), sequences, output)
     if not isinstance(tokens, slice):
         call.output[tokens] = output
-
-
-def _take(tensor: torch.Tensor, tokens: Index) -> torch.Tensor:
-    return tensor[tokens] if isinstance(tokens, slice) else tensor.index_select(0, tokens)
 
 
 def _sum_by_row(gates: torch.Tensor, plan: BranchPlan, rows: int) -> torch.Tensor:

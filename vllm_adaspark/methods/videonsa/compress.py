@@ -5,8 +5,8 @@ over their mean values; summed over the query heads of a KV head's GQA group it 
 importance.  Logits are in fp32 also with bf16 weights, where rounding would change choices.
 Equally important cubes are taken from the earliest on.
 
-On a CPU, and as the twin on a GPU, this is plain PyTorch in slabs of queries whose logits fit in a
-cache.
+On a CPU this is plain PyTorch in slabs of queries whose logits fit in a cache, on a GPU the Triton
+kernels of ``kernels/videonsa_compress.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ...kernels import MAX_CHOICES, scores_heads_of, use_triton
 from ...paged.heads import HeadRanks
 from ...paged.state import BlockSums
 from .plan import BranchPlan, RowCubes
@@ -53,13 +54,14 @@ def compress(
             continue
         means = _means(key_sums, row, scale), _means(value_sums, row, 1.0)
         physical = row.cubes * kv_heads + head  # [kv_heads, cubes]
-        for here, best in _compress_row(query, row, *means, head_ranks, output):
+        of_row = _compress_row_fused if _fused(query, row, head_ranks) else _compress_row
+        for here, best in of_row(query, row, *means, head_ranks, output):
             chosen = physical.gather(1, best.flatten(1)).view_as(best)
             table[:, here, : best.shape[-1]] = chosen.to(table.dtype)
             if traced is not None:
                 used = torch.arange(best.shape[-1], device=best.device) < plan.places[here, None]
-                used = used[:, None].expand(-1, kv_heads, -1)
-                traced[here].scatter_(2, row.logical[best].transpose(0, 1), used)
+                logical = torch.where(used, row.logical[best], -1)  # [kv_heads, tokens, number]
+                traced[here] = as_mask(logical.transpose(0, 1), plan.blocks)
     # The own block comes last, so what it lacks at its end is the sequence's alone.
     last = plan.places[None, :, None].expand(kv_heads, -1, -1)
     own = (plan.own_block * kv_heads + head).to(table.dtype)
@@ -109,6 +111,42 @@ def _compress_row(
         if row.most:
             importance = _importance(probs, head_ranks)
             yield here, most_important(importance, seen, min(row.most, width))
+
+
+def _fused(query: torch.Tensor, row: RowCubes, head_ranks: HeadRanks | None) -> bool:
+    """Whether the Triton kernels take this row: they rate by the query heads of one rank."""
+    alone = head_ranks is None or head_ranks.sharing == 1
+    fits = scores_heads_of(query.shape[-1]) and len(row.cubes) <= MAX_CHOICES
+    return use_triton(query) and alone and fits
+
+
+def _compress_row_fused(
+    query: torch.Tensor,
+    row: RowCubes,
+    mean_keys: torch.Tensor,
+    mean_values: torch.Tensor,
+    head_ranks: HeadRanks | None,
+    output: torch.Tensor,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As :func:`_compress_row`, all tokens of the row at once, in Triton."""
+    from ...kernels.videonsa_compress import compress_and_choose
+
+    asking = query[row.tokens].flatten(1, 2).contiguous()  # [tokens, heads, d]
+    end = row.seen_there.int()
+    number = min(row.most, len(row.cubes))
+    attended, best = compress_and_choose(
+        asking, torch.arange(len(asking), device=query.device), mean_keys,
+        mean_values.to(query.dtype), torch.zeros_like(end), end, len(row.cubes), 1.0, number,
+    )  # fmt: skip
+    output[:, row.tokens] = attended.unflatten(1, (len(mean_keys), -1)).transpose(0, 1)
+    if number:
+        yield row.tokens, best.clamp(min=0).long().transpose(0, 1)
+
+
+def as_mask(chosen: torch.Tensor, blocks: int) -> torch.Tensor:
+    """``[tokens, kv_heads, blocks]`` bool of ``chosen [tokens, kv_heads, n]``, -1 for none."""
+    mask = torch.zeros(*chosen.shape[:2], blocks + 1, dtype=torch.bool, device=chosen.device)
+    return mask.scatter_(2, torch.where(chosen < 0, blocks, chosen), True)[..., :blocks]
 
 
 def _importance(probs: torch.Tensor, head_ranks: HeadRanks | None) -> torch.Tensor:

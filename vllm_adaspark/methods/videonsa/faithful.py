@@ -22,13 +22,15 @@ Everything needed of a prompt's layout is known on the host before the first lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from .faithful_reference import BLOCK, GROUP_ROWS, places_of
+from ...paged.tables import Sequences
+from .faithful_reference import GROUP_ROWS
+from .settings import BLOCK, places_of
 
 # Logits of the compressed branch held at a time, in numbers.
 SLAB_LOGITS = 1 << 21
@@ -40,41 +42,87 @@ class PromptPlan:
 
     Attributes:
         tokens: of the prompt, all of which are in the step.
-        vision: ``[n]`` positions of the vision tokens, rising.
-        text: ``[m]`` positions of the others, rising.
+        vision: ``[n]`` int64 positions of the vision tokens, rising.
+        text: ``[m]`` int64 positions of the others, rising.
         own: ``[n]`` the block of each vision token, on the host.
-        runs: first and end position of each run of consecutive vision tokens, on the host.
-        places: blocks that a token selects, its own included.
+        counts: ``[n]`` int64 blocks that each vision token chooses before its own one.
+        places: the most blocks that a token selects, its own included.
         window: tokens of the window branch, the own one included.
+        windows: the runs of consecutive vision tokens as sequences over the scratch cache.
+        misread_lse: see ``faithful_reference.misread``.
     """
 
     tokens: int
     vision: torch.Tensor
     text: torch.Tensor
     own: np.ndarray
-    runs: list[tuple[int, int]]
+    counts: torch.Tensor
     places: int
     window: int
+    windows: Sequences
+    misread_lse: bool = True
+    _selections: dict[int, Sequences] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
         return -(-self.tokens // BLOCK)
 
+    def selection(self, kv_heads: int) -> Sequences:
+        """Each vision token and KV head as a sequence of one query: ``kv_head * n + token``.
+
+        How many blocks a token selects is known beforehand; which ones, a layer writes into the
+        table.  Made by the first layer, used by all, since layers run one after the other.
+        """
+        if kv_heads not in self._selections:
+            number, device = kv_heads * len(self.vision), self.vision.device
+            lengths = self.counts * BLOCK + self.vision % BLOCK + 1
+            self._selections[kv_heads] = Sequences(
+                query_start=torch.arange(number + 1, dtype=torch.int32, device=device),
+                seq_lens=lengths.int().repeat(kv_heads),
+                block_table=torch.zeros(number, self.places, dtype=torch.int32, device=device),
+                queries=number,
+                max_query_len=1,
+                max_seq_len=self.places * BLOCK,
+            )
+        return self._selections[kv_heads]
+
 
 def plan_prompt(
-    is_vision: np.ndarray, block_counts: int, window: int, device: torch.device
+    is_vision: np.ndarray,
+    block_counts: int,
+    window: int,
+    device: torch.device,
+    *,
+    misread_lse: bool = True,
 ) -> PromptPlan:
     """The plan of a prompt ``is_vision [T]`` (bool) under a checkpoint's or request's sizes."""
     vision = np.flatnonzero(is_vision)
     edges = np.flatnonzero(np.diff(is_vision.astype(np.int8), prepend=0, append=0))
+    first, end = edges.reshape(-1, 2).T
+    places = places_of(block_counts)
+    blocks = -(-len(is_vision) // BLOCK)
+
+    def to(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.as_tensor(array).to(device, dtype)
+
+    windows = Sequences(
+        query_start=to(np.concatenate([[0], np.cumsum(end - first)]), torch.int32),
+        seq_lens=to(np.ascontiguousarray(end), torch.int32),
+        block_table=to(np.tile(np.arange(blocks), (len(end), 1)), torch.int32),
+        queries=len(vision),
+        max_query_len=int((end - first).max(initial=0)),
+        max_seq_len=len(is_vision),
+    )
     return PromptPlan(
         tokens=len(is_vision),
-        vision=torch.from_numpy(vision).to(device, non_blocking=True),
-        text=torch.from_numpy(np.flatnonzero(~is_vision)).to(device, non_blocking=True),
+        vision=to(vision),
+        text=to(np.flatnonzero(~is_vision)),
         own=vision // BLOCK,
-        runs=[(int(first), int(end)) for first, end in edges.reshape(-1, 2)],
-        places=places_of(block_counts),
+        counts=to(np.minimum(vision // BLOCK, places - 1)),
+        places=places,
         window=window,
+        windows=windows,
+        misread_lse=misread_lse,
     )
 
 
@@ -109,8 +157,6 @@ def attend(
     gates: torch.Tensor,
     scale: float,
     pages: Pages,
-    *,
-    misread_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt's attention, except for the text tokens' dense part.
 
@@ -121,7 +167,6 @@ def attend(
         gates: ``[T, H, 3]`` after the sigmoid; those of text tokens are not read.
         scale: of the logits.
         pages: the scratch cache.
-        misread_lse: see ``faithful_reference.misread``.
 
     Returns:
         ``[T, H, d]`` fp32: for vision tokens their attention, for text tokens what the released
@@ -136,7 +181,7 @@ def attend(
     rows = group_rows(query[plan.vision], kv_heads)
 
     compressed, lse = compress(plan, rows, mean_keys, mean_values, scale)
-    chosen = choose(plan, rows, mean_keys, misread(lse) if misread_lse else lse, scale)
+    chosen = choose(plan, rows, mean_keys, misread(lse) if plan.misread_lse else lse, scale)
     branches = (
         compressed,
         pages.select(rows, chosen, plan, scale),

@@ -29,9 +29,10 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK = 64  # tokens in a block, fixed in the released code
+from .gates import TEMPERATURE
+from .settings import BLOCK, places_of
+
 GROUP_ROWS = 16  # its kernels take a multiple of so many query rows per KV head
-TEMPERATURE = 0.3  # of the gates
 NO_HEAD = -1  # a row that is padding: its query is zero
 
 
@@ -188,14 +189,6 @@ def misread(lse: torch.Tensor) -> torch.Tensor:
     """``[rows, T]``, whose memory is read as ``[T, rows]``, and back (spec 5.6)."""
     rows, tokens = lse.shape
     return lse.contiguous().view(tokens, rows).T
-
-
-def places_of(block_counts: int) -> int:
-    """Blocks that a token selects, its own included: the next power of two (spec 5.7).
-
-    Above 32 the released code's merge of partial lists is not exact; here the choice is.
-    """
-    return 1 << (block_counts - 1).bit_length()
 
 
 def select_blocks(

@@ -11,12 +11,54 @@ from ... import VIDEONSA_ARCHITECTURE
 from ...paged.state import StepRows
 from ...requests import Prompt
 from ...settings import SettingsError
-from ..base import AttentionCall, Method
+from ..base import ONE_STEP_SCHEDULER, AttentionCall, Method
+from . import faithful_step
 from .attend import attend
 from .gates import gate_modules
 from .plan import VideoNSAPlan, build_plan
 from .request import VideoNSARequest
 from .settings import VideoNSASettings
+
+
+def _check_faithful(vllm_config: Any) -> None:
+    """Refuse what faithful mode cannot do, and let the scheduler keep prompts in one step."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    refused = [
+        (
+            scheduler.enable_chunked_prefill,
+            "chunked prefill, because a vision token sees the means of later blocks; add "
+            "--no-enable-chunked-prefill",
+        ),
+        (
+            cache.enable_prefix_caching,
+            "prefix caching, because a prompt's keys and values depend on what comes after them; "
+            "add --no-enable-prefix-caching",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"--tensor-parallel-size {parallel.tensor_parallel_size}, because its query rows see "
+            "KV heads of other ranks; leave it out",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}; leave it out",
+        ),
+        (
+            scheduler.long_prefill_token_threshold > 0,
+            f"--long-prefill-token-threshold {scheduler.long_prefill_token_threshold}, because a "
+            "prompt must run in one step; leave it out",
+        ),
+        (
+            scheduler.scheduler_cls not in (None, ONE_STEP_SCHEDULER),
+            f"--scheduler-cls {scheduler.scheduler_cls}, because a prompt must run in one step, "
+            "which our scheduler sees to; leave it out",
+        ),
+    ]
+    for unsupported, what in refused:
+        if unsupported:
+            raise SettingsError(f"mode=faithful does not support {what}")
+    scheduler.scheduler_cls = ONE_STEP_SCHEDULER
 
 
 class VideoNSA(Method):
@@ -30,7 +72,7 @@ class VideoNSA(Method):
 
     @classmethod
     def check_server(cls, settings: VideoNSASettings, vllm_config: Any) -> None:
-        """Refuse a checkpoint without gates."""
+        """Refuse a checkpoint without gates, and in faithful mode what it cannot do."""
         architectures = vllm_config.model_config.hf_config.architectures
         if VIDEONSA_ARCHITECTURE not in architectures:
             raise SettingsError(
@@ -38,6 +80,8 @@ class VideoNSA(Method):
                 "VideoNSA mixes its branches by gates that only a checkpoint trained for it has "
                 f"(architecture {VIDEONSA_ARCHITECTURE}); serve such a one, or leave the method out"
             )
+        if settings.mode == "faithful":
+            _check_faithful(vllm_config)
 
     @classmethod
     def attention_modules(
@@ -45,6 +89,18 @@ class VideoNSA(Method):
     ) -> dict[str, torch.nn.Module]:
         """The gates' two projections."""
         return gate_modules(text_config, quant_config, prefix)
+
+    def refuse(self, settings: VideoNSASettings, named: Any, prompt: Prompt) -> None:
+        """Refuse, in faithful mode, a prompt that no step can hold."""
+        limit = self.step_tokens
+        if limit is None or prompt.tokens <= limit or not prompt.of(self.media).any():
+            return
+        if self.needs_one_step(settings):
+            raise SettingsError(
+                f"the prompt has {prompt.tokens} tokens, and this server runs {limit} in a step, "
+                "while VideoNSA's faithful mode needs a prompt in one: send a shorter video, or "
+                "start the server with a larger --max-num-batched-tokens"
+            )
 
     def describe(self, settings: VideoNSASettings, prompt: Prompt) -> VideoNSARequest:
         """A request with videos or images, whose tokens are all vision tokens."""
@@ -67,9 +123,17 @@ class VideoNSA(Method):
         requests: Sequence[VideoNSARequest | None],
         device: torch.device,
     ) -> VideoNSAPlan | None:
-        """See plan.build_plan."""
-        return build_plan(rows, requests, device)
+        """See plan.build_plan, and faithful_step.build_plan."""
+        build = faithful_step.build_plan if self.settings.mode == "faithful" else build_plan
+        return build(rows, requests, device)
+
+    def needs_one_step(self, settings: VideoNSASettings) -> bool:
+        """In faithful mode: a vision token sees the means of later blocks."""
+        return settings.mode == "faithful" and settings.enabled
 
     def attend(self, plan: VideoNSAPlan, call: AttentionCall) -> None:
-        """See attend.attend."""
-        attend(plan, call)
+        """See attend.attend, and faithful_step.attend."""
+        if isinstance(plan, faithful_step.FaithfulStep):
+            faithful_step.attend(plan, call)
+        else:
+            attend(plan, call)

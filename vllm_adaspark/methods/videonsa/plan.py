@@ -118,31 +118,48 @@ class VideoNSAPlan(StepPlan):
     def tell(self, shape: ModelShape, layers: range) -> Told:
         """FLOPs by branch; the same in every layer, since how much is selected is known."""
         branches: BranchPlan = self.attention
-        pair, vision = shape.attention_flops_per_pair, self.video_tokens
-        gating = gates.flops_per_token(shape.hidden, shape.heads)
+        pair = shape.attention_flops_per_pair
         by_part = {
-            "qkvo": self.tokens * shape.qkvo_flops_per_token,
             "text": branches.text_pairs * pair,
-            "cmp": branches.cmp_pairs * pair,
+            "cmp": branches.cmp_pairs * pair * (1 + shape.score_products) / 2,
             "slc": branches.slc_pairs * pair,
             "swa": branches.swa_pairs * pair,
-            "gates": vision * gating,
-            "ffn": self.tokens * shape.ffn_flops_per_token,
         }
+        return told_everywhere(self, by_part, branches.selected, shape, layers)
 
-        def in_every_layer(of_rows: np.ndarray) -> np.ndarray:
-            return np.tile(of_rows.astype(float), (len(layers), 1))
 
-        sums = {}
-        if self.gate_sums:  # [layers, rows, branches]
-            left = torch.stack([self.gate_sums[layer] for layer in layers]).cpu().numpy()
-            sums = {f"gate_{name}": left[..., i] for i, name in enumerate(gates.BRANCHES)}
-        return Told(
-            flops={part: in_every_layer(flops) for part, flops in by_part.items()},
-            choices=vision,
-            attended=in_every_layer(branches.selected),
-            sums=sums,
-        )
+def told_everywhere(
+    step: VideoNSAPlan,
+    attention: dict[str, np.ndarray],
+    selected: np.ndarray,
+    shape: ModelShape,
+    layers: range,
+) -> Told:
+    """What a step tells whose layers all do the same.
+
+    Args:
+        step: the step's plan.
+        attention: FLOPs by branch, ``[rows]``.
+        selected: ``[rows]`` (vision query, selected cube) pairs.
+        shape, layers: as in ``StepPlan.tell``.
+    """
+
+    def in_every_layer(of_rows: np.ndarray) -> np.ndarray:
+        return np.tile(of_rows.astype(float), (len(layers), 1))
+
+    gating = step.video_tokens * gates.flops_per_token(shape.hidden, shape.heads)
+    flops = {"qkvo": step.tokens * shape.qkvo_flops_per_token} | attention
+    flops |= {"gates": gating, "ffn": step.tokens * shape.ffn_flops_per_token}
+    sums = {}
+    if step.gate_sums:  # [layers, rows, branches]
+        left = torch.stack([step.gate_sums[layer] for layer in layers]).cpu().numpy()
+        sums = {f"gate_{name}": left[..., i] for i, name in enumerate(gates.BRANCHES)}
+    return Told(
+        flops={part: in_every_layer(of_rows) for part, of_rows in flops.items()},
+        choices=step.video_tokens,
+        attended=in_every_layer(selected),
+        sums=sums,
+    )
 
 
 def build_plan(
@@ -164,7 +181,7 @@ def build_plan(
     row_cubes, in_prompt = cubes_of(rows, on, BLOCK)
     table = rows.block_table[:, : row_cubes.shape[1]]
     tokens = Tokens.of(rows, on, row_cubes, in_prompt, BLOCK)
-    runs = _Runs.of(tokens)
+    runs = Runs.of(tokens)
 
     vision = np.flatnonzero(tokens.is_video)
     row, position, seen = (x[vision] for x in (tokens.row, tokens.position, tokens.cubes_before))
@@ -181,9 +198,9 @@ def build_plan(
         return np.bincount(of_row, values, minlength=len(on))
 
     branches = BranchPlan(
-        text=_index(text, device) if len(text) else None,
-        text_sequences=runs.sequences(~runs.vision, table, device) if len(text) else None,
-        vision=_index(vision, device),
+        text=index_of(text, device) if len(text) else None,
+        text_sequences=runs.sequences_of_text(table, device) if len(text) else None,
+        vision=index_of(vision, device),
         vision_row=to(row),
         number=len(vision),
         rows=_rows(row, seen, row_cubes, table, most, device),
@@ -198,7 +215,7 @@ def build_plan(
         swa_pairs=by_row(row, np.minimum(position + 1, window[row])),
         selected=by_row(row, places),
         blocks=row_cubes.shape[1],
-        cut=lambda: _tiles(tokens, row_cubes),
+        cut=lambda: vision_tiles(tokens, row_cubes),
     )
     return VideoNSAPlan(
         attention=branches,
@@ -212,7 +229,7 @@ def build_plan(
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """Consecutive tokens of one row, all vision or all text."""
 
     row: np.ndarray
@@ -222,7 +239,7 @@ class _Runs:
     vision: np.ndarray  # bool
 
     @classmethod
-    def of(cls, tokens: Tokens) -> _Runs:
+    def of(cls, tokens: Tokens) -> Runs:
         opens = (np.diff(tokens.row, prepend=-1) != 0) | (
             np.diff(tokens.is_video, prepend=False) != 0
         )
@@ -230,6 +247,10 @@ class _Runs:
         length = np.diff(start, append=len(tokens.row))
         end = tokens.position[start] + length
         return cls(tokens.row[start], start, length, end, tokens.is_video[start])
+
+    def sequences_of_text(self, table: np.ndarray, device: torch.device) -> Sequences:
+        """The runs of text as sequences over the real KV cache."""
+        return self.sequences(~self.vision, table, device)
 
     def sequences(self, which: np.ndarray, table: np.ndarray, device: torch.device) -> Sequences:
         """Some of them as sequences over the real KV cache."""
@@ -279,18 +300,18 @@ def _rows(
 
 
 def _windows(
-    runs: _Runs, row: np.ndarray, window: np.ndarray, table: np.ndarray, device: torch.device
+    runs: Runs, row: np.ndarray, window: np.ndarray, table: np.ndarray, device: torch.device
 ) -> tuple[Window, ...]:
     """Vision runs by the size of their window; ``row`` of the vision tokens."""
     made = []
     for size in np.unique(window[row]):
         which = runs.vision & (window[runs.row] == size)
-        tokens = _index(np.flatnonzero(window[row] == size), device)
+        tokens = index_of(np.flatnonzero(window[row] == size), device)
         made.append(Window(int(size), tokens, runs.sequences(which, table, device)))
     return tuple(made)
 
 
-def _tiles(tokens: Tokens, row_cubes: np.ndarray) -> Tiles:
+def vision_tiles(tokens: Tokens, row_cubes: np.ndarray) -> Tiles:
     vision = tokens.is_video
     start = np.flatnonzero(
         vision | (np.diff(tokens.row, prepend=-1) != 0) | (np.diff(vision, prepend=True) != 0)
@@ -311,7 +332,7 @@ def _tiles(tokens: Tokens, row_cubes: np.ndarray) -> Tiles:
     )
 
 
-def _index(tokens: np.ndarray, device: torch.device) -> Index:
+def index_of(tokens: np.ndarray, device: torch.device) -> Index:
     if len(tokens) == tokens[-1] - tokens[0] + 1:
         return slice(int(tokens[0]), int(tokens[-1]) + 1)
     return torch.as_tensor(tokens).to(device, torch.int64)
@@ -335,3 +356,8 @@ def prompt_flops(
         return float(layers * (pairs + tokens * per_token))
     told = plan.tell(shape, range(1))
     return float(layers * sum(flops.sum() for flops in told.flops.values()))
+
+
+def take(tensor: torch.Tensor, tokens: Index) -> torch.Tensor:
+    """Rows of ``tensor``; a view where they are consecutive."""
+    return tensor[tokens] if isinstance(tokens, slice) else tensor.index_select(0, tokens)

@@ -17,6 +17,14 @@ MODES = ("paper", "faithful")
 OF_TEXT_CONFIG = ("block_counts", "window_size")
 
 
+def places_of(block_counts: int) -> int:
+    """Blocks that a token selects in the released code: the next power of two.
+
+    Above 32 its merge of partial lists is not exact; here the choice is.
+    """
+    return 1 << (block_counts - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class VideoNSASettings(Settings):
     """VideoNSA's settings.
@@ -49,6 +57,13 @@ class VideoNSASettings(Settings):
         "the paper's rules, or what the released code computes",
         request=False,
         choices=MODES,
+    )
+    lse: str = setting(
+        "released",
+        "faithful mode's log-sum-exp in the choice of blocks: in the layout in which the released "
+        "code reads it, or each query's own",
+        request=False,
+        choices=("released", "own"),
     )
     block_counts: int = setting(
         32, "blocks a vision token selects, its own among them", low=1, high=4096

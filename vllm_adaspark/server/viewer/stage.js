@@ -6,6 +6,11 @@ const COLORS = [
   [250, 193, 39], [252, 255, 164],
 ];
 const ALWAYS = [159, 180, 199];
+const DROPPED = [236, 238, 242];
+
+/** What a raster cell's cube is where it is in none: in no whole cube, or dropped by `prune`. */
+const NO_CUBE = -1;
+export const GONE = -2;
 
 export function color(share) {
   const at = Math.min(Math.max(share, 0), 1) * (COLORS.length - 1);
@@ -26,13 +31,13 @@ export class Geometry {
     const walk = new DataView(raw.buffer);
     const cubes = new Map(meta.cube_starts.map((start, nth) => [start / meta.block_size, nth]));
     const count = this.frames * this.rows * this.columns;
-    this.nth = new Int32Array(count); // by raster cell: its place in the walk
-    this.cube = new Int32Array(count).fill(-1); // -1: in no whole cube
-    for (let nth = 0; nth < count; nth++) {
+    this.nth = new Int32Array(count).fill(-1); // by raster cell: its place in the walk, if any
+    this.cube = new Int32Array(count).fill(GONE);
+    for (let nth = 0; nth < video.tokens; nth++) {
       const cell = walk.getInt32(4 * nth, true);
       this.nth[cell] = nth;
       const block = Math.floor((video.offset + nth) / meta.block_size);
-      this.cube[cell] = cubes.get(block) ?? -1;
+      this.cube[cell] = cubes.get(block) ?? NO_CUBE;
     }
   }
 
@@ -111,7 +116,8 @@ function drawHeat(context, view, cells) {
   const pixels = new ImageData(columns, rows);
   for (const { cube, row, column } of cells) {
     const share = cube < 0 ? undefined : view.heat[cube];
-    const rgb = cube < 0 ? ALWAYS : share === null ? [0, 0, 0] : color(share);
+    const rgb = cube === GONE ? DROPPED
+      : cube < 0 ? ALWAYS : share === null ? [0, 0, 0] : color(share);
     pixels.data.set([...rgb, 255], 4 * (row * columns + column));
   }
   small.getContext("2d").putImageData(pixels, 0, 0);
@@ -146,7 +152,8 @@ function drawOrder(context, view, cells, scale) {
   const differ = (a, b) => g.cube[a] !== g.cube[b];
   borders(context, g, frame, cells, differ, () => true, "rgba(0, 0, 0, .8)", 3 * scale);
   borders(context, g, frame, cells, differ, () => true, "rgba(255, 255, 255, .9)", 1 * scale);
-  const walk = [...cells].sort((a, b) => g.nth[a.cell] - g.nth[b.cell]);
+  const walk = cells.filter(({ cell }) => g.nth[cell] >= 0)
+    .sort((a, b) => g.nth[a.cell] - g.nth[b.cell]);
   const middle = ({ box }) => [box[0] + box[2] / 2, box[1] + box[3] / 2];
   for (let i = 1; i < walk.length; i++) {
     const adjacent = Math.abs(walk[i].row - walk[i - 1].row) <= 1

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { drawChart } from "./chart.js";
-import { Geometry, bit, drawScale, drawStage, drawStrip } from "./stage.js";
+import { GONE, Geometry, bit, drawScale, drawStage, drawStrip } from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const PLAY_MS = 400;
@@ -97,8 +97,7 @@ async function choose(id) {
 
 function setVideo(number) {
   const { meta } = state;
-  const tokens = (video) => video.grid.reduce((a, b) => a * b, 1);
-  const before = meta.videos.slice(0, number).reduce((sum, video) => sum + tokens(video), 0);
+  const before = meta.videos.slice(0, number).reduce((sum, video) => sum + video.tokens, 0);
   state.video = number;
   state.geometry = new Geometry(meta, number, before);
   $("frame").max = state.geometry.frames - 1;
@@ -159,6 +158,7 @@ function heatNow() {
 /** By raster cell: the share of the shown layers in which it ran the FFN; null: not recorded. */
 function ranNow(cell) {
   const { ffn, geometry, layer } = state;
+  if (geometry.cube[cell] === GONE) return null;
   const token = geometry.tokensBefore + geometry.nth[cell];
   if (!bit(ffn.recorded, token)) return null;
   const rows = layer >= 0 ? [ffn.ran[layer]] : ffn.ran;
@@ -239,6 +239,10 @@ function showFacts() {
     const [t, h, w] = video.grid;
     row(meta.videos.length > 1 ? `video ${i + 1}` : "video",
       `${t} frame pairs × ${h} × ${w} tokens, order ${video.order}`);
+    const dropped = t * h * w - video.tokens;
+    if (dropped) {
+      row("dropped", `${dropped.toLocaleString()} of these tokens, before the language model`);
+    }
   });
   row("cubes", `${meta.cube_starts.length} whole ones of ${meta.block_size} tokens`);
   const settings = Object.entries(meta.settings).filter(([k, v]) => v !== null && k !== "trace");
@@ -284,6 +288,11 @@ function point(event) {
   if (!at) return;
   const { geometry: g } = state;
   const cube = g.cube[at.cell];
+  if (cube === GONE) {
+    $("pointed").textContent =
+      `row ${at.row}, column ${at.column} · dropped before the language model`;
+    return;
+  }
   const share = cube < 0 ? null : heatNow()[cube];
   const heat = cube < 0 ? "in no whole cube, always attended"
     : share === null ? "after the source" : `attended ${(100 * share).toFixed(1)} %`;
