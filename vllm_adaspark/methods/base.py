@@ -68,6 +68,8 @@ class AttentionCall:
         value: the same of the values.
         hidden: ``[tokens, hidden]`` the layer's normed input; None unless ``wants_hidden``.
         output: ``[tokens, heads, head_size]``, to be written.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, the layer's; how keys and
+            values lie in a block is the backend's, so only kernels for one look inside.
         kv_heads: this rank's.
         scale: of the logits.
         key_sums: the keys' sums of each block; None if no plan has asked for any yet.
@@ -93,6 +95,7 @@ class AttentionCall:
     value: torch.Tensor
     hidden: torch.Tensor | None
     output: torch.Tensor
+    kv_cache: torch.Tensor
     kv_heads: int
     scale: float
     key_sums: BlockSums | None
@@ -172,6 +175,12 @@ class Method:
             SettingsError: the method cannot work with this model or these options.
         """
 
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load what the method needs beside the model, in a worker.
+
+        It is called while the model is made, so that vLLM counts the memory.
+        """
+
     @classmethod
     def attention_modules(
         cls, text_config: Any, quant_config: Any, prefix: str
@@ -182,6 +191,14 @@ class Method:
         own heads are.  ``prefix`` is the attention's name in the model.
         """
         return {}
+
+    def step_bytes(self, tokens: int, heads: int, kv_heads: int, head_size: int, item: int) -> int:
+        """Memory that a layer takes in a step of so many tokens, beside block tables and queries.
+
+        On a GPU the KV cache leaves room for it.  ``heads`` and ``kv_heads`` are a rank's, ``item``
+        the bytes of an activation's number.
+        """
+        return 0
 
     def refuse(self, settings: Settings, named: Any, prompt: Prompt) -> None:
         """Raise a ValueError for a request whose prompt cannot be run as its settings ask.
