@@ -21,7 +21,8 @@ runner nor a model: those call it, at six moments of a request's life.
    chose, which takes any choice of KV blocks.  A method may have weights of its own there
    (:meth:`Method.attention_modules`).  Nothing here may wait for the device.
 5. **A layer's FFN runs** (:meth:`Method.ffn`): a method may run it on some of the tokens; None
-   means all of them, by the stock path.
+   means all of them, by the stock path.  Between layers it may drop tokens, if the plan has
+   ``depths`` (:meth:`Method.observe`, :meth:`Method.survivors`).
 6. **The step is over.**  Accounts, metrics and traces read the plan: what it kept in each layer.
    They are the same for every method whose plan is a :class:`~vllm_adaspark.paged.plan.StepPlan`;
    one that is not made of tiles says itself what it cost (``StepPlan.tell``).
