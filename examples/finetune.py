@@ -59,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-4, help="highest learning rate")
     parser.add_argument("--videos", type=int, default=3, help="per step")
     parser.add_argument("--questions", type=int, default=24, help="per video, at most")
+    parser.add_argument("--skip", type=int, default=0, help="videos of the data: another run's")
     parser.add_argument("--patches", type=int, nargs=2, default=(24, 128), help="needle videos")
     parser.add_argument("--fps", type=float, default=2.0, help="frames taken a second, --data")
     parser.add_argument("--max-frames", type=int, default=768, help="of a video, --data")
@@ -166,6 +167,8 @@ class Finetuning:
         with torch.no_grad():
             for weight, average in zip(self.weights, self.averages):
                 weight.copy_(average)
+        config = self.model.config
+        config.text_config.dtype = config.vision_config.dtype = self.written_as
         self.model.to(self.written_as).save_pretrained(self.arguments.out)
         self.processor.save_pretrained(self.arguments.out)
 
@@ -273,7 +276,8 @@ def main() -> None:
     began, first = time.monotonic(), training.step
     losses, right, asked = [], 0, 0
     while training.step < arguments.steps:
-        numbers = range(training.step * arguments.videos, (training.step + 1) * arguments.videos)
+        first_of_step = arguments.skip + training.step * arguments.videos
+        numbers = range(first_of_step, first_of_step + arguments.videos)
         loss, correct, of = training.train_step([data.clip(number) for number in numbers])
         losses, right, asked = [*losses, loss], right + correct, asked + of
         if training.step % 10 == 0 or training.step == arguments.steps:

@@ -79,12 +79,17 @@ class Video:
 
     Attributes:
         grid: (T, H, W) its tokens in time, height and width.
+        identifier: by which vLLM knows the video when it comes again.
+        pictures: gives what the model saw at each place in time, ``[height, width, 3]`` uint8 RGB;
+            None if the video came as embeddings.
         encoded: gives what the vision tower made of it, ``[T * H * W, hidden]``, maybe with more
             rows behind; only in the steps that run some of its tokens.
     """
 
     grid: tuple[int, int, int]
     encoded: Callable[[], torch.Tensor]
+    identifier: str = ""
+    pictures: Callable[[], list[np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Prompt:
         videos: in the order of the prompt; only workers know them.
         wants_all: whether the answer needs the last layer's output of every token, as
             ``prompt_logprobs`` do; only workers know.
+        question: gives the text behind the videos, without the chat template's; only in workers.
     """
 
     tokens: int
@@ -107,6 +113,7 @@ class Prompt:
     dropped: int = 0
     videos: Sequence[Video] = ()
     wants_all: bool = False
+    question: Callable[[], str] = str
 
     def of(self, kinds: Sequence[str]) -> np.ndarray:
         """``[tokens]`` bool: which tokens belong to items of these kinds."""

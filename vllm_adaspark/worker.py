@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import dropwhile, takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -25,12 +28,14 @@ from vllm.distributed import (
 )
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from .accounts.account import Account, ModelShape
 from .accounts.ledger import Ledger, keep_counts
 from .accounts.reports import part_of_model, request_report
+from .methods.base import Method
 from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
@@ -151,7 +156,7 @@ def room_beside_sums(
     return available * page // (page + sums * (2 if values else 1))
 
 
-def step_bytes(config: VllmConfig) -> int:
+def step_bytes(config: VllmConfig, method: Method) -> int:
     """What a sparse step's layers share beside vLLM's own activations, at the most.
 
     Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
@@ -168,7 +173,10 @@ def step_bytes(config: VllmConfig) -> int:
     entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
     ranks = parallel.tensor_parallel_size
     entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
-    return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry
+    of_method = method.step_bytes(
+        tokens, heads, kv_heads, model.get_head_size(), model.dtype.itemsize
+    )
+    return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry + of_method
 
 
 class AccountingWorker:
@@ -205,7 +213,8 @@ class AccountingWorker:
         if runtime is None:
             return available
         if not current_platform.is_cpu():  # there the cache's size is given, beside everything else
-            available = max(0, available - step_bytes(self.vllm_config))
+            taken = step_bytes(self.vllm_config, runtime.method)
+            available = max(0, available - taken)
         room = room_beside_sums(
             available, self.get_kv_cache_spec(), values=runtime.method.sums_values
         )
@@ -232,6 +241,7 @@ class AccountingWorker:
             after_video=self._layout.after_video,
             videos=[self._video(video) for video in videos],
             wants_all=sampling is not None and sampling.prompt_logprobs is not None,
+            question=partial(self._question, new.prompt_token_ids, videos),
             dropped=self._whole_prompt(new).dropped,
         )
         positions = self._layout.positions(tokens, videos, settings)
@@ -247,7 +257,26 @@ class AccountingWorker:
             everything = getattr(cache, "encoder_outputs", cache)[feature.identifier]
             return everything[: math.prod(grid)]
 
-        return Video(grid, encoded)
+        pixels = self._layout.pixels(feature)
+
+        def pictures() -> list[np.ndarray]:
+            model = self.vllm_config.model_config
+            maker = self._layout.pictures(model.hf_image_processor_config)
+            return [maker.frame(pixels, grid, place) for place in range(grid[0])]
+
+        return Video(grid, encoded, feature.identifier, None if pixels is None else pictures)
+
+    def _question(self, ids: Sequence[int] | None, videos: Sequence[Any]) -> str:
+        """The text behind the last video, as far as the next token of the chat template."""
+        if ids is None:
+            return ""
+        tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+        added = getattr(tokenizer, "added_tokens_decoder", {})  # <|vision_end|>, for instance
+        template = {*tokenizer.all_special_ids, *(i for i, t in added.items() if t.special)}
+        place = max(videos, key=lambda video: video.mm_position.offset).mm_position
+        behind = dropwhile(template.__contains__, ids[place.offset + place.length :])
+        text = takewhile(lambda token: token not in template, behind)
+        return tokenizer.decode(list(text)).strip()
 
     def _whole_prompt(self, new: Any) -> WholePrompt:
         """What a new request's prompt was before some tokens of its videos were dropped."""

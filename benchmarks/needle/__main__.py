@@ -110,11 +110,10 @@ def measured(options: argparse.Namespace) -> dict:
                 f"{contender.name:36} {contender.kind:9} {contender.lengths} {contender.settings}"
             )
         sys.exit()
-    weights = [options.checkpoint, *([options.videonsa] if options.videonsa else [])]
-    path = options.folder / ("work-videonsa.jsonl" if options.videonsa else "work.jsonl")
+    path = options.folder / "work.jsonl"
     if options.fresh:
         path.unlink(missing_ok=True)
-    work = Work(path, "+".join(file_hash(folder / "model.safetensors") for folder in weights))
+    work = Work(path, file_hash(options.checkpoint / "model.safetensors"))
     if work.other_code:
         print(f"{work.other_code} earlier answers are of other plugin code; --fresh asks again")
     started = now()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
-from vllm_adaspark.training.videonsa import BRANCHES
+from vllm_adaspark.methods.videonsa.gates import BRANCHES
 
 from .videos import Cell
 

@@ -24,7 +24,7 @@ from .gates import forced
 from .grid import Contender, Grid
 from .servers import AT_ONCE, Server, started
 from .videos import Cell, Video, choose, write
-from .work import Record, Work
+from .work import Record, Work, file_hash
 
 KINDS = ("stock", "adaspark", "videonsa", "evs")
 MOST_TEXT = 128  # tokens of a prompt besides the video; it is about 20
@@ -137,6 +137,10 @@ class Run:
         found = {path.name: path for path in self.checkpoint.iterdir()}
         return read_model(str(self.checkpoint), found.get)
 
+    @cached_property
+    def _weights(self) -> str:
+        return file_hash(self.videonsa / "model.safetensors")[:8]
+
     def _resolved(
         self, contender: Contender, cell: Cell, records: dict[tuple[str, Cell], list[Record]]
     ) -> tuple[Server, dict[str, Any] | None]:
@@ -150,7 +154,9 @@ class Run:
             else:
                 keep = max(0.001, round(mean_of(model, "attention_density"), 3))
                 settings = settings | {"keep": min(keep, 0.999)}
-        return Server(contender.kind, contender.block, rate, contender.gates), settings
+        if contender.kind == "videonsa":
+            return Server(contender.kind, gates=contender.gates, weights=self._weights), settings
+        return Server(contender.kind, contender.block, rate), settings
 
     def _ask(self, client, contender, server, settings, videos: Iterable[Video]) -> None:
         def one(video: Video) -> Record:

@@ -33,6 +33,7 @@ class Server:
         kind: "stock" (vLLM without plugins), "adaspark", "videonsa", or "evs" (stock, pruning).
         block: tokens in a KV block; for "adaspark" the volume of a cube.
         gates: for "videonsa", the only branch that counts; None as trained.
+        weights: for "videonsa", which checkpoint: the first digits of its sha256.
         rate: share of the video tokens that EVS drops.
     """
 
@@ -40,11 +41,12 @@ class Server:
     block: int = 64
     rate: float | None = None
     gates: str | None = None
+    weights: str | None = None
 
     @property
     def name(self) -> str:
         more = "" if self.rate is None else f"-{self.rate:.4f}"
-        more += "" if self.gates is None else f"-{self.gates}"
+        more += "".join(f"-{part}" for part in (self.gates, self.weights) if part is not None)
         return f"{self.kind}{more}" + ("" if self.block == 64 else f"-{self.block}")
 
 

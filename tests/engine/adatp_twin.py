@@ -38,6 +38,8 @@ class PrunedTwin:
         self.stock = model(checkpoint, AdaSparkConfig().override({"order": "raster"}))
         self.text = self.stock.text
         self.pairs, self.newlines = pairs, newlines
+        # (frames [frames, d], question [d]) of an encoder, for the next answers; None: neither.
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self.alive: list[list[int]] = []  # video tokens after each event, of the last answer
 
     @torch.inference_mode()
@@ -95,7 +97,11 @@ class PrunedTwin:
         """Segments and places of the video's tokens."""
         frames = len(video[0]) // self.pairs
         of_frame = encoded.unflatten(0, (frames, -1))
-        segments = reference.segments([of_frame.mean(1)], settings.tau_s)
+        shown = of_frame.mean(1) if self.seen is None else self.seen[0]
+        segments = reference.segments([shown], settings.tau_s)
+        self.about = [False] * (segments[-1] + 1)
+        if self.seen is not None:
+            self.about = reference.relevant(*self.seen, segments, settings.tau_t)
         places = of_frame.shape[1]
         self.segment = [segment for segment in segments for _ in range(places)]
         self.place = [*range(places)] * frames
@@ -131,7 +137,12 @@ class PrunedTwin:
                     [tokens[i].video for i in videos],
                     self.segment,
                     self.place,
-                    [events[index + 1]] * (max(self.segment) + 1),
+                    reference.boosted(
+                        events[index + 1],
+                        [self.segment.count(s) for s in range(len(self.about))],
+                        self.about,
+                        settings,
+                    ),
                     not self.alive,
                     settings,
                 )

@@ -6,6 +6,8 @@ import os
 
 import checkpoint as demo_checkpoint  # examples/demo
 import pytest
+import tiny_siglip
+import torch
 
 from engine.adatp_twin import PrunedTwin
 from engine.engines import (
@@ -19,6 +21,7 @@ from engine.engines import (
     last_reports,
     video_prompt,
 )
+from vllm_adaspark.methods.adatp.encoder import SiglipEncoder
 from vllm_adaspark.methods.adatp.settings import AdaTPSettings
 
 pytestmark = pytest.mark.engine
@@ -222,6 +225,33 @@ def test_decoding_is_compiled(deep, twin) -> None:
         answers = ask(compiled, [prompt(video), prompt(video, enabled=False)], max_tokens=DECODE)
     equals_twin(twin, answers[0], video)
     equals_twin(twin, answers[1], video, enabled=False)
+
+
+def test_an_encoder_compares_frames_and_finds_what_is_asked(deep, twin, tmp_path) -> None:
+    path = tiny_siglip.build(tmp_path)
+    encoder = SiglipEncoder(str(path), torch.device("cpu"), torch.float32)
+    video = clip(48, seed=9)
+    shown = encoder.frames("", lambda: list(video[0][::2]))  # the first frame of each pair
+    similar = torch.nn.functional.cosine_similarity(shown[:-1], shown[1:])
+    tau = round(float(similar.sort().values[11:13].mean()), 6)  # a cut at half of the pairs
+    settings = {"encoder": str(path), "tau_s": tau, "dedup": "off", "alpha_boost": 1.8}
+    with engine(deep, SERVER | settings, method="adatp") as llm:
+        for question in (QUESTION, "Where is the red circle?", QUESTION):
+            answer = ask(llm, [prompt(video, question)], max_tokens=4)[0]
+            twin.seen = shown, encoder.question(question)
+            equals_twin(twin, answer, video, question, **settings)
+            assert True in twin.about and False in twin.about
+        (report,) = last_reports(llm)
+        assert (report["settings"]["frames_by"], report["settings"]["relevance"]) == (
+            "encoder",
+            True,
+        )
+    twin.seen = None
+    with (
+        pytest.raises(Exception, match="encoder='/no/where'"),
+        engine(deep, SERVER | {"encoder": "/no/where"}, method="adatp"),
+    ):
+        pass
 
 
 def test_two_ranks_drop_what_one_does(deep, twin, monkeypatch) -> None:

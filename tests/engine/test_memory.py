@@ -8,14 +8,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from harness import adaspark
 
 from engine.engines import SPARSE, ask, clip, engine, video_prompt
 from vllm_adaspark import worker
-from vllm_adaspark.methods.adaspark.method import AdaSpark
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.videonsa.method import VideoNSA
+from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
 from vllm_adaspark.paged.state import BlockSums
 from vllm_adaspark.worker import room_beside_sums, step_bytes
 
 pytestmark = pytest.mark.engine
+METHOD = adaspark(AdaSparkConfig(), 28, 4, 128)
 
 
 def memory(worker) -> tuple[int, int, int]:
@@ -77,9 +81,15 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
         )
         turned = 2 * 8192 * 28 * 128 * 2
         tiles = 128 + 1024 + 64
-        assert step_bytes(config) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1)
+        assert step_bytes(config, METHOD) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1)
+        assert (
+            VideoNSA(VideoNSASettings(), SimpleNamespace(hidden_size=3584), "cuda").step_bytes(
+                8192, 28, 4, 128, 2
+            )
+            == 8192 * (3584 * (12 + 6) + 2 * 3584 * 2 + 4 * 32 * 16) + (2 << 21) * 8
+        )
         config.parallel_config.tensor_parallel_size = 2
-        assert step_bytes(config) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1 + 2 * 2 * 4)
+        assert step_bytes(config, METHOD) == turned + tiles * 4 * 2049 * (4 + 4 + 4 + 1 + 2 * 2 * 4)
         config.parallel_config.tensor_parallel_size = 1
         layer = SimpleNamespace(page_size_bytes=64 * 4 * 256 * 2, num_kv_heads=4, head_size=128)
 
@@ -90,7 +100,7 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
                 return 40 << 30
 
             def get_model(self):
-                return SimpleNamespace(runtime=SimpleNamespace(method=AdaSpark))
+                return SimpleNamespace(runtime=SimpleNamespace(method=METHOD))
 
             def get_kv_cache_spec(self):
                 return dict.fromkeys(map(str, range(28)), layer)
@@ -99,5 +109,5 @@ def test_what_a_step_takes_is_set_aside_on_a_gpu() -> None:
             pass
 
         room = Ours().determine_available_memory()
-    assert room == room_beside_sums((40 << 30) - step_bytes(config), {"": layer})
+    assert room == room_beside_sums((40 << 30) - step_bytes(config, METHOD), {"": layer})
     assert 1 - room / (40 << 30) < 0.022

@@ -73,6 +73,7 @@ def stock_and_ours(model) -> list[tuple[torch.Tensor, torch.Tensor, list]]:
     from types import SimpleNamespace
 
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
     from vllm_adaspark.requests import with_settings
 
@@ -81,9 +82,8 @@ def stock_and_ours(model) -> list[tuple[torch.Tensor, torch.Tensor, list]]:
         data = {f"{modality}_grid_thw": SimpleNamespace(data=torch.tensor(grid))}
         if modality == "video":
             data["second_per_grid_ts"] = SimpleNamespace(data=torch.tensor(1.5))
-        place = SimpleNamespace(offset=offset, length=grid[0] * grid[1] * grid[2] // 4)
-        named = {"identifier": with_settings("hash", settings)}
-        return SimpleNamespace(modality=modality, data=data, mm_position=place, **named)
+        place = PlaceholderRange(offset=offset, length=grid[0] * grid[1] * grid[2] // 4)
+        return MultiModalFeatureSpec(data, modality, with_settings("hash", settings), place)
 
     found = []
     for order in ("raster", "cube"):

@@ -1,4 +1,4 @@
-"""Sparse training computes what is served: transformers against the engine; finetune.py."""
+"""Training passes compute what is served: transformers against the engine; finetune.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from engine.engines import VIDEO, Answer, ask, chat, clip, engine, last_reports, video_prompt
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.training import enable_sparse_training
+from vllm_adaspark.training import VideoNSAForConditionalGeneration, enable_sparse_training
 
 pytestmark = pytest.mark.engine
 
@@ -37,17 +37,16 @@ SETTINGS = {
 class Trained:
     """The checkpoint in transformers, sparse training on."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, kind: type = Qwen2_5_VLForConditionalGeneration) -> None:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32
-        ).eval()
+        self.model = kind.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
     def logprobs(
-        self, config: AdaSparkConfig, text: str, videos: list, answer: tuple[int, ...]
+        self, config: AdaSparkConfig | None, text: str, videos: list, answer: tuple[int, ...]
     ) -> torch.Tensor:
-        """Log-probabilities ``[answer, vocab]``, all in one pass."""
-        enable_sparse_training(self.model, config)
+        """Log-probabilities ``[answer, vocab]``, all in one pass; VideoNSA takes no config."""
+        if config is not None:
+            enable_sparse_training(self.model, config)
         inputs = self.processor(
             text=[text],
             videos=[list(frames) for frames, _ in videos],
@@ -121,6 +120,53 @@ def test_training_pass_equals_the_engine_on_the_needle_model(needle) -> None:
             config = AdaSparkConfig().override(SETTINGS[name])
             expected = trained.logprobs(config, chat(VIDEO, question), [video], answer.ids)
             compare(answer, expected, name)
+
+
+def test_the_shipped_videonsa_answers_as_it_was_trained() -> None:
+    """Its log-probabilities are those of the training pass, and its answers are right."""
+    from evaluate import held_out_video
+
+    shipped = EXAMPLES / "needle/videonsa"
+    assert sum(file.stat().st_size for file in shipped.iterdir()) < 16 * 2**20
+    trained = Trained(shipped, VideoNSAForConditionalGeneration)
+    videos = [held_out_video(number, 64 * (1 + number)) for number in range(2)]
+    asked = [(video, question) for video in videos for question in video.asked]
+    prompts = [
+        video_prompt((video.frames, video.metadata), question=question.text)
+        for video, question in asked
+    ]
+    ends = trained.processor.tokenizer.eos_token_id
+    with engine(shipped, {}, method=None, architecture=None) as llm:
+        answers = [ask(llm, [prompt], max_tokens=2, logprobs=10)[0] for prompt in prompts[::6]]
+        (report,) = last_reports(llm)
+        together = ask(llm, prompts, max_tokens=2, logprobs=10)
+    assert report["flops"]["executed"]["slc"] > 0 and report["attention_density"] < 0.7
+    for prompt, (video, _), answer in zip(prompts[::6], asked[::6], answers, strict=True):
+        videos = [(video.frames, video.metadata)]
+        compare(answer, trained.logprobs(None, prompt["prompt"], videos, answer.ids), "VideoNSA")
+    said, right = trained.processor.tokenizer, 0
+    for (_, question), answer in zip(asked, together, strict=True):
+        right += said.decode(answer.ids[:1]).strip() == question.answer and answer.ids[1] == ends
+    assert right >= 9, f"{right} of {len(asked)} right"
+
+
+def test_finetune_makes_a_videonsa_of_the_needle_model(tmp_path) -> None:
+    out = tmp_path / "nsa"
+    common = ["--method", "videonsa", "--patches", 12, 14, "--questions", 2, "--videos", 1]
+    printed = run_finetune(out, *common, "--block-counts", 3, "--window-size", 48, "--steps", 2)
+    assert "'block_counts': 3, 'window_size': 48" in printed
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["VideoNSAForConditionalGeneration"]
+    assert config["text_config"]["block_counts"] == 3 and "adaspark_config" not in config
+    weights = load_file(out / "model.safetensors")
+    assert weights["model.layers.5.self_attn.g_proj_1.weight"].dtype == torch.bfloat16
+    rates = torch.load(out / "training.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["highest"] for group in rates] == [2e-4, 3e-3]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "finetune.py"), "x", "--window-size", "3"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "--window-size means nothing to --method adaspark" in done.stderr
 
 
 def run_finetune(folder: Path, *options: object) -> str:

@@ -38,10 +38,14 @@ def layer_of(settings: VideoNSASettings, shape: dict) -> PagedLayer:
     return layer
 
 
-@pytest.mark.parametrize("lse", ["released", "own"])
 @pytest.mark.parametrize(
-    "heads, kv_heads, dtype",
-    [(28, 4, torch.float32), (4, 2, torch.float32), (28, 4, torch.bfloat16)],
+    "heads, kv_heads, dtype, lse",
+    [
+        (28, 4, torch.float32, "released"),
+        (28, 4, torch.float32, "own"),
+        (4, 2, torch.float32, "released"),
+        (28, 4, torch.bfloat16, "released"),
+    ],
 )
 def test_a_step_equals_the_transcription(heads, kv_heads, dtype, lse) -> None:
     """Two prompts with vision, one of them with generated tokens behind it, and one of text."""

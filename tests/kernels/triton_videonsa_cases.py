@@ -5,6 +5,8 @@ Not collected by itself: the interpreter must be asked for before anything impor
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vllm_adaspark import kernels
 from vllm_adaspark.kernels import videonsa_compress, videonsa_select
 from vllm_adaspark.kernels import videonsa_twins as twins
 from vllm_adaspark.methods.videonsa import compress as layer
+from vllm_adaspark.methods.videonsa import select
 from vllm_adaspark.methods.videonsa.plan import build_plan
 from vllm_adaspark.methods.videonsa.request import VideoNSARequest
 from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
@@ -244,3 +247,36 @@ def test_videonsa_layer_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_rms(got[0], want[0]) < 1e-5
     assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
     assert torch.equal(got[2].sum(-1), branches.places[:, None].expand(-1, kv_heads))
+
+
+@pytest.mark.parametrize("block_counts", [3, 1])
+def test_videonsa_selects_over_a_gpus_cache(block_counts: int) -> None:
+    """From the planner's plan and a layer's table, over a cache as GPU backends keep it."""
+    settings = VideoNSASettings(block_counts=block_counts)
+    kv_heads, group, d = 2, 2, 16
+    torch.manual_seed(3)
+    prompts, queries = [("t" * 20 + "v" * 330), "v" * 210, "v" * 40], [12, 8, 4]  # the last tokens
+    lengths = np.array([len(prompt) for prompt in prompts])
+    table = torch.randperm(24)[: 3 * 6].view(3, 6)
+    rows = StepRows(np.cumsum([0, *queries]), lengths, table.int().numpy())
+    known = [VideoNSARequest(settings, np.array(list(prompt)) == "v") for prompt in prompts]
+    plan = build_plan(rows, known, torch.device("cpu")).attention
+    query = torch.randn(sum(queries), kv_heads * group, d)
+    cache = torch.full((24, kv_heads, 64, 2 * d), NAN)
+    for blocks, length in zip(table, lengths, strict=True):
+        at = torch.arange(length)
+        cache[blocks[at // 64], :, at % 64] = torch.randn(length, kv_heads, 2 * d)
+    sums = [BlockSums(24, kv_heads, d, 64, cache.device) for _ in "kv"]
+    for of, part in zip(sums, cache.split(d, -1), strict=True):
+        of.sums.copy_(part.sum(2))
+    layer.compress(query.unflatten(1, (kv_heads, -1)), plan, *sums, d**-0.5, None)
+    call = SimpleNamespace(kv_cache=cache, kv_heads=kv_heads, scale=d**-0.5)
+    got = select.by_kernel(call, plan, query).flatten(1, 2)
+    seen = plan.selection(kv_heads).block_table.view(kv_heads, plan.number, -1)
+    for nth, (places, length) in enumerate(zip(plan.places, plan.selected_lens, strict=True)):
+        for head in range(kv_heads):
+            blocks = seen[head, nth, : int(places) + 1] // kv_heads
+            keys, values = cache[blocks, head].flatten(0, 1)[:length].split(d, -1)
+            q = query[nth].unflatten(0, (kv_heads, -1))[head]
+            want = (q @ keys.T * d**-0.5).softmax(-1) @ values
+            assert relative_rms(got[nth].unflatten(0, (kv_heads, -1))[head], want) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 import time
 import urllib.request
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from typing import Any
 import openai
 from server import VllmServer  # examples/demo
 
+START_SECONDS = 600  # it takes about 20; on a machine that others use, minutes
+ANSWER_SECONDS = 120  # it takes less than one
+# Our command line.
+PROGRAM = [sys.executable, "-c", "import sys; from vllm_adaspark.cli import main; sys.exit(main())"]
 REPORT_SECONDS = 60  # on a busy machine; it takes less than one
 # Not what engine tests set for engines inside the test process.
 SERVER_ENV = {

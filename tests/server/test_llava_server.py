@@ -8,8 +8,7 @@ import openai
 import pytest
 import tiny_llava
 from server import VllmServer  # examples/demo
-from serving import SERVER_ENV, mm
-from test_cli_serve import ANSWER_SECONDS, PROGRAM, START_SECONDS
+from serving import ANSWER_SECONDS, PROGRAM, SERVER_ENV, START_SECONDS, mm
 
 from vllm_adaspark import ARCHITECTURES
 

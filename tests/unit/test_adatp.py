@@ -14,7 +14,7 @@ from vllm_adaspark.methods.adatp.flops import PromptCost, event_layers, layer_fl
 from vllm_adaspark.methods.adatp.method import AdaTP
 from vllm_adaspark.methods.adatp.prune import apportion, choose, kept_per_segment
 from vllm_adaspark.methods.adatp.relevance import relevant_segments, segment_shares
-from vllm_adaspark.methods.adatp.request import AdaTPRequest
+from vllm_adaspark.methods.adatp.request import AdaTPRequest, Look
 from vllm_adaspark.methods.adatp.score import text_scores
 from vllm_adaspark.methods.adatp.segments import adjacent_similarity, frame_means, segment_frames
 from vllm_adaspark.methods.adatp.settings import AdaTPSettings
@@ -319,18 +319,18 @@ def test_a_request_settles_how_many_tokens_go_on() -> None:
     config = AdaTPSettings(keep=(0.5,), flops=None, layers=(2, 3), tau_s=0.9)
     cost = PromptCost(SMALL, 4, event_layers(config, 4), text=13, video=27, queries=5)
     videos = tuple(Video(grid, lambda: torch.ones(0)) for grid in ((3, 2, 2), (5, 1, 3)))
-    similar = {3: np.array([0.95, 0.5]), 5: np.array([1.0, 1.0, 0.1, 1.0])}
+    seen = Look([np.array([0.95, 0.5]), np.array([1.0, 1.0, 0.1, 1.0])])
     request = AdaTPRequest(config, is_video, videos, 35, cost)
     assert request.asks == slice(35, 40)
     assert request.token_place.tolist() == [0, 1, 2, 3] * 3 + [0, 1, 2] * 5
-    request.start(40, lambda video: similar[video.grid[0]])
+    request.start(40, lambda _: seen)
     pruning = request.progress.pruning
     assert pruning.segment.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
     assert pruning.sizes.tolist() == [8, 4, 9, 6]
     # Half of each, and no more than a frame's places; then a quarter.
     assert pruning.kept.tolist() == [[4, 2, 3, 3], [2, 1, 2, 1]]
     assert pruning.dropped.tolist() == [0, 15, 21]
-    request.start(39, lambda video: similar[video.grid[0]])
+    request.start(39, lambda _: seen)
     assert (request.progress.pruning, request.progress.reason) == (None, "one_step")
 
 
@@ -357,5 +357,5 @@ def test_a_prompt_without_text_after_its_video_asks_nothing() -> None:
     config = AdaTPSettings()
     cost = PromptCost(SMALL, 4, event_layers(config, 4), text=1, video=2, queries=0)
     request = AdaTPRequest(config, is_video, (Video((2, 1, 1), lambda: torch.ones(2, 1)),), 3, cost)
-    request.start(3, lambda video: np.ones(1))
+    request.start(3, lambda _: Look([np.ones(1)]))
     assert (request.progress.pruning, request.progress.reason) == (None, "no_text")

@@ -17,6 +17,7 @@ PURE = (
     "methods.adaspark.reference",
     "methods.videonsa.faithful",
     "methods.videonsa.faithful_reference",
+    "methods.adatp.encoder",
     "methods.adatp.method",
     "methods.adatp.reference",
     "paged.depths",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, KeysView, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -136,9 +136,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def names(cls: type[Settings]) -> set[str]:
-    """The names of a method's settings."""
-    return {spec.name for spec in fields(cls)}
+def names(cls: type[Settings]) -> KeysView[str]:
+    """The names of a method's settings, in the order in which the class has them."""
+    return {spec.name: spec for spec in fields(cls)}.keys()
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,12 +162,15 @@ THEIRS = ("--model",)  # vLLM's options that are near one of ours: VideoNSA's --
 def misspelt(arguments: list[str], cls: type[Settings]) -> tuple[str, str] | None:
     """An option that is nearly one of ours, and ours."""
     ours = [_flag(name) for name in sorted((names(cls) | set(cls.words)) - {"enabled", OFF})]
-    ours.append("--request-settings")
+    ours = [flag.removeprefix("--") for flag in (*ours, "--request-settings")]
     for argument in arguments:
         name = argument.partition("=")[0]
-        close = difflib.get_close_matches(name, ours, n=1, cutoff=0.8)
-        if argument.startswith("--") and close and close[0] != name and name not in THEIRS:
-            return name, close[0]
+        # Without the dashes, which make short names alike.
+        close = difflib.get_close_matches(name.removeprefix("--"), ours, n=1, cutoff=0.8)
+        if not argument.startswith("--") or not close or name in THEIRS:
+            continue
+        if (flag := f"--{close[0]}") != name:
+            return name, flag
     return None
 
 

@@ -21,7 +21,8 @@ runner nor a model: those call it, at six moments of a request's life.
    chose, which takes any choice of KV blocks.  A method may have weights of its own there
    (:meth:`Method.attention_modules`).  Nothing here may wait for the device.
 5. **A layer's FFN runs** (:meth:`Method.ffn`): a method may run it on some of the tokens; None
-   means all of them, by the stock path.
+   means all of them, by the stock path.  Between layers it may drop tokens, if the plan has
+   ``depths`` (:meth:`Method.observe`, :meth:`Method.survivors`).
 6. **The step is over.**  Accounts, metrics and traces read the plan: what it kept in each layer.
    They are the same for every method whose plan is a :class:`~vllm_adaspark.paged.plan.StepPlan`;
    one that is not made of tiles says itself what it cost (``StepPlan.tell``).
@@ -68,6 +69,8 @@ class AttentionCall:
         value: the same of the values.
         hidden: ``[tokens, hidden]`` the layer's normed input; None unless ``wants_hidden``.
         output: ``[tokens, heads, head_size]``, to be written.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``, the layer's; how keys and
+            values lie in a block is the backend's, so only kernels for one look inside.
         kv_heads: this rank's.
         scale: of the logits.
         key_sums: the keys' sums of each block; None if no plan has asked for any yet.
@@ -93,6 +96,7 @@ class AttentionCall:
     value: torch.Tensor
     hidden: torch.Tensor | None
     output: torch.Tensor
+    kv_cache: torch.Tensor
     kv_heads: int
     scale: float
     key_sums: BlockSums | None
@@ -172,6 +176,12 @@ class Method:
             SettingsError: the method cannot work with this model or these options.
         """
 
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load what the method needs beside the model, in a worker.
+
+        It is called while the model is made, so that vLLM counts the memory.
+        """
+
     @classmethod
     def attention_modules(
         cls, text_config: Any, quant_config: Any, prefix: str
@@ -182,6 +192,14 @@ class Method:
         own heads are.  ``prefix`` is the attention's name in the model.
         """
         return {}
+
+    def step_bytes(self, tokens: int, heads: int, kv_heads: int, head_size: int, item: int) -> int:
+        """Memory that a layer takes in a step of so many tokens, beside block tables and queries.
+
+        On a GPU the KV cache leaves room for it.  ``heads`` and ``kv_heads`` are a rank's, ``item``
+        the bytes of an activation's number.
+        """
+        return 0
 
     def refuse(self, settings: Settings, named: Any, prompt: Prompt) -> None:
         """Raise a ValueError for a request whose prompt cannot be run as its settings ask.

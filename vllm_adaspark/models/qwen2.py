@@ -155,6 +155,8 @@ class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
         """Hand the runtime to this rank's layers, and the other ranks to the runtime."""
         runtime.head_ranks = head_ranks(self.config.num_key_value_heads)
         runtime.method.agree = first_ranks
+        weight = next(self.model.parameters())
+        runtime.method.load(weight.device, weight.dtype)
         for layer in self._my_layers():
             layer.share(runtime)
 

@@ -190,6 +190,7 @@ class SparseImpl:
             value=None if value is None else value[:tokens],
             hidden=None if hidden is None else hidden[:tokens],
             output=output_here,
+            kv_cache=kv_cache,
             kv_heads=kv_cache.shape[1],
             scale=self._scale_of(layer, query),
             key_sums=self._key_sums,

@@ -135,7 +135,7 @@ def force_gates(model: nn.Module, branches: Iterable[str]) -> None:
     branches = set(branches)
     if not branches <= set(BRANCHES):
         raise ValueError(f"branches={sorted(branches)}: each must be one of {', '.join(BRANCHES)}")
-    far = 64 * TEMPERATURE  # its sigmoid is 1 or 0 in float32 and bfloat16
+    far = 64 * TEMPERATURE  # its sigmoid is 1, or next to nothing
     bias = torch.tensor([far if branch in branches else -far for branch in BRANCHES])
     with torch.no_grad():
         for _, second in _gates(model):

@@ -15,10 +15,11 @@ from ...paged.state import StepRows
 from ...requests import Prompt, Video
 from ...settings import SERVER_KEY, SettingsError
 from ..base import Method
+from .encoder import SiglipEncoder
 from .flops import PromptCost, event_layers
 from .plan import AdaTPPlan, make_depths
-from .request import AdaTPRequest
-from .segments import adjacent_similarity, frame_means
+from .request import AdaTPRequest, Look
+from .segments import adjacent_similarity, frame_means, text_similarity
 from .settings import AdaTPSettings
 from .state import PromptState
 
@@ -27,6 +28,7 @@ class AdaTP(Method):
     """Video tokens are dropped between the layers (arXiv 2505.20100)."""
 
     settings_class = AdaTPSettings
+    _encoder: SiglipEncoder | None = None  # in workers of a server that has one
 
     def __init__(self, settings: AdaTPSettings, text_config: Any, device_type: str) -> None:
         super().__init__(settings, text_config, device_type)
@@ -84,7 +86,17 @@ class AdaTP(Method):
             text_from=_text_from(prompt),
             cost=self._cost(settings, prompt),
             wants_all=prompt.wants_all,
+            question=prompt.question() if self._encodes(prompt.videos) else "",
         )
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """The SigLIP checkpoint, if the server has one."""
+        if self.settings.encoder is not None:
+            self._encoder = SiglipEncoder(self.settings.encoder, device, dtype)
+
+    def _encodes(self, videos: Sequence[Video]) -> bool:
+        """Whether the encoder sees these videos: it cannot if one came as embeddings."""
+        return self._encoder is not None and all(video.pictures is not None for video in videos)
 
     def _cost(self, settings: AdaTPSettings, prompt: Prompt) -> PromptCost:
         video = int(prompt.of(self.media).sum())
@@ -121,8 +133,8 @@ class AdaTP(Method):
             "refill": config.refill,
             "keep_budget": config.keep_budget,
             "queries": config.queries,
-            "frames_by": "mean of the frame's tokens",
-            "relevance": False,
+            "frames_by": "encoder" if self._encodes(request.videos) else "mean of tokens",
+            "relevance": bool(request.question),
             "order": config.order,
             "trace": config.trace,
             "budget": budget,
@@ -139,7 +151,7 @@ class AdaTP(Method):
         starting = np.array([r is not None for r in on])
         starting &= (rows.computed == 0) & (rows.query_lens > 0)
         for row in np.flatnonzero(starting):
-            on[row].start(int(rows.seq_lens[row]), self._similarities)
+            on[row].start(int(rows.seq_lens[row]), self._look)
         size = self.settings.cube_volume
         depths = make_depths(rows, on, starting, size)
         prompts = [
@@ -150,16 +162,21 @@ class AdaTP(Method):
         plan = AdaTPPlan.of(rows, requests, starting, size, depths, prompts)
         return plan if depths is not None or plan.video_tokens.any() else None
 
-    def _similarities(self, video: Video) -> np.ndarray:
-        """``[frames - 1]`` cosines of adjacent frames.
+    def _look(self, request: AdaTPRequest) -> Look:
+        """Compare a request's frames with each other, and with its question.
 
-        The one thing that a plan reads from the device: once for each video of a prompt that
-        starts, after the vision tower and before the layers.
+        The one thing that a plan reads from the device: once for each prompt that starts, after
+        the vision tower and before the layers.
         """
-        frames, rows, columns = video.grid
-        tokens = video.encoded()[: frames * rows * columns]
-        similar = adjacent_similarity(frame_means(tokens, frames))
-        return self.agree(similar).cpu().numpy()
+        if self._encodes(request.videos):
+            frames = [self._encoder.frames(v.identifier, v.pictures) for v in request.videos]
+        else:
+            frames = [frame_means(video.encoded(), video.grid[0]) for video in request.videos]
+        similar = [self.agree(adjacent_similarity(video)).cpu().numpy() for video in frames]
+        if not request.question:
+            return Look(similar)
+        relevance = text_similarity(torch.cat(frames), self._encoder.question(request.question))
+        return Look(similar, self.agree(relevance).cpu().numpy())
 
     def observe(
         self,

@@ -28,6 +28,32 @@ def segments(embeddings: list[torch.Tensor], tau_s: float) -> list[int]:
     return result
 
 
+def relevant(
+    frames: torch.Tensor, text: torch.Tensor, segment: list[int], tau_t: float
+) -> list[bool]:
+    """Which segments a text is about; ``frames [frames, d]``, ``text [d]``."""
+    best = [-math.inf] * (segment[-1] + 1)
+    for frame, s in zip(frames, segment, strict=True):
+        best[s] = max(best[s], float(frame @ text / (frame.norm() * text.norm())))
+    low, high = min(best), max(best)
+    return [high > low and (each - low) / (high - low) >= tau_t for each in best]
+
+
+def boosted(
+    share: float, sizes: list[int], about: list[bool], settings: AdaTPSettings
+) -> list[float]:
+    """The share of each segment after an event that leaves ``share`` of all video tokens."""
+    mine = sum(size for size, yes in zip(sizes, about, strict=True) if yes)
+    others = sum(sizes) - mine
+    if not mine or not others:
+        return [share] * len(sizes)
+    more, less = max(share, min(settings.gamma_cap, settings.alpha_boost * share)), share
+    if settings.keep_budget:
+        more = min(more, share * (mine + others) / mine)
+        less = (share * (mine + others) - more * mine) / others
+    return [more if yes else less for yes in about]
+
+
 def quotas(targets: list[float]) -> list[int]:
     """Whole tokens for each segment; together as many as the targets' sum, rounded down."""
     kept = [math.floor(target + 1e-9) for target in targets]

@@ -17,6 +17,19 @@ from .settings import AdaTPSettings
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a request's frames have to do with each other, and with its question.
+
+    Attributes:
+        similarities: of each video, ``[frames - 1]`` cosines of adjacent frames.
+        relevance: ``[frames of all videos]`` cosine with the question; None if unknown.
+    """
+
+    similarities: list[np.ndarray]
+    relevance: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Pruning:
     """How many of a request's video tokens go on at each of its events.
 
@@ -63,6 +76,8 @@ class AdaTPRequest(Request):
         text_from: the first token behind its videos; what follows asks.
         cost: what its prompt costs.
         wants_all: whether the answer needs the last layer's output of every token.
+        question: what is asked about the videos; empty if that is not known, or if nothing stands
+            for it beside the frames.
         progress: changes as it runs.
     """
 
@@ -71,6 +86,7 @@ class AdaTPRequest(Request):
     text_from: int = 0
     cost: PromptCost | None = None
     wants_all: bool = False
+    question: str = ""
     progress: Progress = field(default_factory=Progress, compare=False)
 
     @cached_property
@@ -91,12 +107,12 @@ class AdaTPRequest(Request):
         """``[video tokens]`` the place of each in its frame."""
         return np.concatenate([np.arange(places) for places in self.frame_places])
 
-    def start(self, tokens: int, similarities: Callable[[Video], np.ndarray]) -> None:
+    def start(self, tokens: int, look: Callable[[AdaTPRequest], Look]) -> None:
         """The prompt runs, for the first time or again: settle what it loses, or why nothing.
 
         Args:
             tokens: of the request that the step holds.
-            similarities: of a video, ``[frames - 1]`` cosines of adjacent frames.
+            look: compares the request's frames.
         """
         self.progress.pruning, self.progress.reason = None, None
         if tokens < len(self.is_video):
@@ -106,18 +122,13 @@ class AdaTPRequest(Request):
         elif self.wants_all:
             self.progress.reason = "prompt_logprobs"
         else:
-            self.progress.pruning = self.prune([similarities(video) for video in self.videos])
+            self.progress.pruning = self.prune(look(self))
 
-    def prune(self, similarities: list[np.ndarray], relevance: np.ndarray | None = None) -> Pruning:
-        """How many tokens are dropped, before the layers run.
-
-        Args:
-            similarities: of each video, ``[frames - 1]`` cosines of adjacent frames.
-            relevance: ``[frames of all videos]`` cosine with the question; None if unknown.
-        """
+    def prune(self, seen: Look) -> Pruning:
+        """How many tokens are dropped, before the layers run."""
         config = self.config
-        segment = segment_frames(similarities, config.tau_s)
-        relevant = relevant_segments(relevance, segment, config.tau_t)
+        segment = segment_frames(seen.similarities, config.tau_s)
+        relevant = relevant_segments(seen.relevance, segment, config.tau_t)
         sizes = np.bincount(segment, self.frame_places).astype(np.int64)
         shares = segment_shares(
             self.cost.shares(config),

@@ -24,6 +24,11 @@ def adjacent_similarity(embeddings: torch.Tensor) -> torch.Tensor:
     return (unit[:-1] * unit[1:]).sum(-1)
 
 
+def text_similarity(embeddings: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Cosine of each frame with a text: ``[frames, d]`` and ``[d]`` to ``[frames]``."""
+    return torch.nn.functional.cosine_similarity(embeddings.float(), text[None].float())
+
+
 def segment_frames(similarities: Sequence[np.ndarray], tau_s: float) -> np.ndarray:
     """Number the segments of a request's videos.
 

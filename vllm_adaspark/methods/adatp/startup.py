@@ -6,6 +6,7 @@ from typing import Any
 
 from ...settings import SettingsError
 from ..base import ONE_STEP_SCHEDULER
+from .encoder import check_encoder
 from .flops import event_layers
 from .settings import AdaTPSettings
 
@@ -22,6 +23,8 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
         event_layers(settings, model.hf_text_config.num_hidden_layers)
     except ValueError as error:
         raise SettingsError(str(error)) from None
+    if settings.encoder is not None:
+        check_encoder(settings.encoder)
     refused = [
         (
             parallel.pipeline_parallel_size > 1,
@@ -39,7 +42,6 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
             "with video must run in one step; leave it out",
         ),
     ]
-    refused.append((settings.encoder is not None, "encoder yet; leave it out"))
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"AdaTP does not support {what}")

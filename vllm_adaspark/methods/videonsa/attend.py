@@ -8,6 +8,7 @@ from ..base import AttentionCall
 from .compress import compress
 from .gates import gates_of
 from .plan import BranchPlan, Index, VideoNSAPlan, take
+from .select import select
 
 
 def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
@@ -25,37 +26,36 @@ def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
 def _branches(
     step: VideoNSAPlan, call: AttentionCall, query: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
+    """``[vision, heads, head_size]`` fp32: the branches, mixed."""
     plan: BranchPlan = step.attention
-    by_group = query.unflatten(1, (call.kv_heads, -1))  # [vision, kv_heads, group, d]
-    with_gates = gates.unflatten(1, (call.kv_heads, -1)).transpose(0, 1)
-    g_cmp, g_slc, g_swa = with_gates.unsqueeze(-2).unbind(-1)  # [kv_heads, vision, group, 1]
-
     traced = None
     if step.trace is not None:
         shape = plan.number, call.kv_heads, plan.blocks
         traced = torch.zeros(shape, dtype=torch.bool, device=query.device)
-    mixed = compress(
+    by_group = query.unflatten(1, (call.kv_heads, -1))
+    compressed = compress(
         by_group, plan, call.key_sums, call.value_sums, call.scale, call.head_ranks, traced
-    ).mul_(g_cmp)
+    ).transpose(0, 1)
     if traced is not None:
         step.trace.cubes(call.layer, traced)
-    asking = by_group.transpose(0, 1).contiguous()  # [kv_heads, vision, group, d]
-    selected = torch.empty_like(asking, dtype=call.output.dtype)
-    call.run_sequences(
-        asking.flatten(0, 1),
-        plan.selection(call.kv_heads),
-        selected.flatten(0, 1),
-        one_kv_head=True,
-    )
-    mixed.addcmul_(selected.float(), g_slc)
+    selected = select(call, plan, query)
+    windowed = _windowed(call, plan, query).unflatten(1, (call.kv_heads, -1))
+    # All are [vision, kv_heads, group, d] from here on.
+    by_branch = gates.unflatten(1, (call.kv_heads, -1)).unsqueeze(-2).unbind(-1)
+    mixed = compressed.mul_(by_branch[0])
+    mixed.addcmul_(selected.float(), by_branch[1]).addcmul_(windowed.float(), by_branch[2])
+    return mixed.flatten(1, 2)
+
+
+def _windowed(call: AttentionCall, plan: BranchPlan, query: torch.Tensor) -> torch.Tensor:
+    """``[vision, heads, head_size]``."""
     windowed = torch.empty_like(query, dtype=call.output.dtype)
     for window in plan.windows:
         part = take(query, window.tokens)
         output = torch.empty_like(part, dtype=windowed.dtype)
         call.run_sequences(part, window.sequences, output, window=window.size)
         windowed[window.tokens] = output
-    mixed.addcmul_(windowed.unflatten(1, (call.kv_heads, -1)).transpose(0, 1).float(), g_swa)
-    return mixed.transpose(0, 1).flatten(1, 2)
+    return windowed
 
 
 def _run(call: AttentionCall, tokens: Index, sequences) -> None:

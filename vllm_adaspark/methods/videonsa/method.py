@@ -12,8 +12,9 @@ from ...paged.state import StepRows
 from ...requests import Prompt
 from ...settings import SettingsError
 from ..base import ONE_STEP_SCHEDULER, AttentionCall, Method
-from . import faithful_step
+from . import faithful, faithful_step
 from .attend import attend
+from .compress import SLAB
 from .gates import gate_modules
 from .plan import VideoNSAPlan, build_plan
 from .request import VideoNSARequest
@@ -70,6 +71,10 @@ class VideoNSA(Method):
     wants_hidden = True
     tokens_choose = True
 
+    def __init__(self, settings: VideoNSASettings, text_config: Any, device_type: str) -> None:
+        super().__init__(settings, text_config, device_type)
+        self._hidden = text_config.hidden_size
+
     @classmethod
     def check_server(cls, settings: VideoNSASettings, vllm_config: Any) -> None:
         """Refuse a checkpoint without gates, and in faithful mode what it cannot do."""
@@ -89,6 +94,15 @@ class VideoNSA(Method):
     ) -> dict[str, torch.nn.Module]:
         """The gates' two projections."""
         return gate_modules(text_config, quant_config, prefix)
+
+    def step_bytes(self, tokens: int, heads: int, kv_heads: int, head_size: int, item: int) -> int:
+        """Two branches and their mixture in fp32, inputs and outputs of the others, and tables."""
+        if self.settings.mode == "faithful":
+            heads = kv_heads * faithful.rows_per_group(heads, kv_heads)
+        numbers = heads * head_size * (3 * torch.float32.itemsize + 3 * item)
+        numbers += 2 * self._hidden * item  # the gates' inputs
+        places = kv_heads * self.settings.block_counts * (2 * torch.int64.itemsize)
+        return tokens * (numbers + places) + 2 * SLAB * torch.int64.itemsize
 
     def refuse(self, settings: VideoNSASettings, named: Any, prompt: Prompt) -> None:
         """Refuse, in faithful mode, a prompt that no step can hold."""

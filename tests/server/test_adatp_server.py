@@ -59,7 +59,7 @@ def test_a_server_that_drops_tokens(pruning, media) -> None:
     usage = first.usage.adaspark
     assert (usage["mode"], usage["cached_tokens"]) == ("sparse", 0)
     assert usage["settings"]["keep"] == [0.5, 0.4]
-    assert usage["settings"]["relevance"] is False
+    assert usage["settings"]["frames_by"] == "mean of tokens"
     # Two layers saw all video tokens, two a half, two a fifth.
     assert usage["means"]["alive"] == pytest.approx((2 + 2 * 0.5 + 2 * 0.2) / 6, abs=0.01)
     executed, dense = usage["flops"]["executed"], usage["flops"]["dense"]
