@@ -53,8 +53,10 @@ def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Accou
         mine = kept[part, heads].mean(axis=1)
         counts = StepCounts(
             tokens=np.array([136]),
+            dropped_tokens=np.array([24]),
             video_tokens=np.array([96]),
             dense_pairs=np.array([9316.0]),
+            dropped_pairs=np.array([500.0]),
             pairs=80 * mine[:, None],
             scored=np.full((len(layers), 1), 120.0),
             cubes_seen=np.array([120]),
@@ -95,8 +97,10 @@ def test_ranks_together_are_the_whole(ranks) -> None:
     assert got.pop("planning_seconds") == pytest.approx(0.5 * stages)
     assert want.pop("planning_seconds") == 0.5
     assert got["selection_seconds"] == pytest.approx(1.0)
-    assert got["flops"]["executed"] == pytest.approx(want["flops"]["executed"])
-    for key in ("tokens", "video_tokens", "cached_tokens", "fallback_tokens", "flops_ratio"):
+    for part in ("dense", "executed", "dropped"):
+        assert got["flops"][part] == pytest.approx(want["flops"][part])
+    counted = ("tokens", "dropped_tokens", "video_tokens", "cached_tokens", "fallback_tokens")
+    for key in (*counted, "flops_ratio"):
         assert got[key] == pytest.approx(want[key])
     assert got["means"] == pytest.approx(want["means"])
     for mine, theirs in zip(got["layers"], want["layers"], strict=True):
