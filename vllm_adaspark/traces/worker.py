@@ -86,9 +86,9 @@ class Tracer:
                     "AdaSpark: no trace of a request whose pruned video was encoded too long ago"
                 )
         for request in scheduler_output.scheduled_new_reqs:
-            if self.store.limit:
-                self._survivors.expect(request.req_id, self._pruned(request))
             with observing("starting a trace"):
+                if self.store.limit:
+                    self._survivors.expect(request.req_id, self._pruned(request))
                 self._start(request)
         scheduled = scheduler_output.num_scheduled_tokens
         if any(name in scheduled and not t.truncated for name, t in running.items()):
