@@ -43,6 +43,7 @@ class Runtime:
         self.requests: RequestTable | None = None
         self.request_ids: Callable[[], Sequence[str]] | None = None
         self.new_trace: Callable[[], StepTrace] | None = None
+        self._requests: Sequence[Request | None] = ()  # of the step's rows; none without video
 
     def begin_step(self, rows: StepRows | None, device: torch.device) -> None:
         """Make the step's plan, on the host, from what the engine knows of its requests.
@@ -52,13 +53,14 @@ class Runtime:
                 no KV cache.
             device: where the layers run.
         """
-        self.plan, self.rows = None, rows
+        self.plan, self.rows, self._requests = None, rows, ()
         if rows is None or self.requests is None or self.request_ids is None:
             return
         ids = self.request_ids()
         requests = self.requests.rows(ids)
         if all(request is None for request in requests):
             return
+        self._requests = requests
         padding = len(rows.seq_lens) - len(ids)  # rows that a CUDA graph has and the step has not
         table = self.requests.block_table(ids, padding)
         self.plan_step(replace(rows, block_table=table), [*requests, *[None] * padding], device)
@@ -72,10 +74,8 @@ class Runtime:
         Args:
             positions: ``[tokens]`` int64 of the step's tokens, in the order of the prompt.
         """
-        if self.rows is None or self.requests is None or self.request_ids is None:
-            return
         rows = self.rows
-        for row, request in enumerate(self.requests.rows(self.request_ids())):
+        for row, request in enumerate(self._requests):
             if request is None or request.positions is None:
                 continue
             first = rows.computed[row]

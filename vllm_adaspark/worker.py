@@ -179,6 +179,12 @@ def step_bytes(config: VllmConfig, method: Method) -> int:
     return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry + of_method
 
 
+def _prompt_tokens(new: Any) -> int:
+    """How many tokens the prompt of a new request has, from vLLM's NewRequestData."""
+    embeds = new.prompt_embeds
+    return len(new.prompt_token_ids if embeds is None else embeds)
+
+
 class AccountingWorker:
     """Mixed in before a stock worker."""
 
@@ -231,8 +237,7 @@ class AccountingWorker:
         media = media_of(new.mm_features, method.media)
         if not media:
             return None
-        embeds = new.prompt_embeds
-        tokens = len(new.prompt_token_ids if embeds is None else embeds)
+        tokens = _prompt_tokens(new)
         settings = settings_of(media[0], method.settings_class)
         sampling, videos = new.sampling_params, videos_of(new.mm_features)
         prompt = Prompt.from_features(
@@ -280,9 +285,7 @@ class AccountingWorker:
 
     def _whole_prompt(self, new: Any) -> WholePrompt:
         """What a new request's prompt was before some tokens of its videos were dropped."""
-        embeds = new.prompt_embeds
-        tokens = len(new.prompt_token_ids if embeds is None else embeds)
-        return self._layout.whole_prompt(tokens, new.mm_features)
+        return self._layout.whole_prompt(_prompt_tokens(new), new.mm_features)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...paged.tables import Sequences
 from ..base import AttentionCall
 from .compress import compress
 from .gates import gates_of
@@ -15,7 +16,7 @@ def attend(step: VideoNSAPlan, call: AttentionCall) -> None:
     """Write the layer's output; ``step.gate_sums`` gets the gates' sums of each row."""
     plan: BranchPlan = step.attention
     if plan.text is not None:
-        _run(call, plan.text, plan.text_sequences)
+        attend_text(call, plan.text, plan.text_sequences)
     gates = gates_of(take(call.hidden, plan.vision), call.modules)  # [vision, heads, 3]
     step.gate_sums[call.layer] = _sum_by_row(gates, plan, len(step.tokens))
     query = take(call.query, plan.vision)
@@ -58,7 +59,8 @@ def _windowed(call: AttentionCall, plan: BranchPlan, query: torch.Tensor) -> tor
     return windowed
 
 
-def _run(call: AttentionCall, tokens: Index, sequences) -> None:
+def attend_text(call: AttentionCall, tokens: Index, sequences: Sequences) -> None:
+    """Dense attention of the step's text ``tokens``, into the layer's output; in both modes."""
     output = call.output[tokens]
     call.run_sequences(take(call.query, tokens).contiguous(), sequences, output)
     if not isinstance(tokens, slice):

@@ -23,9 +23,10 @@ from ...paged.tables import Sequences
 from ...paged.tiles import Tiles, Tokens, cubes_of
 from ..base import AttentionCall
 from . import faithful, gates
+from .attend import attend_text
 from .compress import as_mask
 from .faithful import PromptPlan
-from .plan import Index, Runs, VideoNSAPlan, index_of, take, told_everywhere, vision_tiles
+from .plan import Index, Runs, VideoNSAPlan, index_of, told_everywhere, vision_tiles
 from .request import VideoNSARequest
 from .settings import BLOCK
 
@@ -138,9 +139,7 @@ def attend(step: FaithfulStep, call: AttentionCall) -> None:
     """Write the layer's output; ``step.gate_sums`` gets the gates' sums of each row."""
     plan: FaithfulPlan = step.attention
     if plan.text is not None:
-        output = take(call.output, plan.text)
-        call.run_sequences(take(call.query, plan.text).contiguous(), plan.text_sequences, output)
-        call.output[plan.text] = output
+        attend_text(call, plan.text, plan.text_sequences)
     sums, traced = torch.zeros(len(step.tokens), len(gates.BRANCHES)), []
     sums = sums.to(call.output.device)
     for row, tokens, prompt in plan.prompts:
