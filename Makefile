@@ -11,13 +11,13 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 # Tests make their checkpoints. The demo does not get these: it may be asked for a real model.
-OFFLINE := test test-unit fidelity pictures needle needle-quick finetune \
-	bench bench-quick bench-gpu gpu-session
+OFFLINE := test test-unit fidelity pictures needle needle-quick places finetune \
+	bench bench-quick bench-gpu gpu-session fuzz soak
 $(OFFLINE): export HF_HUB_OFFLINE = 1
 $(OFFLINE): export TRANSFORMERS_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lint clean $(OFFLINE)
+.PHONY: help venv demo image-test lint sbom audit clean $(OFFLINE)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ demo: venv ## serve a small checkpoint on the CPU, ask about a video, show what 
 
 test: venv ## run all tests; fetches Chromium, promtool, kubectl and lmms-eval if it may
 	@deploy/test/tools.sh $(VENV)/bin
-	$(RUN) -m pytest -n 2 --dist loadscope $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadscope --durations 40 $(ARGS)
 
 test-unit: venv ## run the tests that start no engine and no server
 	$(RUN) -m pytest -n 2 --dist loadscope -m "not engine and not server" $(ARGS)
@@ -52,6 +52,9 @@ needle: venv ## what sparsity costs: accuracy against FLOPs, through real server
 needle-quick: venv ## a corner of it, in minutes; changes nothing in docs/
 	$(RUN) -m benchmarks.needle --quick $(ARGS)
 
+places: venv ## all methods at equal FLOPs where tokens stand for places (an hour; ARGS=--full)
+	$(RUN) -m benchmarks.needle --bed places --offline $(ARGS)
+
 finetune: venv ## what a sparse fine-tune of the needle model wins back
 	$(RUN) benchmarks/finetune.py $(ARGS)
 
@@ -64,12 +67,27 @@ bench-quick: venv ## a small part of it
 bench-gpu: venv ## attention on a CUDA GPU, ours against dense; says so where there is none
 	$(RUN) benchmarks/gpu_attention.py $(ARGS)
 
+fuzz: venv ## random steps against the naive twins (ARGS="--minutes 5 --seed 1", or --engine)
+	$(RUN) tests/fuzz $(ARGS)
+
+soak: venv ## a server under mixed traffic, ten minutes (ARGS="--minutes 60")
+	$(RUN) -m benchmarks.soak $(ARGS)
+
 gpu-session: venv ## all that is to be measured on a CUDA GPU, kernels checked first (8 minutes)
 	PYTHON=$(RUN) benchmarks/gpu_session.sh $(ARGS)
+
+image-test: venv ## build both container images and run the CPU one (root, Debian; ten minutes)
+	$(RUN) deploy/test/images.py $(if $(KEEP),--keep) $(ARGS)
 
 lint: venv ## check style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+sbom: venv ## list what the environment holds, as CycloneDX (sbom.json)
+	deploy/supply.sh sbom $(RUN)
+
+audit: venv ## ask the package index for known vulnerabilities of the environment
+	deploy/supply.sh audit $(RUN)
 
 clean: ## remove the environment, the demo's files and caches
 	rm -rf $(VENV) .demo .pytest_cache .ruff_cache build *.egg-info

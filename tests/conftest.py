@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST_FIRST = ("server", "engine", "deploy", "kernels", "fuzz", "unit")
 for folder in ("benchmarks", "examples/demo", "tests"):
     sys.path.insert(0, str(ROOT / folder))
 
@@ -26,9 +27,12 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """With pytest-xdist, the tests of a module, and all on the shared server, stay in one process.
 
-    They share engines and servers, which take longer to start than to answer.
+    They share engines and servers, which take longer to start than to answer.  Modules are handed
+    out in the order of the collection.
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
 
     on_shared_server = {
         f"tests/server/{path.name}"
@@ -42,3 +46,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             return "the shared server" if module in on_shared_server else module
 
     return ByModule(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no process waits for the other at the end."""
+
+    def turn(item: pytest.Item) -> int:
+        tier = item.path.relative_to(ROOT / "tests").parts[0]
+        return LONGEST_FIRST.index(tier) if tier in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=turn)

@@ -6,6 +6,7 @@ back after any codec.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -108,7 +109,17 @@ def encode(
             packet.dts += shift
             made.mux(packet)
         made.close()
+        _ordinary_priority()
         return path.read_bytes()
+
+
+def _ordinary_priority() -> None:
+    """Take back the real-time priority that SVT-AV1 gives a process of root.
+
+    Every server that the process then starts would have it too, and starve all others.
+    """
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def sound(container: str = "mp4", codec: str = "aac") -> bytes:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from .settings import OFF, Settings
+from .video.prune import WholePrompt
 
 FIELD = "adaspark_video"  # of a video's multimodal item: the settings of its request
 BEHIND_HASH = "#adaspark="
@@ -141,18 +142,57 @@ class Request:
         is_video: ``[prompt tokens]`` bool; images too, for a method that has them in its ``media``.
         positions: ``[prompt tokens]`` int64, where tokens do not stand in the order of their
             positions and the model does not say so itself; else None.
+        whole: its prompt before some tokens of its videos were dropped; None if none were.
     """
 
     config: Settings
     is_video: np.ndarray
     positions: np.ndarray | None = field(default=None, kw_only=True)
+    whole: WholePrompt | None = field(default=None, kw_only=True)
+
+    @cached_property
+    def video_in_block(self) -> np.ndarray:
+        """``[blocks]`` int64: how many video tokens each whole KV block of the prompt holds."""
+        size = self.config.cube_volume
+        whole = len(self.is_video) // size
+        return self.is_video[: whole * size].reshape(whole, size).sum(axis=1)
 
     @cached_property
     def is_cube(self) -> np.ndarray:
-        """``[blocks]`` bool: which whole KV blocks of the prompt hold nothing but video."""
+        """``[blocks]`` bool: which whole KV blocks of the prompt hold nothing but video; what else
+        is a cube is the method's to say."""
+        return self.video_in_block == self.config.cube_volume
+
+    @cached_property
+    def opens_block(self) -> np.ndarray:
+        """``[prompt tokens]`` bool: which video tokens are the first of their KV block."""
+        at = self.is_video.nonzero()[0]
+        opens = np.zeros(len(self.is_video), bool)
+        opens[at[np.diff(at // self.config.cube_volume, prepend=-1) != 0]] = True
+        return opens
+
+    def video_among(self, start: int, stop: int) -> int:
+        """How many of its tokens from position ``start`` to before ``stop`` are video."""
+        return int(np.count_nonzero(self.is_video[start:stop]))
+
+    def cubes_seen(self, start: int, stop: int) -> int:
+        """(Token, cube) pairs of its tokens from position ``start`` to before ``stop``, each with
+        the cubes before its own block."""
+        return self._cubes_seen_before(stop) - self._cubes_seen_before(start)
+
+    def _cubes_seen_before(self, position: int) -> int:
+        before, seen = self._cubes_before
         size = self.config.cube_volume
-        whole = len(self.is_video) // size
-        return self.is_video[: whole * size].reshape(whole, size).all(axis=1)
+        block = min(position // size, len(before) - 1)  # behind the prompt there are no more cubes
+        return int(seen[block] + (position - block * size) * before[block])
+
+    @cached_property
+    def _cubes_before(self) -> tuple[np.ndarray, np.ndarray]:
+        """``[blocks + 1]`` each: cubes before a block, and pairs of the tokens before that block
+        with the cubes before theirs."""
+        before = np.append(0, np.cumsum(self.is_cube))
+        seen = np.append(0, np.cumsum(before[:-1])) * self.config.cube_volume
+        return before, seen
 
 
 @dataclass

@@ -1,42 +1,102 @@
-"""vLLM's schedulers for methods that drop tokens between layers: one step, and no shared blocks.
+"""vLLM's schedulers, with two rules of ours for requests with video: where their chunks may end.
 
-Such a request's prompt must run in one step, because its text decides which video tokens go on; and
-its KV blocks must be its own, because later layers write survivors into the front slots, and not
-even the same request again could use them.  So here
+**No chunk ends inside a block that chooses as one** (``Method.uncut_blocks``).  AdaSpark chooses
+once per cube, and a cube that a chunk edge cuts would run dense; where chunks end follows from what
+else is in a step, so an answer would depend on its neighbours.  A chunk that would end inside such
+a block ends before it.  If nothing of it is left, the request waits for the next step, and whoever
+is behind it gets the tokens.  A server whose steps may be shorter than a block cuts as stock vLLM
+does, and says so when it starts.
 
-* a prompt waits until a step has room for all of it; whatever runs beside it goes on in chunks;
+**Prompts in one step** (``Settings.one_step``).  Where a method drops tokens between layers, a
+prompt's text decides which video tokens go on, so it must run in one step; and its KV blocks must
+be its own, because later layers write survivors into the front slots, and not even the same
+request again could use them.  So here
+
+* such a prompt waits until a step has room for all of it; whatever runs beside it comes in chunks;
 * its blocks are looked up by nobody: it reads no prefix, and its block hashes carry a salt of its
   own, also where clients share a ``cache_salt``.
 
 The encoder's and the processor's caches still serve the same video.  A prompt that no step can hold
-would wait for ever; the processor refuses it (models/processing.py).  Which requests these are says
-the method (``Method.needs_one_step``).  Written for vLLM 0.32.0, whose
-``_try_schedule_encoder_inputs`` is the one place that may shorten a request's part of a step.
+would wait for ever; the processor refuses it (models/processing.py).
+
+Requests without video, and those whose sparsity is off, are scheduled as by stock vLLM.  Written
+for vLLM 0.32.0, whose ``_try_schedule_encoder_inputs`` is the one place that may shorten a
+request's part of a step.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from vllm.platforms import current_platform
+import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from .methods import base as methods
-from .requests import media_of, settings_of
+from .methods.base import method_class
+from .models.layout import layout_of
+from .requests import Prompt, media_of, settings_of
+
+logger = init_logger("vllm.adaspark")
+
+Scheduled = tuple[list[int], int, int, list[int], list[int]]  # the second: how many tokens run
 
 
-class OneStepPrompts:
+@dataclass(frozen=True)
+class ChunkRules:
+    """What the scheduler must heed of a request.
+
+    Attributes:
+        tokens: of the prompt that this was made for.
+        one_step: whether the prompt must run in one step, in blocks of its own.
+        uncut: ``[blocks]`` bool, blocks of the prompt that no chunk may end in; None for none.
+    """
+
+    tokens: int
+    one_step: bool = False
+    uncut: np.ndarray | None = None
+
+    def chunk_end(self, end: int, size: int) -> int:
+        """Where a chunk ends that would end before token ``end``; ``size``: tokens in a block."""
+        block, inside = divmod(end, size)
+        cuts = inside and self.uncut is not None and block < len(self.uncut) and self.uncut[block]
+        return end - inside if cuts else end
+
+
+class ChunkRulesMixin:
     """Mixed in before a stock scheduler."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         hf_config = self.vllm_config.model_config.hf_config
-        self._method = methods.of_model(hf_config, current_platform.device_type)
+        self._method = method_class(hf_config)
+        self._after_video = layout_of(hf_config).after_video
+        self._rules: WeakKeyDictionary[Request, ChunkRules] = WeakKeyDictionary()
+        self._size = self.vllm_config.cache_config.block_size
+        self._may_cut = self._shortest_whole_step() < self._size
+        if self._may_cut:
+            logger.warning(
+                "AdaSpark: steps of this server may hold less than a KV block of %d tokens, so "
+                "chunk edges cut cubes, which then run dense, and a choice may depend on what "
+                "shares the step; set --max-num-batched-tokens, --max-num-scheduled-tokens and "
+                "--long-prefill-token-threshold to %d or more",
+                *(self._size, self._size),
+            )
+
+    def _shortest_whole_step(self) -> int:
+        """The most tokens that a request gets in a step that it has for itself."""
+        scheduler, drafts = self.scheduler_config, self.vllm_config.speculative_config
+        slots = drafts.max_num_new_slots_for_drafting if drafts is not None else 0
+        limits = [self.max_num_scheduled_tokens, scheduler.max_num_batched_tokens - slots]
+        if scheduler.long_prefill_token_threshold > 0:
+            limits.append(scheduler.long_prefill_token_threshold)
+        return min(limits)
 
     def add_request(self, request: Request) -> None:
-        if request.request_id not in self.requests and self._is_alone(request):
+        if request.request_id not in self.requests and self._rules_of(request).one_step:
             request.skip_reading_prefix_cache = True  # also after a preemption
             request.cache_salt = f"{request.cache_salt or ''}/{request.request_id}"
             request.block_hashes.clear()  # made with the client's salt
@@ -50,37 +110,58 @@ class OneStepPrompts:
         num_new_tokens: int,
         encoder_compute_budget: int,
         **kwargs: Any,
-    ) -> tuple[list[int], int, int, list[int], list[int]]:
-        """As stock, but nothing of a prompt unless all of it."""
-        needs = request.num_prompt_tokens - num_computed_tokens
-        if needs <= 0 or not self._is_alone(request):
-            return super()._try_schedule_encoder_inputs(
-                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
-            )
+    ) -> Scheduled:
+        """As stock, under the request's rules.  It is called for every request with media."""
+        rules = self._rules_of(request)
         nothing = [], 0, encoder_compute_budget, [], []
-        if num_new_tokens < needs:
+        needs = request.num_prompt_tokens - num_computed_tokens
+        one_step = rules.one_step and needs > 0
+        if one_step and num_new_tokens < needs:
             return nothing
+        num_new_tokens = self._uncut(rules, num_computed_tokens, num_new_tokens)
         scheduled = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
         )
-        if scheduled[1] < needs:  # the encoder has no room for all of its videos in this step
+        # The encoder may have had no room for a video, and the chunk then ends before that.
+        if one_step and scheduled[1] < needs:
             self.encoder_cache_manager.free(request)
             return nothing
-        return scheduled
+        inputs, left, *rest = scheduled
+        left = self._uncut(rules, num_computed_tokens, left)
+        return (inputs, left, *rest) if left else nothing
 
-    def _is_alone(self, request: Request) -> bool:
-        media = media_of(request.mm_features, self._method.media)
-        return bool(media) and self._method.needs_one_step(
-            settings_of(media[0], self._method.settings_class)
+    def _uncut(self, rules: ChunkRules, start: int, new: int) -> int:
+        """How many of ``new`` tokens from ``start`` on may run, so that no block is cut."""
+        if self._may_cut or rules.uncut is None:
+            return new
+        return max(rules.chunk_end(start + new, self._size) - start, 0)
+
+    def _rules_of(self, request: Request) -> ChunkRules:
+        rules = self._rules.get(request)
+        if rules is None or rules.tokens != request.num_prompt_tokens:
+            rules = self._rules[request] = self._make_rules(request)
+        return rules
+
+    def _make_rules(self, request: Request) -> ChunkRules:
+        tokens, features = request.num_prompt_tokens, request.mm_features
+        media = media_of(features, self._method.media)
+        if not media:
+            return ChunkRules(tokens)
+        settings = settings_of(media[0], self._method.settings_class)
+        prompt = Prompt.from_features(tokens, features, after_video=self._after_video)
+        return ChunkRules(
+            tokens,
+            settings.one_step,
+            self._method.uncut_blocks(settings, prompt),
         )
 
 
-class OneStepScheduler(OneStepPrompts, Scheduler):
-    """vLLM's scheduler with prompts in one step."""
+class ChunkScheduler(ChunkRulesMixin, Scheduler):
+    """vLLM's scheduler under our rules."""
 
 
-class OneStepAsyncScheduler(OneStepPrompts, AsyncScheduler):
-    """vLLM's asynchronous scheduler with prompts in one step."""
+class ChunkAsyncScheduler(ChunkRulesMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler under our rules."""
 
 
 def scheduler_for(*, vllm_config: Any, **kwargs: Any) -> Scheduler:
@@ -89,5 +170,5 @@ def scheduler_for(*, vllm_config: Any, **kwargs: Any) -> Scheduler:
     Whether scheduling is asynchronous is settled after our start-up check has run.
     """
     is_async = vllm_config.scheduler_config.async_scheduling
-    kind = OneStepAsyncScheduler if is_async else OneStepScheduler
+    kind = ChunkAsyncScheduler if is_async else ChunkScheduler
     return kind(vllm_config=vllm_config, **kwargs)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
@@ -41,8 +42,19 @@ OFF = "off"
 SHARE_STEPS = 1000
 
 
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 3, 8, 16, 16
+_short.maxstring = _short.maxother = _short.maxlong = 80
+LONGEST_KEY = 40  # characters of an unknown key that a similar one is looked for
+
+
 class SettingsError(ValueError):
     """A setting that cannot be used.  The message names the key, the value and what is allowed."""
+
+
+def shown(value: Any) -> str:
+    """A client's value for an error message: its ``repr``, cut where it is long or deep."""
+    return _short.repr(value)
 
 
 def setting(
@@ -77,6 +89,10 @@ class Settings:
 
     # Keys of other methods that users may expect here, and why there is no such thing.
     refused: ClassVar[dict[str, str]] = {}
+
+    # Summaries that are kept of each KV block: of its keys, and of its values.  A method whose
+    # attention leaves out no blocks keeps none, and has no room for block tables either.
+    summaries_per_block: ClassVar[int] = 1
 
     enabled: bool = setting(True, "false: this request (or the whole server) runs dense")
     cube: tuple[int, int, int] = setting(
@@ -113,9 +129,39 @@ class Settings:
             object.__setattr__(self, spec.name, _checked(spec, value))
 
     @property
+    def one_step(self) -> bool:
+        """Whether a prompt with video must run in one step, in KV blocks that nobody shares."""
+        return False
+
+    @property
+    def key_summary(self) -> str:
+        """What is kept of the keys of each KV block: their ``"sums"``, or their ``"bounds"``."""
+        return "sums"
+
+    @property
     def dropped_share(self) -> float:
         """Share of a video's tokens that the language model never sees; 0 but for some methods."""
         return 0.0
+
+    def forecast(self, shape: Any, layers: int, is_video: Any, dropped: int = 0) -> Any:
+        """What a prompt will spend under these settings; by default nobody knows, unless it is off.
+
+        Args:
+            shape: sizes of a layer, a ``ModelShape`` (accounts/flops.py).
+            layers: of the language model.
+            is_video: ``[tokens]`` bool, of the prompt.
+            dropped: tokens of its videos that the language model never sees.
+
+        Returns:
+            A ``Forecast`` (accounts/flops.py).
+
+        Raises:
+            ValueError: the model has not the layers that the settings name.
+        """
+        from .accounts.flops import Forecast
+
+        dense = layers * float(shape.layer_flops(len(is_video) + dropped))
+        return Forecast(dense, None if self.enabled else dense)
 
     @property
     def cube_volume(self) -> int:
@@ -150,7 +196,7 @@ class Settings:
         if not isinstance(settings, Mapping):
             words = " or ".join(repr(word) for word in self.words)
             raise SettingsError(
-                f"{source} must be an object of settings or {words}, got {settings!r} "
+                f"{source} must be an object of settings or {words}, got {shown(settings)} "
                 f"({type(settings).__name__})"
             )
         known = {spec.name: spec.metadata for spec in fields(self)}
@@ -162,12 +208,12 @@ class Settings:
         settable += self.words
         for key in settings:
             if key in self.refused:
-                raise SettingsError(f"{source}: {key}={settings[key]!r}: {self.refused[key]}")
+                raise SettingsError(f"{source}: {key}={shown(settings[key])}: {self.refused[key]}")
             if key not in known and key not in self.words:
-                close = difflib.get_close_matches(str(key), settable, n=1)
+                close = difflib.get_close_matches(str(key)[:LONGEST_KEY], settable, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise SettingsError(
-                    f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(settable)}"
+                    f"{source}: unknown key {shown(key)}{hint}; allowed: {', '.join(settable)}"
                 )
             if key not in settable and request:
                 raise SettingsError(
@@ -184,6 +230,14 @@ class Settings:
             changed = dataclasses.replace(self, **self.spelt_out(settings))
         except SettingsError as error:
             raise SettingsError(f"{source}: {error}") from None
+        for name in [name for name in known if request and name not in settable]:
+            said, here = getattr(changed, name), getattr(self, name)
+            if said != here:  # a word set it
+                word = next(word for word in self.words if settings.get(word))
+                raise SettingsError(
+                    f"{source}: {word!r} means {name}={shown(said)}, but on this server {name} is "
+                    f"{shown(here)}, and a request cannot set it; name the word's other settings"
+                )
         if request and changed.cube_volume != self.cube_volume:
             raise SettingsError(
                 f"{source}: cube={list(changed.cube)} holds {changed.cube_volume} tokens, but this "
@@ -233,7 +287,7 @@ class Settings:
         for word, meaning in cls.words.items():
             said = settings.get(word, False)
             if not isinstance(said, bool):
-                raise SettingsError(f"{word}={said!r}: expected true or false")
+                raise SettingsError(f"{word}={shown(said)}: expected true or false")
             if said:
                 plain = plain | meaning if word == OFF else meaning | plain
         return plain
@@ -282,7 +336,7 @@ def check_cube_volume(config: Settings, origin: str = "") -> None:
 def _checked(spec: dataclasses.Field, value: Any) -> Any:
     """``value`` in its canonical type, or an SettingsError that says what is allowed."""
     rule = spec.metadata
-    problem = f"{spec.name}={value!r}"
+    problem = f"{spec.name}={shown(value)}"
     if "check" in rule:
         return rule["check"](problem, value)
     if spec.name == "cube":

@@ -33,6 +33,10 @@ logger = init_logger("vllm.adaspark")  # a child of "vllm", so it is shown
 CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
+# Methods of --speculative-config: drafts looked up in what was said, and drafts of a model.
+LOOKED_UP, DRAFTED = "ngram", "eagle3"
+
+
 class StartupCheck(VerifyAndUpdateConfig):
     """Registered for our architecture in vLLM's MODELS_CONFIG_MAP."""
 
@@ -58,6 +62,7 @@ class StartupCheck(VerifyAndUpdateConfig):
         config = settle(vllm_config, method.settings_class)
         _settle_block_size(vllm_config, config)
         refuse_unsupported(vllm_config)
+        _settle_speculation(vllm_config)
         method.check_server(config, vllm_config)
         no_prune = why_no_prune(vllm_config, layout)
         if config.dropped_share and no_prune:
@@ -146,20 +151,38 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             "--kv-transfer-config and --kv-offloading-size: blocks that come from elsewhere lack "
             "their cube state; leave them out",
         ),
-        (vllm_config.speculative_config is not None, "--speculative-config; leave it out"),
         (
-            vllm_config.lora_config is not None,
-            "--enable-lora: adapters are mapped by token index; merge the adapter into the weights",
+            vllm_config.lora_config is not None
+            and vllm_config.lora_config.enable_tower_connector_lora,
+            "--enable-tower-connector-lora: the vision tower runs over a few frames at a time, and "
+            "adapters are mapped by whole videos; leave it out, or merge the adapter into the "
+            "weights",
         ),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "--decode-context-parallel-size and --prefill-context-parallel-size; leave them out",
         ),
-        (parallel.enable_dbo, "--enable-dbo; leave it out"),
+        (
+            parallel.use_ubatching,
+            "--enable-dbo and --ubatch-size: a step's plan is made for the whole of it; leave them "
+            "out",
+        ),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill; leave it out"),
         (
             str(cache.cache_dtype) not in CACHE_DTYPES,
             f"--kv-cache-dtype {cache.cache_dtype}; use auto or fp8",
+        ),
+        (
+            bool(cache.kv_cache_dtype_skip_layers),
+            "--kv-cache-dtype-skip-layers: the blocks of all layers must be alike; leave it out",
+        ),
+        (
+            vllm_config.attention_config.use_non_causal,
+            "--attention-config use_non_causal; leave it out",
+        ),
+        (
+            multimodal is not None and multimodal.mm_encoder_only,
+            "--mm-encoder-only: there would be no language model to make sparse; leave it out",
         ),
         (
             bool(getattr(text, "use_sliding_window", False)),
@@ -200,7 +223,34 @@ def why_no_prune(vllm_config: VllmConfig, layout: Layout) -> str | None:
         )
     if vllm_config.ec_transfer_config is not None:
         return "with --ec-transfer-config: vLLM moves whole videos only; leave it out"
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method != LOOKED_UP:
+        return (
+            f"with --speculative-config method {drafts.method}: a draft model would be given the "
+            f"videos as they are kept for the model; leave it out, or use method {LOOKED_UP}"
+        )
     return None
+
+
+def _settle_speculation(vllm_config: VllmConfig) -> None:
+    """Let the host know how long each request is, which a step's plan is made from.
+
+    With asynchronous scheduling it is known only on the device how many drafted tokens were taken.
+    """
+    drafts, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if drafts is None:
+        return
+    if drafts.method not in (LOOKED_UP, DRAFTED):
+        raise SettingsError(
+            f"AdaSpark does not support --speculative-config method {drafts.method}; use "
+            f"{LOOKED_UP} or {DRAFTED}"
+        )
+    if scheduler.async_scheduling:
+        raise SettingsError(
+            "AdaSpark does not support --async-scheduling with --speculative-config: how many "
+            "drafted tokens were taken is known on the device only; leave --async-scheduling out"
+        )
+    scheduler.async_scheduling = False
 
 
 def _tells_requests(worker_cls: str | type) -> bool:

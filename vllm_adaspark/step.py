@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +20,9 @@ from .paged.plan import StepPlan
 from .paged.state import StepRows
 from .requests import Request, RequestTable
 from .traces.step import StepTrace
+
+if TYPE_CHECKING:
+    from .models.token_mapping import TokenMapping
 
 
 class Runtime:
@@ -33,6 +37,7 @@ class Runtime:
         head_ranks: the tensor-parallel ranks that hold the model's heads; None for a single rank.
             Set by the model.
         new_trace: makes the step's trace; set by the worker for steps with a traced request.
+        lora: which adapter each token runs; None on a server without LoRA.  Set by the worker.
     """
 
     def __init__(self, method: Method) -> None:
@@ -43,6 +48,7 @@ class Runtime:
         self.requests: RequestTable | None = None
         self.request_ids: Callable[[], Sequence[str]] | None = None
         self.new_trace: Callable[[], StepTrace] | None = None
+        self.lora: TokenMapping | None = None
         self._requests: Sequence[Request | None] = ()  # of the step's rows; none without video
 
     def begin_step(self, rows: StepRows | None, device: torch.device) -> None:
@@ -54,6 +60,8 @@ class Runtime:
             device: where the layers run.
         """
         self.plan, self.rows, self._requests = None, rows, ()
+        if self.lora is not None:
+            self.lora.reset()  # if the last step was not run to its end
         if rows is None or self.requests is None or self.request_ids is None:
             return
         ids = self.request_ids()
@@ -98,11 +106,28 @@ class Runtime:
         if self.plan is None or not self.plan.drops_after(layer):
             return hidden, residual
         index = self.plan.depths.drop(self.method.survivors(self.plan, layer))
+        if self.lora is not None:
+            self.lora.narrow(index)
         return hidden[index], residual[index]
 
     def restore(self, hidden: Any, tokens: int) -> Any:
         """The last layer's ``[tokens, hidden]`` with a row for every token of the step again."""
-        return self.plan.depths.restore(hidden, tokens) if self._drops else hidden
+        if not self._drops:
+            return hidden
+        if self.lora is not None:
+            self.lora.reset()
+        return self.plan.depths.restore(hidden, tokens)
+
+    # -- LoRA --------------------------------------------------------------------------------------
+
+    @property
+    def runs_lora(self) -> bool:
+        """Whether a token of the step runs an adapter."""
+        return self.lora is not None and not self.lora.idle
+
+    def mapped(self, tokens: torch.Tensor | slice) -> AbstractContextManager:
+        """A context for calling linear layers on inputs that stand for ``tokens [n]``."""
+        return nullcontext() if self.lora is None else self.lora.gathered(tokens)
 
     @property
     def _drops(self) -> bool:

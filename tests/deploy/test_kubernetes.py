@@ -10,10 +10,10 @@ import yaml
 from deploy_tools import DEPLOY, module, parse_serve, passes, serve_arguments, tool
 
 from vllm_adaspark import ARCHITECTURE, __version__
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods import settings_class
 
 KUBERNETES = DEPLOY / "kubernetes"
-FOLDERS = ("server", "multi-node", "monitoring")
+FOLDERS = ("server", "adatp", "multi-node", "monitoring")
 VERSIONS = ("1.30", "1.36")  # the oldest and the newest that is checked
 # Kinds of operators, which Kubernetes' own schemas do not hold.
 CUSTOM = {"LeaderWorkerSet", "PodMonitor", "PrometheusRule"}
@@ -57,7 +57,7 @@ def container(pod: dict) -> dict:
 
 
 def environment(pod: dict, objects: list[dict]) -> dict[str, str]:
-    """What the container gets; secrets as the word "secret"."""
+    """What the container gets, secrets as the word "secret"."""
     values = {}
     for entry in container(pod)["env"]:
         source = entry.get("valueFrom", {})
@@ -73,6 +73,11 @@ def environment(pod: dict, objects: list[dict]) -> dict[str, str]:
     return values
 
 
+def budget() -> dict:
+    """The PodDisruptionBudget of the replicas, which the chart's own lacks a selector for."""
+    return yaml.safe_load((KUBERNETES / "replicas" / "pdb.yaml").read_text())
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_follows_kubernetes_schemas(rendered, version):
     validate = module("kubernetes_validate").validate
@@ -82,6 +87,7 @@ def test_follows_kubernetes_schemas(rendered, version):
             kinds.add(item["kind"])
             if item["kind"] not in CUSTOM:
                 validate(item, version, strict=True)
+    validate(budget(), version, strict=True)
     stock = {"Deployment", "Service", "PersistentVolumeClaim", "ConfigMap", "NetworkPolicy"}
     assert kinds >= CUSTOM | stock
     for name, template in all_pods(rendered).items():
@@ -158,9 +164,37 @@ def test_pods_are_confined_and_share_memory(rendered):
         assert one["image"] == f"vllm-adaspark:{__version__}", name
         gpus = one["resources"]["requests"]["nvidia.com/gpu"]
         assert one["resources"]["limits"]["nvidia.com/gpu"] == gpus, name
-        shm = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}["/dev/shm"]
-        volume = {volume["name"]: volume for volume in spec["volumes"]}[shm]
-        assert volume["emptyDir"]["medium"] == "Memory", name
+        mounts = {mount["mountPath"]: mount["name"] for mount in one["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory", name
+        # `make image-test` sees that the server writes nowhere else.
+        assert one["securityContext"]["readOnlyRootFilesystem"] is True, name
+        assert {"/cache", "/home/vllm", "/tmp"} <= mounts.keys(), name
+
+
+def test_a_single_server_is_not_moved_for_tidiness(rendered):
+    """It is away for minutes then; a drain may still move it, which a budget would forbid."""
+    for name, pod in all_pods(rendered).items():
+        notes = pod["metadata"]["annotations"]
+        assert notes["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false", name
+        assert notes["karpenter.sh/do-not-disrupt"] == "true", name
+    found = {item["kind"] for objects in rendered.values() for item in objects}
+    assert "PodDisruptionBudget" not in found
+
+
+def test_adatp_fetches_its_encoder_with_the_servers_image(rendered):
+    (server,) = pods(rendered["adatp"]).values()
+    (first,) = server["spec"]["initContainers"]
+    one, usual = container(server), container(pods(rendered["server"])["server"])
+    assert first["image"] == one["image"]
+    assert first["securityContext"] == one["securityContext"]
+    folder = json.loads(environment(server, rendered["adatp"])["ADASPARK"])["encoder"]
+    assert folder in first["command"] and folder.startswith("/cache/")
+    assert [mount for mount in first["volumeMounts"] if mount["name"] == "cache"]
+    # Else it is the server, as it is.
+    env = [entry for entry in one["env"] if entry["name"] not in ("METHOD", "ADASPARK")]
+    assert env == [entry for entry in usual["env"] if entry["name"] != "ADASPARK"]
+    assert one | {"env": None} == usual | {"env": None}
 
 
 @pytest.mark.parametrize("name", ["server", "leader"])
@@ -182,13 +216,15 @@ def expanded(one: dict) -> list[str]:
     return [re.sub(r"\$\((\w+)\)", lambda match: GROUP[match[1]], arg) for arg in one["args"]]
 
 
-@pytest.mark.parametrize("folder", ["server", "multi-node"])
+@pytest.mark.parametrize("folder", ["server", "adatp", "multi-node"])
 def test_settings_and_arguments_are_what_vllm_accepts(rendered, folder):
     objects = rendered[folder]
     for pod in pods(objects).values():
         env = environment(pod, objects)
         args = serve_arguments(*expanded(container(pod)), **env)
-        settings = AdaSparkConfig().override(args.additional_config["adaspark"])
+        method = args.additional_config.get("method", "adaspark")
+        assert method == env.get("METHOD", "adaspark")
+        settings = settings_class(method)().override(args.additional_config["adaspark"])
         assert settings.to_dict().items() >= json.loads(env["ADASPARK"]).items()
         assert args.hf_overrides == {"architectures": [ARCHITECTURE]}
 
@@ -244,7 +280,11 @@ def test_replicas_start_what_vllm_accepts_behind_a_prefix_aware_router():
     # As the chart writes the command.
     args = parse_serve([model["modelURL"], *model["vllmConfig"]["extraArgs"]])
     assert args.hf_overrides == {"architectures": [ARCHITECTURE]}
-    AdaSparkConfig().override(args.additional_config["adaspark"])
+    settings_class("adaspark")().override(args.additional_config["adaspark"])
     assert args.shutdown_timeout < 30  # the chart leaves Kubernetes' own grace period
     env = {entry["name"]: entry.get("value") for entry in model["env"]}
     assert env["VLLM_PLUGINS"] == "adaspark,adaspark_http"
+    # How the chart labels its pods, by the model's and the release's name.
+    selected = {"model": model["name"], "helm-release-name": "adaspark"}
+    assert budget()["spec"]["selector"]["matchLabels"] == selected
+    assert budget()["spec"]["maxUnavailable"] < model["replicaCount"]

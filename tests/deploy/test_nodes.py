@@ -5,21 +5,14 @@ Tensor parallel over the nodes, since stock vLLM has no pipeline parallel on the
 
 from __future__ import annotations
 
-import socket
-
 import checkpoint as demo_checkpoint  # examples/demo
 import openai
 import pytest
 import video as demo_video  # examples/demo
-from deploy_servers import EntryServer
+from deploy_servers import PrintedServer
+from server import free_port  # examples/demo
 
 START_SECONDS = 600
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.server
@@ -40,8 +33,8 @@ def test_two_nodes_serve_one_model(tmp_path):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # both would bind to the same cores
         "OMP_NUM_THREADS": "1",
     }
-    leader = EntryServer(tmp_path / "leader.log", model, *shared, "--node-rank=0", **env)
-    worker = EntryServer(
+    leader = PrintedServer(tmp_path / "leader.log", model, *shared, "--node-rank=0", **env)
+    worker = PrintedServer(
         tmp_path / "worker.log", model, *shared, "--node-rank=1", "--headless", **env
     )
     with worker, leader:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import video as demo_video  # examples/demo
+import warm
 
 from vllm_adaspark import ARCHITECTURES
 
@@ -101,6 +103,23 @@ def architecture_of(checkpoint) -> str:
 
 
 @contextmanager
+def without_what_takes_long():
+    """Two thirds of an engine's start and end are spent on what this process needs once.
+
+    vLLM collects garbage five times at either, among all the objects that were ever imported, and
+    looks through all modules for the kernels that it has for CPUs.
+    """
+    from vllm.triton_utils import dispatcher
+
+    bind = (lambda _: None) if dispatcher._registry else dispatcher.register_kernels
+    with (
+        patch.object(gc, "collect", lambda *_: 0),
+        patch.object(dispatcher, "register_kernels", bind),
+    ):
+        yield
+
+
+@contextmanager
 def engine(
     checkpoint,
     config: dict | None,
@@ -113,11 +132,14 @@ def engine(
     ``method`` and ``architecture`` None leave the checkpoint to say which; an empty architecture is
     ours for its model.
 
-    It runs in this process, which starts in two seconds, unless it has several ranks.
+    It runs in this process, which starts in two seconds; several ranks are forked processes.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    ranks = nullcontext()
     if options.get("tensor_parallel_size", 1) == 1:
         options["distributed_executor_backend"] = "uni"
+    else:
+        ranks = warm.forked_from_the_warm()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -126,6 +148,7 @@ def engine(
         "enforce_eager": True,
         "max_model_len": 8192,
         "max_num_batched_tokens": 8192,
+        "num_gpu_blocks_override": 2048,  # a cache of 1 GiB takes a second to clear
         "limit_mm_per_prompt": {"video": 2, "image": 2},
         "seed": 0,
     } | options
@@ -137,24 +160,28 @@ def engine(
         if architecture is not None:
             named = architecture or architecture_of(checkpoint)
             options["hf_overrides"] = {"architectures": [named]}
-    llm = LLM(str(checkpoint), **options)
+    with ranks, without_what_takes_long():
+        llm = LLM(str(checkpoint), **options)
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        with without_what_takes_long():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 
-def ask(llm, prompts: list[dict], max_tokens: int = 6, logprobs: int = 8) -> list[Answer]:
-    """Greedy answers, all prompts in one batch."""
+def ask(
+    llm, prompts: list[dict], max_tokens: int = 6, logprobs: int = 8, lora=None
+) -> list[Answer]:
+    """Greedy answers, all prompts in one batch; ``lora`` a LoRARequest of all, or one of each."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=0, logprobs=logprobs, ignore_eos=True
     )
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [
         Answer(
             ids=tuple(output.outputs[0].token_ids),

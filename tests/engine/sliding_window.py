@@ -65,7 +65,7 @@ class SlidingWindow(Method):
         return StepPlan(
             attention=attention,
             ffn=None,
-            sum_writes=None,
+            summary_writes=None,
             video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=len(on)),
             cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=len(on)),
             block_size=size,

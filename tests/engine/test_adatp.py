@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import json
+import re
 
 import checkpoint as demo_checkpoint  # examples/demo
+import numpy as np
 import pytest
 import tiny_siglip
 import torch
+import video as demo_video  # examples/demo
 
 from engine.adatp_twin import PrunedTwin
 from engine.engines import (
@@ -21,11 +24,16 @@ from engine.engines import (
     last_reports,
     video_prompt,
 )
+from vllm_adaspark.cli import main
+from vllm_adaspark.cli.offline import CHUNK_BLOCKS
 from vllm_adaspark.methods.adatp.encoder import SiglipEncoder
 from vllm_adaspark.methods.adatp.settings import AdaTPSettings
+from vllm_adaspark.traces import reader
+from vllm_adaspark.traces.trace import unpack_bits
 
 pytestmark = pytest.mark.engine
 CLOSE = 1e-3  # of log-probabilities in float32
+VIDEO_TOKENS = 360  # of a clip of 24 frames
 DECODE = 9  # the prompt's token and 8 decode steps
 SERVER = {"layers": [2, 4], "keep": [0.5, 0.4], "tau_s": 0.9995}
 QUESTION = "What is shown?"
@@ -146,6 +154,32 @@ def test_nobody_shares_a_pruned_requests_blocks(llm, twin) -> None:
         equals_twin(twin, answer, video, question)
 
 
+def test_a_trace_says_which_tokens_went_on(llm, twin) -> None:
+    video = clip(24, seed=4)
+    answer = ask(llm, [prompt(video, trace=True)], max_tokens=DECODE)[0]
+    alive = [range(VIDEO_TOKENS), *equals_twin(twin, answer, video)]
+    trace = reader.read_offline(llm)
+    (facts,) = llm.collective_rpc("adaspark_trace", args=(trace["id"], "ffn"))
+    segments, depths = trace["dropping"]["segments"], [0, 0, 1, 1, 2, 2]
+    assert trace["dropping"]["layers"] == [1, 3], "counted from 0, as in the rest of a trace"
+    for packed, depth in zip(facts["ran"], depths, strict=True):
+        bits = unpack_bits(np.frombuffer(packed, np.uint8), VIDEO_TOKENS)
+        assert np.flatnonzero(bits).tolist() == [*alive[depth]]
+    for event in (0, 1):
+        assert sum(each["kept"][event] for each in segments) == len(alive[event + 1])
+    assert [edge for each in segments for edge in each["frames"]] == (
+        [0, *(edge for each in segments[1:] for edge in [each["frames"][0]] * 2), 12]
+    )
+    assert {each["relevance"] for each in segments} == {None}, "there is no encoder"
+    # What the question attends of each cube is what is left of it.
+    seen = np.zeros(VIDEO_TOKENS)
+    seen[alive[2]] = 1
+    first = trace["videos"][0]["offset"]
+    for start, heat in zip(trace["cube_starts"], trace["heat"]["question"]["heat"][5], strict=True):
+        assert heat == pytest.approx(seen[start - first :][:64].mean(), abs=1e-4)
+    assert trace["usage"]["means"]["alive"] == pytest.approx(np.mean(facts["share"]), abs=1e-3)
+
+
 def test_two_videos(llm) -> None:
     """Segments end with their video, and text between two videos stays."""
     asked = five_prompts()["two videos"]
@@ -219,7 +253,8 @@ def test_preempted_requests_are_computed_again(deep, llm, twin) -> None:
         equals_twin(twin, answer, video)
 
 
-def test_decoding_is_compiled(deep, twin) -> None:
+def test_decoding_is_compiled(deep, twin, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo's graph; test_scheduling.py has Inductor's
     with engine(deep, SERVER, method="adatp", enforce_eager=False) as compiled:
         video = clip(24)
         answers = ask(compiled, [prompt(video), prompt(video, enabled=False)], max_tokens=DECODE)
@@ -254,11 +289,29 @@ def test_an_encoder_compares_frames_and_finds_what_is_asked(deep, twin, tmp_path
         pass
 
 
-def test_two_ranks_drop_what_one_does(deep, twin, monkeypatch) -> None:
+def test_two_ranks_drop_what_one_does(deep, twin) -> None:
     """Each rank sees half of the heads; the score is the mean over all of them."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
     with engine(deep, SERVER, method="adatp", tensor_parallel_size=2) as ranks:
         for video in (clip(24), clip(36, seed=1)):
             answer = ask(ranks, [prompt(video)], max_tokens=4)[0]
             equals_twin(twin, answer, video)
+
+
+def test_ask_computes_what_inspect_foretells(deep, tmp_path, capsys, monkeypatch) -> None:
+    """The prompt is longer than the chunks that AdaSpark's are computed in."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    video = demo_video.write_mp4(tmp_path / "clip.mp4", seconds=40, fps=4, width=168, height=140)
+    about = ["--model", str(deep), "--method", "adatp", "--cube", "4,4,2"]
+    about += ["--layers", "2,4", "--keep", "0.5,0.4", "--dedup", "off"]
+    assert main(["inspect", str(video), *about, "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert cost["video_tokens"] == 1200 and cost["prompt_tokens"] > CHUNK_BLOCKS * 32
+    started = ["--enforce-eager", "--dtype", "float32", "--gpu-memory-utilization", "0.3"]
+    asked = ["ask", str(video), "What moves?", *about, *started, "--max-tokens", "4", "--dense"]
+    assert main([*asked, "--picture", str(tmp_path / "heat.png")]) == 0
+    out = capsys.readouterr().out
+    shown = dict(re.findall(r"(?m)^([\w ,]+?) {2,}(.*)$", out))
+    assert shown["video tokens alive"].split() == ["56.7%", "100.0%"]
+    sparse, dense = (float(share.rstrip("%")) for share in shown["FLOPs of dense"].split())
+    assert dense == 100 and sparse == pytest.approx(100 * cost["flops_ratio"], abs=2)
+    assert (tmp_path / "heat.png").stat().st_size > 1000

@@ -107,7 +107,11 @@ def request_can_turn_it_off(llm) -> None:
     assert report["flops_ratio"] == 1.0 and report["ffn_density"] == 1.0
 
 
-@pytest.mark.parametrize("cube", [[2, 4, 4], [8, 4, 4]], ids=["32", "128"])
-def test_cube_volumes_equal_twin(checkpoint, cube) -> None:
-    with engine(checkpoint, SPARSE | {"cube": cube}) as llm:
-        equals_twin(checkpoint, llm, AdaSparkConfig().override(SPARSE | {"cube": cube}))
+@pytest.mark.parametrize(
+    "server",
+    [{"cube": [2, 4, 4]}, {"cube": [8, 4, 4]}, {"score": "bounds"}],
+    ids=["32", "128", "bounds"],
+)
+def test_settings_of_a_server_equal_twin(checkpoint, server) -> None:
+    with engine(checkpoint, SPARSE | server) as llm:
+        equals_twin(checkpoint, llm, AdaSparkConfig().override(SPARSE | server))

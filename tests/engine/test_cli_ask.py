@@ -111,9 +111,9 @@ def test_says_why_it_failed(ask, clip, tmp_path):
     code, _, err = ask("--media-io-kwargs", '{"video": {"bogus": 3}}')
     assert code == 1 and "media_io_kwargs.video.bogus=3: unknown" in err
 
-    code, _, err = ask("--enable-lora")
+    code, _, err = ask("--kv-offloading-size", "1")
     assert code == 1
-    assert "the engine did not start: AdaSpark does not support --enable-lora" in err
+    assert "the engine did not start: AdaSpark does not support --kv-transfer-config" in err
     code, _, err = ask("--flops", "0.01")
     assert code == 1 and "flops=0.01 cannot be met" in err
 

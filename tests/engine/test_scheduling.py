@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 
 import checkpoint as demo_checkpoint  # examples/demo
 import pytest
+from fuzz.choices import recorded
+from fuzz.metamorphic import Compared, compare
 from harness import cpu_takes_fp8  # benchmarks
 
 from engine.engines import SPARSE, ask, clip, engine, five_prompts, last_reports, video_prompt
 
 pytestmark = pytest.mark.engine
 CLOSE = 1e-3  # of log-probabilities in float32
-# Cubes that a chunk edge cuts run dense, so a ragged chunk size computes more.
+# Cubes that a chunk edge cuts run dense, so more is computed.
 RAGGED = 0.5
 
 
@@ -30,22 +32,38 @@ def whole(checkpoint):
 
 @pytest.mark.parametrize("chunk", [64, 100, 256])
 def test_chunk_size(checkpoint, whole, chunk) -> None:
+    """Chunks end at the edges of cubes, so neither their size nor what shares a step matters."""
     # Not --long-prefill-token-threshold: vLLM ignores it for a request that is alone.
     options = {"max_num_scheduled_tokens": chunk, "enable_prefix_caching": False}
-    cut = 0
     with engine(checkpoint, SPARSE, **options) as llm:
+        alone = []
         for prompt, (want, account) in zip(prompts(), whole, strict=True):
-            got = ask(llm, [prompt])[0]
+            (answer,), choices = recorded(llm, partial(ask, llm, [prompt]))
+            alone.append(choices.get(0, {}))
             (report,) = last_reports(llm)
+            assert answer.difference(want) < CLOSE
             assert report["tokens"] == account["tokens"]
-            cut += report["fallback_tokens"]["cut_cube"]
-            if chunk % 64 == 0:
-                assert got.difference(want) < CLOSE
-                assert report["flops"]["executed"]["ffn"] == account["flops"]["executed"]["ffn"]
-            else:
-                assert largest_difference(got, want) < RAGGED
-                assert report["flops_ratio"] >= account["flops_ratio"] - 0.005
-    assert (cut > 0) == (chunk % 64 > 0)
+            assert report["flops"]["executed"]["ffn"] == account["flops"]["executed"]["ffn"]
+            assert report["fallback_tokens"] == account["fallback_tokens"]
+        answers, together = recorded(llm, partial(ask, llm, prompts()))
+        for got, (want, _) in zip(answers, whole, strict=True):
+            assert got.difference(want) < CLOSE
+        assert sum(map(bool, alone)) == 3, "those with a cube"
+        result = Compared()
+        for nth, theirs in enumerate(alone):
+            compare(result, (nth,), theirs, together.get(nth, {}), cached=0)
+        assert result.choices and not result.failed, result
+
+
+def test_steps_shorter_than_a_block_cut_cubes(checkpoint, whole) -> None:
+    options = {"max_num_scheduled_tokens": 60, "enable_prefix_caching": False}
+    with engine(checkpoint, SPARSE, **options) as llm:
+        got = ask(llm, prompts()[:1])[0]
+        (report,) = last_reports(llm)
+    want, account = whole[0]
+    assert report["fallback_tokens"]["cut_cube"] > 0
+    assert largest_difference(got, want) < RAGGED
+    assert report["flops_ratio"] >= account["flops_ratio"]
 
 
 def largest_difference(got, want) -> float:
@@ -55,11 +73,11 @@ def largest_difference(got, want) -> float:
 
 
 def test_preemption_and_resume(checkpoint) -> None:
-    """Too few KV blocks for all: requests are preempted, computed again, and answer alike."""
+    """With too few KV blocks for all, requests are preempted, computed again, and answer alike."""
     batch = [video_prompt(clip(36, seed=20 + i), question="What moves?") for i in range(4)]
     options = {"enable_prefix_caching": False, "disable_log_stats": False}
     with engine(checkpoint, SPARSE, **options) as llm:
-        alone = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
+        alone = ask(llm, batch, max_tokens=100)
         assert preemptions(llm) == 0
     # Four prompts of 10 blocks each fit, their answers of up to two blocks more do not.
     options |= {"num_gpu_blocks_override": 43, "max_model_len": 2048}
@@ -75,19 +93,25 @@ def preemptions(llm) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1])
-def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path, monkeypatch) -> None:
-    """Two ranks that hold a KV head each, or share one, choose what a single rank chooses."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+@pytest.mark.parametrize("kv_heads, tower", [(2, "weights"), (1, "data")])
+def test_tensor_parallel_equals_one_rank(kv_heads, tower, tmp_path) -> None:
+    """Two ranks that hold a KV head each, or share one, choose what a single rank chooses.
+
+    Whether they share the vision tower's weights or its frames (``--mm-encoder-tp-mode``).
+    """
     path = demo_checkpoint.build(tmp_path / "model", dtype="float32", seed=3, kv_heads=kv_heads)
     # Under a budget one p is found for all KV heads, whichever rank holds them.
     asked = [*prompts()[:3], video_prompt(clip(60, seed=1), flops=0.5)]
+    compared, ranks = Compared(), {"tensor_parallel_size": 2, "mm_encoder_tp_mode": tower}
     with engine(path, SPARSE, enable_prefix_caching=False) as llm:
-        whole = [(ask(llm, [prompt])[0], last_reports(llm)[0]) for prompt in asked]
-    with engine(path, SPARSE, tensor_parallel_size=2, enable_prefix_caching=False) as llm:
-        for prompt, (want, account) in zip(asked, whole, strict=True):
-            assert ask(llm, [prompt])[0].difference(want) < CLOSE
+        asking = [partial(ask, llm, [prompt]) for prompt in asked]
+        whole = [(*recorded(llm, ask_it), last_reports(llm)[0]) for ask_it in asking]
+    with engine(path, SPARSE, enable_prefix_caching=False, **ranks) as llm:
+        for prompt, ((want,), chosen, account) in zip(asked, whole, strict=True):
+            (got,), again = recorded(llm, partial(ask, llm, [prompt]))
+            assert got.difference(want) < CLOSE
+            if kv_heads == 2:  # else both ranks have the choices of the one head
+                compare(compared, (), chosen.get(0, {}), again.get(0, {}), 0)
             (report,) = last_reports(llm)
             # Each rank counted its own KV heads; together they did what one rank does.
             for mine, theirs in zip(report["layers"], account["layers"], strict=True):
@@ -100,6 +124,7 @@ def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path, monkeypatch) -> Non
             for rank in llm.collective_rpc("adaspark_report")
         )
         assert (first == second) == (kv_heads == 1), "ranks with the same KV head choose the same"
+    assert not compared.failed and (compared.choices > 200) == (kv_heads == 2), compared
 
 
 def test_torch_compile_equals_eager(checkpoint, whole) -> None:

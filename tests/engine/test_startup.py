@@ -9,6 +9,8 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from server import VllmServer  # examples/demo
@@ -88,6 +90,7 @@ def test_cube_that_is_not_the_block_size(checkpoint) -> None:
         assert word in message
 
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 UNSUPPORTED = {
     "EVS": ({"video_pruning_rate": 0.3}, "--video-pruning-rate"),
     "dropping tokens over pipeline stages": (
@@ -99,11 +102,34 @@ UNSUPPORTED = {
         "--kv-transfer-config",
     ),
     "KV offloading": ({"kv_offloading_size": 1}, "--kv-offloading-size"),
-    "speculation": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        "--speculative-config",
+    "speculation of another kind": (
+        {
+            "speculative_config": {
+                "method": "custom_class",
+                "model": "a.B",
+                "num_speculative_tokens": 2,
+            }
+        },
+        "--speculative-config method custom_class",
     ),
-    "LoRA": ({"enable_lora": True}, "--enable-lora"),
+    "asynchronous speculation": (
+        {"speculative_config": DRAFTS, "async_scheduling": True},
+        "--async-scheduling with --speculative-config",
+    ),
+    "LoRA in the vision tower": (
+        {"enable_lora": True, "enable_tower_connector_lora": True},
+        "--enable-tower-connector-lora",
+    ),
+    "ubatching": ({"ubatch_size": 2}, "--ubatch-size"),
+    "no language model": ({"mm_encoder_only": True}, "--mm-encoder-only"),
+    "layers with another cache": (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]},
+        "--kv-cache-dtype-skip-layers",
+    ),
+    "attention that is not causal": (
+        {"attention_config": {"use_non_causal": True}},
+        "--attention-config use_non_causal",
+    ),
     "context parallelism": (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
         "--decode-context-parallel-size",
@@ -153,6 +179,42 @@ def test_unsupported_option(checkpoint, options, name) -> None:
     assert fix.startswith(
         ("leave ", "use ", "set it to ", "merge ", "server-wide settings go into")
     )
+
+
+def test_with_drafts_the_host_knows_how_long_requests_are(checkpoint) -> None:
+    """vLLM makes scheduling asynchronous after our check, if it has not been said."""
+    from vllm_adaspark.startup import _settle_speculation
+
+    config = start(checkpoint)
+    for drafts, asynchronous in ((None, None), (SimpleNamespace(method="eagle3"), False)):
+        config.speculative_config, config.scheduler_config.async_scheduling = drafts, None
+        _settle_speculation(config)
+        assert config.scheduler_config.async_scheduling is asynchronous
+
+
+@pytest.mark.parametrize(
+    "option, settings, message",
+    [
+        ("drafts", {}, "--speculative-config method eagle3: a draft model reads"),
+        ("sleep", {"encoder": "a folder"}, "encoder=a folder with --enable-sleep-mode"),
+        (None, {}, None),
+    ],
+)
+def test_what_adatp_cannot_do(checkpoint, monkeypatch, option, settings, message) -> None:
+    """On a configuration that was changed, because a CPU takes neither."""
+    from vllm_adaspark.methods.adatp import startup
+    from vllm_adaspark.methods.adatp.settings import AdaTPSettings
+
+    monkeypatch.setattr(startup, "check_encoder", lambda folder: None)
+    settings = replace(AdaTPSettings().override({"layers": [2], "keep": 0.5}), **settings)
+    config = start(checkpoint)
+    config.speculative_config = SimpleNamespace(method="eagle3" if option == "drafts" else "ngram")
+    config.model_config.enable_sleep_mode = option == "sleep"
+    if message is None:
+        startup.check_server(settings, config)
+        return
+    with pytest.raises(SettingsError, match=f"AdaTP does not support {message}.*; (use|leave) "):
+        startup.check_server(settings, config)
 
 
 def test_supported_kv_cache_types(checkpoint) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 
 import pytest
@@ -25,6 +24,7 @@ from engine.engines import (
 )
 from engine.twin import TwinModel
 from vllm_adaspark.methods.videonsa import faithful_reference, reference
+from vllm_adaspark.methods.videonsa.gates import flops_per_token
 from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
 from vllm_adaspark.settings import SettingsError
 
@@ -132,15 +132,16 @@ def account_tells_branches(llm) -> None:
     assert all(executed[branch] > 0 for branch in (*BRANCHES, "gates", "text"))
     assert 0 < executed["attention"] < executed["text"], "decode steps take the stock path"
     assert executed["qkvo"] == dense["qkvo"] and executed["ffn"] == dense["ffn"]
-    # A video token selects 2 of the cubes before it.
-    first, tokens = 4, report["video_tokens"]  # 4 tokens of the chat template come before
-    before = [(first + t) // 64 - 1 for t in range(tokens)]  # block 0 also holds text
-    before = [max(0, n) for n in before]
+    # A video token selects 2 of the cubes before it; the first also holds the chat template.
+    first, tokens = 4, report["video_tokens"]
+    before = [(first + t) // 64 for t in range(tokens)]
     kept = sum(min(2, n) for n in before)
     assert report["attention_density"] == pytest.approx(kept / sum(before))
     pairs = sum(min(first + t + 1, tiny_videonsa.WINDOW_SIZE) for t in range(tokens))
     layers, heads, head_size = 4, 8, 32
     assert executed["swa"] == layers * 4 * heads * head_size * pairs
+    # Neither text nor the two decode steps have gates.
+    assert executed["gates"] == layers * tokens * flops_per_token(heads * head_size, heads)
     for part in (report, *report["layers"]):
         assert all(0.05 < part["means"][f"gate_{branch}"] < 0.95 for branch in BRANCHES)
     assert len({layer["means"]["gate_cmp"] for layer in report["layers"]}) == layers
@@ -150,13 +151,13 @@ def trace_has_each_tokens_blocks(llm) -> None:
     """A vision token's two cubes and its own; a text token's all."""
     ask(llm, [video_prompt(clip(40, seed=9), trace=True)])
     (listed,) = llm.collective_rpc("adaspark_traces")
-    token = 4 + 6 * 64 - 4 + 7  # in block 6, which is the sixth cube
+    token = 6 * 64 + 7  # in block 6, a cube as all before it
     (of_token,), (of_text,) = (
         llm.collective_rpc("adaspark_trace", args=(listed[0]["id"], "heat", source))
         for source in (f"token:{token}", "question")
     )
     for layer in of_token["heat"]:
-        assert sum(layer[:5]) == pytest.approx(2) and layer[5] == 1 and layer[6] is None
+        assert sum(layer[:6]) == pytest.approx(2) and layer[6] == 1 and layer[7] is None
     assert all(share == 1 for layer in of_text["heat"] for share in layer)
     (meta,) = llm.collective_rpc("adaspark_trace", args=(listed[0]["id"], "meta"))
     assert meta["truncated"] is None and meta["settings"]["block_counts"] == 3
@@ -214,7 +215,7 @@ def test_compiled_with_old_names_and_preemption(videonsa, alone, tmp_path) -> No
     path = tiny_videonsa.build(tmp_path / "old")
     batch = [video_prompt(clip(36, seed=20 + i), question="What moves?") for i in range(4)]
     with engine(videonsa, {}, enable_prefix_caching=False, **OURS) as llm:
-        want = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
+        want = ask(llm, batch, max_tokens=100)
     options = {"num_gpu_blocks_override": 43, "max_model_len": 2048, "disable_log_stats": False}
     options |= {"enable_prefix_caching": False, "enforce_eager": False}
     with engine(path, {}, **options, **OURS) as llm:
@@ -227,10 +228,8 @@ def test_compiled_with_old_names_and_preemption(videonsa, alone, tmp_path) -> No
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
-def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path, monkeypatch) -> None:
+def test_tensor_parallel_equals_one_rank(kv_heads, tmp_path) -> None:
     """Gates are sharded; ranks that share a KV head select by the whole GQA group."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
     path = tiny_videonsa.build(tmp_path / "model", kv_heads=kv_heads)
     asked = list(prompts().values())[:3]
     with engine(path, {}, **OURS) as llm:
@@ -299,7 +298,7 @@ def test_faithful_mode(videonsa, alone) -> None:
         answer = ask(llm, [one], max_tokens=4, logprobs=20)[0]
         (report,) = last_reports(llm)
         text = ask(llm, [prompts()["text only"]])[0]
-        want = [ask(llm, [prompt], max_tokens=100)[0] for prompt in batch]
+        want = ask(llm, batch, max_tokens=100)
         named = [one, prompts()["text only"], prompts()["two videos"], prompts()["image"]]
         singly = [ask(llm, [prompt])[0] for prompt in named]
         for got, expected in zip(ask(llm, named), singly, strict=True):
@@ -332,6 +331,10 @@ def test_faithful_mode(videonsa, alone) -> None:
         ({"enable_chunked_prefill": True}, r"chunked prefill, because .*--no-enable-chunked"),
         ({"enable_prefix_caching": True}, r"prefix caching, because .*--no-enable-prefix"),
         ({"tensor_parallel_size": 2}, r"--tensor-parallel-size 2, because"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            r"--speculative-config, which nobody",
+        ),
     ],
 )
 def test_faithful_mode_refuses_at_start(videonsa, options, message) -> None:

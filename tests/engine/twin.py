@@ -80,9 +80,9 @@ class TwinModel:
                 is_video.append(False)
                 at, free = at + 1, free + 1
                 continue
-            encoded, (t, h, w), per_frame, walk, keep = next(media[ids[at]])
+            encoded, (t, h, w), per_frame, token_order, keep = next(media[ids[at]])
             places = [(int(i // (h * w) * per_frame), i // w % h, i % w) for i in range(t * h * w)]
-            for i in walk:
+            for i in token_order:
                 if i in keep:
                     embeddings.append(encoded[i])
                     positions.append(tuple(free + place for place in places[i]))
@@ -92,14 +92,14 @@ class TwinModel:
         return torch.stack(embeddings), torch.tensor(positions).T, torch.tensor(is_video)
 
     def _videos(self, inputs):
-        """Of each: embeddings, grid, positions per frame, walk, and the tokens that are kept."""
+        """Of each: embeddings, grid, positions per frame, token order, tokens that are kept."""
         per_second = self.model.config.vision_config.tokens_per_second
         seconds = torch.as_tensor(inputs["second_per_grid_ts"]).flatten().tolist()
         encoded = self._encode(inputs["pixel_values_videos"], inputs["video_grid_thw"])
         for (video, grid), apart in zip(encoded, seconds, strict=True):
-            walk = cube_order(grid, self.config.cube, self.config.order).tolist()
+            token_order = cube_order(grid, self.config.cube, self.config.order).tolist()
             self.kept.append(self._most_novel(video, grid))
-            yield video, grid, apart * per_second, walk, self.kept[-1]
+            yield video, grid, apart * per_second, token_order, self.kept[-1]
 
     def _images(self, inputs):
         if "pixel_values" in inputs:
@@ -201,14 +201,14 @@ class LlavaTwin(TwinModel):
         encoded = getattr(encoded, "pooler_output", encoded)
         encoded = encoded.reshape(-1, encoded.shape[-1])[: len(frames) * self._side**2]
         grid = (len(frames), self._side, self._side)
-        walk = torch.from_numpy(cube_order(grid, self.config.cube, self.config.order).copy())
+        token_order = torch.from_numpy(cube_order(grid, self.config.cube, self.config.order).copy())
         (place,) = (ids == self.model.config.video_token_id).nonzero(as_tuple=True)
         place, newline = place[:-1], place[-1]
         embeddings = self.text.embed_tokens(ids)
-        embeddings[place] = encoded[walk]
+        embeddings[place] = encoded[token_order]
         embeddings[newline] = self.model.model.image_newline
         positions = torch.arange(len(ids))
-        positions[place] = place[0] + walk
+        positions[place] = place[0] + token_order
         is_video = torch.zeros(len(ids), dtype=torch.bool)
         is_video[place] = True
         return embeddings, positions[None], is_video

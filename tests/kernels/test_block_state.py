@@ -11,8 +11,8 @@ from harness import PagedLayer, cpu_takes_fp8
 
 from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
 from kernels.test_fast_path import check_step, chosen_by_tile, record_choices
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.paged.state import BlockSums
+from vllm_adaspark.methods.adaspark.settings import SCORES, AdaSparkConfig
+from vllm_adaspark.paged.state import BlockBounds, SummaryWrites
 
 SHAPE = dict(heads=4, kv_heads=2, head_size=32, dtype=torch.float32)
 CONFIG = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)
@@ -25,8 +25,8 @@ def make(seed: int, pool: list[int], layout=LAYOUT, config=CONFIG) -> Request:
     return random_request(rng, config, layout, **SHAPE, pool=pool, sharpness=2.0)
 
 
-def new_layer(**kwargs) -> PagedLayer:
-    return PagedLayer(CONFIG, num_blocks=64, **SHAPE, **kwargs)
+def new_layer(config=CONFIG, **kwargs) -> PagedLayer:
+    return PagedLayer(config, num_blocks=64, **SHAPE, **kwargs)
 
 
 def run(layer: PagedLayer, request: Request, count: int) -> torch.Tensor:
@@ -52,17 +52,19 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list:
     return record_choices(monkeypatch)
 
 
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("chunk", [64, 100, 10_000])
-def test_blocks_are_reused_cleanly(chunk: int, seen: list) -> None:
+def test_blocks_are_reused_cleanly(chunk: int, score: str, seen: list) -> None:
     """Blocks that held another video, other text or half a cube say nothing about their past."""
-    layer = new_layer()
+    layer = new_layer(config := CONFIG.override({"score": score}))
     reused: list[int] = []
-    earlier = make(0, list(range(1, 40)), [("text", 3), ("video", 64 * 12 + 31), ("text", 70)])
+    layout = [("text", 3), ("video", 64 * 12 + 31), ("text", 70)]
+    earlier = make(0, list(range(1, 40)), layout, config)
     run(layer, earlier, 600)
     run(layer, earlier, len(earlier.is_video) - 600)
     reused = earlier.blocks.tolist()
     # Same blocks, other order: where video was there may now be text, and the other way round.
-    request = make(1, reused)
+    request = make(1, reused, config=config)
     while request.done < len(request.is_video):
         seen.clear()
         count = min(chunk, len(request.is_video) - request.done)
@@ -201,15 +203,16 @@ def test_poison_in_a_selected_block_is_seen(seen: list) -> None:
     assert layer.attend(gather(step, "q")).isnan().any()
 
 
-def test_stale_key_sums_of_anchor_blocks_do_not_matter(seen: list) -> None:
-    """A block that is no cube may hold NaN sums of an earlier owner; no choice may notice."""
-    request = make(14, list(range(1, 40)))
-    want_out, want = run_all(new_layer(), request, 10_000, seen)
-    layer = new_layer()
-    again = make(14, list(range(1, 40)))
-    run(layer, again, 1)  # allocates the key sums
-    layer.impl._key_sums = BlockSums(64, 2, 32, BLOCK, torch.device("cpu"))
-    layer.impl._key_sums._sums.fill_(float("nan"))
+@pytest.mark.parametrize("score", SCORES)
+def test_what_is_kept_of_anchor_blocks_does_not_matter(score: str, seen: list) -> None:
+    """A block that is no cube may keep NaN of an earlier owner; no choice may notice."""
+    config = CONFIG.override({"score": score})
+    request = make(14, list(range(1, 40)), config=config)
+    want_out, want = run_all(new_layer(config), request, 10_000, seen)
+    layer = new_layer(config)
+    again = make(14, list(range(1, 40)), config=config)
+    run_all(layer, again, 64, seen)
+    layer.impl._key_summaries.vectors.fill_(float("nan"))
     again.done = 0
     out, choices = run_all(layer, again, 10_000, seen)
     assert choices.keys() == want.keys() and all(torch.equal(choices[at], want[at]) for at in want)
@@ -240,3 +243,33 @@ def test_fp8_cache(kv_cache_dtype: str, seen: list) -> None:
     assert wanted and all(torch.equal(choices[b], wanted[b]) for b in wanted)
     stock_error = relative_rms(result(kv_cache_dtype, False), result("auto", False))
     assert relative_rms(out, want) < 1.5 * stock_error
+
+
+def test_bounds_bound_every_product_of_a_cube() -> None:
+    """By the largest and smallest key, written whole, in parts, and in parts over several steps."""
+    size, kv_heads, d = 32, 2, 16
+    keys = torch.randn(4 * size, kv_heads, d, generator=torch.Generator().manual_seed(0))
+    kept = BlockBounds(8, kv_heads, d, size, torch.device("cpu"), torch.bfloat16)
+    keys = keys.bfloat16()
+    order = torch.arange(4 * size)
+
+    def parts(of: torch.Tensor, blocks: torch.Tensor, fresh: torch.Tensor) -> SummaryWrites:
+        return SummaryWrites(None, None, of, blocks, fresh)
+
+    kept.write(keys, SummaryWrites(slice(0, 2 * size), torch.tensor([5, 3]), None, None, None))
+    third, fourth = order[2 * size : 3 * size], order[3 * size :]
+    kept.write(keys, parts(third, torch.full((size,), 6), torch.tensor([6])))
+    half = size // 2
+    kept.write(keys, parts(fourth[:half], torch.full((half,), 1), torch.tensor([1])))
+    kept.write(keys, parts(fourth[half:], torch.full((half,), 1), torch.tensor([], dtype=int)))
+
+    query = torch.randn(7, kv_heads, d)
+    of_cubes = kept.of(torch.tensor([5, 3, 6, 1]))  # [4, kv_heads, 2 * d]
+    bound = torch.einsum("qhd,chd->qch", kept.asking(query), of_cubes)
+    cubes = keys.float().unflatten(0, (4, size))
+    products = torch.einsum("qhd,cthd->qcth", query, cubes).amax(2)
+    assert (products <= bound + 1e-5).all()
+    reachable = torch.maximum(query[:, None] * cubes.amax(1), query[:, None] * cubes.amin(1)).sum(
+        -1
+    )
+    assert torch.allclose(bound, reachable, atol=1e-5), "and no looser than it must be"

@@ -14,7 +14,7 @@ from harness import PagedLayer
 from kernels.scenes import Request, gather, known_of, random_request, relative_rms, rows_of
 from vllm_adaspark.methods.adaspark import method
 from vllm_adaspark.methods.adaspark.reference import Tile, tile_attention
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.adaspark.settings import SCORES, AdaSparkConfig
 from vllm_adaspark.paged.tiles import DENSE
 
 CASES = 240
@@ -28,7 +28,7 @@ def random_layout(rng: np.random.Generator, block: int) -> list[tuple[str, int]]
     """Text, then one to three videos with text between, in block-sized proportions."""
     layout = [("text", int(rng.integers(1, 2 * block)))]
     for _ in range(int(rng.integers(1, 4))):
-        layout.append(("video", int(rng.integers(1, 9 * block))))
+        layout.append(("video", int(rng.integers(1, 6 * block))))
         layout.append(("text", int(rng.integers(1, block + 8))))
     return layout
 
@@ -64,6 +64,7 @@ def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     servers = {
         "dense_below": int(rng.integers(0, 4)),
         "cube_queries": int(rng.choice([4, 16, 128])),
+        "score": str(rng.choice(SCORES)),
     }
     server = AdaSparkConfig(cube=CUBES[block], **servers)
     pool = list(range(1, 200))

@@ -56,7 +56,7 @@ def scene(kv_heads: int, heads: int, *settings: dict):
 
 def choices(plan, q: torch.Tensor, k: torch.Tensor, ranks: HeadRanks | None = None):
     sums = BlockSums(BLOCKS, k.shape[1], HEAD_SIZE, SIZE, k.device)
-    sums.write(k, plan.sum_writes)
+    sums.write(k, plan.summary_writes)
     by_head = q.unflatten(1, (k.shape[1], -1)).transpose(0, 1)
     return choose_cubes(by_head, sums, plan.attention, HEAD_SIZE**-0.5, 0, ranks)
 

@@ -19,17 +19,24 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 VIDEO = dict(HEAD_SIZE=128, QUERIES=448, GROUP=7, ROWS=64, COLUMNS=128, WIDEN=False)
+VIDEO_BOUNDS = VIDEO | dict(HEAD_SIZE=256, COLUMNS=64)  # as score.block_shape says
 SCORE = "*bf16 *bf16 *u8 *i64 *i64 *i32 *fp32"
 TOP_P = "*fp32 *u8 *fp32 *i64 *u8 i32" + " i32" * 12
 PAGED = "*bf16 *bf16 *i32 *i32 *i32 *bf16 i32 fp32"
 PAGED_CONSTANTS = dict(GROUP=7, HEAD_SIZE=128, WIDEN=False)
 
-# kernel: module, types of its arguments in order, constants, launch options
+# kernel, or "kernel:variant": module, types of its arguments in order, constants, launch options
 CASES = {
-    "_cube_means": (
+    "_cube_keys": (
         "score",
         "*fp32 *i64 *u8 *bf16 i32 i32 fp32",
         dict(HEAD_SIZE=128, ROWS=16),
+        {},
+    ),
+    "_cube_keys:bounds": (
+        "score",
+        "*bf16 *i64 *u8 *bf16 i32 i32 fp32",
+        dict(HEAD_SIZE=256, ROWS=16),
         {},
     ),
     "_query_lse": ("score", SCORE + " i32 i32 i32 fp32", VIDEO, {}),
@@ -38,6 +45,14 @@ CASES = {
         "score",
         "*bf16 *fp32 *i64 *u8 *i64 *i64 *i64 *i32 *fp32 i32 i32 i32 fp32",
         dict(HEAD_SIZE=128, GROUP=7, ROWS=16, COLUMNS=32),
+        dict(num_warps=8, num_stages=2),
+    ),
+    "_query_lse:bounds": ("score", SCORE + " i32 i32 i32 fp32", VIDEO_BOUNDS, {}),
+    "_pool:bounds": ("score", SCORE + " *fp32 i32 i32 i32 fp32", VIDEO_BOUNDS, {}),
+    "_token_probabilities:bounds": (
+        "score",
+        "*bf16 *bf16 *i64 *u8 *i64 *i64 *i64 *i32 *fp32 i32 i32 i32 fp32",
+        dict(HEAD_SIZE=256, GROUP=7, ROWS=16, COLUMNS=16),
         dict(num_warps=8, num_stages=2),
     ),
     "_top_p": ("nucleus", TOP_P, dict(BLOCK=4096), {}),
@@ -99,7 +114,7 @@ from triton.compiler import ASTSource, compile
 capabilities, cases = json.loads(sys.argv[1])
 for name, (module, types, constants, options) in cases.items():
     home = "" if module.startswith("gpu_") else "vllm_adaspark.kernels."
-    kernel = getattr(importlib.import_module(home + module), name)
+    kernel = getattr(importlib.import_module(home + module), name.split(":")[0])
     names = kernel.arg_names
     types = dict(zip(names, types.split()))
     assert len(types) + len(constants) == len(names), f"{name}: its arguments have changed"
@@ -140,6 +155,10 @@ def compiled(tmp_path_factory) -> dict[tuple[int, str], tuple[str, int, int]]:
     }
 
 
+def kernel_of(case: str) -> str:
+    return case.partition(":")[0]
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", CASES)
 def test_compiles(compiled, name: str, capability: int) -> None:
@@ -148,7 +167,9 @@ def test_compiles(compiled, name: str, capability: int) -> None:
     # What a program of the GPU may have: 163 KB on an A100, 227 KB on an H100.
     assert shared <= (163 if capability == 80 else 227) * 1024
     products = ("_query_lse", "_pool", "_paged_attention", "_compress")
-    assert (wgmma == "True") == (capability == 90 and name in products), "Hopper's products"
+    assert (wgmma == "True") == (capability == 90 and kernel_of(name) in products), (
+        "Hopper's products"
+    )
 
 
 def test_no_kernel_is_left_out() -> None:
@@ -162,4 +183,4 @@ def test_no_kernel_is_left_out() -> None:
         for name in re.findall(r"@triton\.jit\ndef (\w+)\(", source.read_text())
     }
     parts = {"_step", "_logits", "_block"}  # of _paged_attention, _compress and _select
-    assert kernels - parts == set(CASES)
+    assert kernels - parts == set(map(kernel_of, CASES))

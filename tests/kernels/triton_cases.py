@@ -5,6 +5,7 @@ Not collected by itself: the interpreter must be asked for before anything impor
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import harness
@@ -20,7 +21,8 @@ from vllm_adaspark.methods.adaspark import score as attention_score
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
 from vllm_adaspark.paged import tables as attention_tables
-from vllm_adaspark.paged.state import BlockSums
+from vllm_adaspark.paged.state import KEY_SUMMARIES
+from vllm_adaspark.step import Runtime
 
 assert kernels.interpreted(), "run through tests/kernels/test_triton.py"
 
@@ -55,7 +57,7 @@ def test_score_pools_probabilities(group, size, width, dtype) -> None:
     is_cube = torch.rand(width) > 0.2
     is_cube[0] = True
     sums[blocks[~is_cube]] = float("nan")  # stale sums must not reach a softmax
-    means = score.cube_means(sums, blocks, is_cube, size, dtype)
+    means = score.cube_keys(sums, blocks, is_cube, size, dtype)
     for head in range(kv_heads):
         want = torch.where(is_cube[:, None], sums[blocks, head] / size, 0.0).to(dtype)
         # The interpreter rounds to bf16 towards zero, a GPU to nearest.
@@ -412,15 +414,21 @@ def counting(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "selection_rule, head_size, group",
+    "selection_rule, head_size, group, summary",
     [
-        ("top_p", 16, 5),
-        ("top_k", 80, 1),
-        ("uniform", 16, 2),
+        ("top_p", 16, 5, "sums"),
+        ("top_p", 16, 5, "bounds"),
+        ("top_k", 80, 1, "sums"),
+        ("top_k", 24, 1, "bounds"),
+        ("uniform", 16, 2, "sums"),
     ],
 )
 def test_layer_attention_equals_torch(
-    selection_rule: str, head_size: int, group: int, monkeypatch: pytest.MonkeyPatch
+    selection_rule: str,
+    head_size: int,
+    group: int,
+    summary: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Heads of sizes that the score kernels do not take are scored in PyTorch."""
     config = AdaSparkConfig(
@@ -436,8 +444,8 @@ def test_layer_attention_equals_torch(
     rows = rows_of(step)
     q, k = (gather(step, name) for name in "qk")
     plan = build_plan(rows, known_of(step), 32, dense_below=1, cube_queries=16, device=q.device)
-    sums = BlockSums(40, 2, head_size, 32, q.device)
-    sums.write(k, plan.sum_writes)
+    kept = KEY_SUMMARIES[summary](40, 2, head_size, 32, q.device, k.dtype)
+    kept.write(k, plan.summary_writes)
     by_head = q.unflatten(1, (2, group)).transpose(0, 1).contiguous()
 
     calls = [
@@ -451,14 +459,14 @@ def test_layer_attention_equals_torch(
     ]
 
     def run() -> tuple:
-        chosen = attention_score.choose_cubes(by_head, sums, plan.attention, head_size**-0.5, 0)
+        chosen = attention_score.choose_cubes(by_head, kept, plan.attention, head_size**-0.5, 0)
         return chosen, attention_tables.build_tables(chosen, plan.attention, 32)
 
     chosen, batch = run()
-    used = [bool(each) for each in calls]
-    scored = selection_rule != "uniform" and head_size == 16
+    used, fits = [bool(each) for each in calls], head_size == 16
+    scored = selection_rule != "uniform" and fits
     assert used == [scored, scored, selection_rule == "top_p", True]
-    assert kernels.score_products("cpu", head_size) == (2 if head_size == 16 else 1)
+    assert kernels.score_products("cpu", head_size, kept.number) == (1 + fits) * kept.number
     for module in (attention_score, attention_tables, selection):
         monkeypatch.setattr(module, "use_triton", lambda tensor: False)
     want, want_batch = run()
@@ -509,12 +517,18 @@ def test_layer_ffn_equals_torch(
     mlp.gate_up_proj, mlp.down_proj = Linear(24, 64), Linear(32, 24)
     mlp.act_fn = lambda x: torch.nn.functional.silu(x[:, :32]) * x[:, 32:]
     method = harness.adaspark(config, 1, 1, 16)
-    mlp.adaspark, mlp.adaspark_layer = SimpleNamespace(plan=plan, method=method), 0
+    mlp.adaspark, mlp.adaspark_layer = Runtime(method), 0
+    mlp.adaspark.plan = plan
     monkeypatch.setattr(plugin_ffn, "get_tensor_model_parallel_world_size", lambda: 1)
     x, residual = torch.randn(2, len(request.is_video), 24)
     calls = [counting(monkeypatch, ffn, name) for name in ("sparse_swiglu", "token_norms")]
     got, active = mlp.run(x, residual), plan.ffn_active[0]
     assert all(calls)
+    fused = len(calls[0])
+    mlp.adaspark.lora = SimpleNamespace(idle=False, gathered=nullcontext)  # an adapter runs
+    assert relative_rms(mlp.run(x, residual), got) == 0 and len(calls[0]) == fused + 1
+    mlp.takes_lora, fused = True, fused + 1
+    assert relative_rms(mlp.run(x, residual), got) < 1e-6 and len(calls[0]) == fused
     for module in (plugin_ffn, token_ffn, selection):
         monkeypatch.setattr(module, "use_triton", lambda tensor: False)
     want = mlp.run(x, residual)

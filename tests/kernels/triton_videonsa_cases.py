@@ -226,7 +226,7 @@ def test_videonsa_layer_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sums = [BlockSums(2 * width, kv_heads, d, 64, torch.device("cpu")) for _ in range(2)]
     for each in sums:
-        each.sums.normal_().mul_(64)
+        each.vectors.normal_().mul_(64)
     branches = plan.attention
     query = 2 * torch.randn(branches.number, kv_heads, heads // kv_heads, d)
 
@@ -268,7 +268,7 @@ def test_videonsa_selects_over_a_gpus_cache(block_counts: int) -> None:
         cache[blocks[at // 64], :, at % 64] = torch.randn(length, kv_heads, 2 * d)
     sums = [BlockSums(24, kv_heads, d, 64, cache.device) for _ in "kv"]
     for of, part in zip(sums, cache.split(d, -1), strict=True):
-        of.sums.copy_(part.sum(2))
+        of.vectors.copy_(part.sum(2))
     layer.compress(query.unflatten(1, (kv_heads, -1)), plan, *sums, d**-0.5, None)
     call = SimpleNamespace(kv_cache=cache, kv_heads=kv_heads, scale=d**-0.5)
     got = select.by_kernel(call, plan, query).flatten(1, 2)

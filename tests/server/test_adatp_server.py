@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import checkpoint as demo_checkpoint  # examples/demo
 import openai
 import pytest
+from browser import Page, find_browser
 from server import VllmServer  # examples/demo
 from serving import SERVER_ENV, Served, mm
 
 from vllm_adaspark import ARCHITECTURE
+from vllm_adaspark.traces import reader
 
 pytestmark = pytest.mark.server
 START_SECONDS = 600  # on a busy machine; it takes about 20
@@ -81,8 +85,37 @@ def test_a_server_that_drops_tokens(pruning, media) -> None:
     assert ask(**mm("off")).usage.adaspark["reason"] == "off"
     assert ask(**mm("fastv")).usage.adaspark["settings"]["layers"] == [2]
 
+    see_a_trace(pruning, ask(**mm({"trace": True})))
+
     with urllib.request.urlopen(f"{pruning.server.url}/metrics", timeout=60) as response:
         metrics = response.read().decode()
     refused = [line for line in metrics.splitlines() if 'mode="refused"' in line]
     assert any('reason="too_long"' in line and line.endswith(" 1.0") for line in refused)
     assert pruning.health() == 200
+
+
+def see_a_trace(pruning, answer) -> None:
+    """The viewer shows which tokens went on, and the segments."""
+    trace = reader.read_http(pruning.server.url, answer.id)
+    assert trace["usage"]["means"] == answer.usage.adaspark["means"]
+    kept = [sum(each["kept"][event] for each in trace["dropping"]["segments"]) for event in (0, 1)]
+    assert kept == [150, 60]  # of 300: SETTINGS
+    if (executable := find_browser()) is None:
+        return  # test_viewer.py says so
+    with Page(executable) as page:
+        page.open(f"{pruning.server.url}/adaspark/#{trace['id']}")
+        page.wait("document.body.getAttribute('aria-busy') === 'false'")
+        page.wait("!document.querySelector('main').hidden")
+        text = page.run("document.querySelector('main').innerText")
+        assert "300, then 150 from layer 2 on, 60 from layer 4 on" in text
+        assert "share of the layers shown that saw the token" in text
+        assert "Attended by" not in text and "this server has no encoder" in text
+        assert "video tokens alive" in page.run("document.getElementById('chart').textContent")
+        page.run(
+            "document.getElementById('segments').dispatchEvent(new PointerEvent('pointermove',"
+            " {clientX: document.getElementById('segments').getBoundingClientRect().x + 2}))"
+        )
+        pointed = page.run("document.getElementById('pointed').textContent")
+        assert re.match(r"segment 1 · frames 1 to \d+ · \d+ tokens, \d+ from layer 2 on,", pointed)
+        picture = page.picture(os.environ.get("ADASPARK_VIEWER_PICTURE"))
+        assert len(picture) > 20_000 and page.errors == []

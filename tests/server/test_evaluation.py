@@ -26,7 +26,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)  # before any server starts
 def lmms_eval() -> None:
     if (LMMS.parent / "adaspark-eval.stamp").exists():  # written when all is installed
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import cpu_kernel
 import pytest
 import torch
+import warm
 from speed import __main__ as bench
-from speed import attention, ffn, report, scaling, served
+from speed import attention, dropping, ffn, report, scaling, served
 from speed.record import DENSE, Record, machine
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
@@ -51,10 +52,16 @@ def test_served(record, tmp_path, monkeypatch) -> None:
         served.Decoding(512, rounds=1, answer_tokens=4),
     ]
     served.measure(record, plans, tmp_path, shape="tiny")
+    two = (DENSE, "AdaTP")
+    with warm.forked_from_the_warm():
+        dropping.measure(record, [dropping.Plan(2, 1024, 1, 2, two)], tmp_path / "deep")
     result = bench.with_other_parts(bench.result_of(record), tmp_path / "none.json", ["served"])
     rows = {(row["name"], row["contender"]): row for row in result["rows"]}
     expected = [("ttft, language model", contender) for contender in plans[0].contenders]
     expected += [(plan.name, contender) for plan in plans for contender in plan.contenders]
+    between = {name: rows.pop(("dropping, 2 at once", name)) for name in two}
+    assert 0.2 < between["AdaTP"]["density"] < 0.28 and between[DENSE]["density"] == 1
+    assert all(row["cpu_s"] > 0 and row["requests_per_s"] > 0 for row in between.values())
     assert rows.keys() == set(expected)
     for contender in plans[0].contenders:
         row = rows["ttft", contender]
@@ -66,5 +73,6 @@ def test_served(record, tmp_path, monkeypatch) -> None:
     assert at_once["requests_per_s"] == pytest.approx(2 / at_once["median_s"])
     text = report.markdown(result)
     assert "EVS drops" in text and "### Requests at once" in text
+    assert "### Tokens dropped between the layers" in text
     served.measure(record, plans, tmp_path / "untouched", shape="tiny")  # all is there already
     assert not (tmp_path / "untouched").exists()

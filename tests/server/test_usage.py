@@ -15,7 +15,8 @@ import pytest
 import video as demo_video  # examples/demo
 from serving import Served, about, data_url, mm
 
-from vllm_adaspark.accounts.account import Account, ModelShape
+from vllm_adaspark.accounts.account import Account
+from vllm_adaspark.accounts.flops import ModelShape
 
 pytestmark = pytest.mark.server
 WAIT_SECONDS = 60  # on a busy machine; it takes less than one

@@ -8,6 +8,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from PIL import Image
 from serving import KEY, Served, mm
 
 from vllm_adaspark.traces import reader
-from vllm_adaspark.traces.picture import cube_heat, gradient, save_heatmap
+from vllm_adaspark.traces.attended import cube_heat
+from vllm_adaspark.traces.picture import gradient, save_heatmap
 from vllm_adaspark.video.order import cube_order
 
 pytestmark = pytest.mark.server
@@ -135,8 +137,8 @@ def test_trace_says_what_was_asked(viewed, trace) -> None:
     assert trace["settings"]["p_attn"] == 0.5 and trace["layers"] == [0, 1, 2, 3]
     (video,) = trace["videos"]
     assert video["grid"] == [10, 5, 6] and video["frames"] == 10
-    walk = np.frombuffer(base64.b64decode(video["walk"]), "<i4")
-    assert (walk == cube_order((10, 5, 6), (4, 4, 4))).all()
+    token_order = np.frombuffer(base64.b64decode(video["token_order"]), "<i4")
+    assert (token_order == cube_order((10, 5, 6), (4, 4, 4))).all()
     ids = [each["id"] for each in json.loads(fetch(viewed, "/v1/adaspark/traces")[2])["traces"]]
     assert ids == [trace["id"]], "a request that did not ask was traced"
 
@@ -305,6 +307,29 @@ def page(viewed, browser, trace):
         assert page.errors == []
 
 
+HOSTILE = "\"'><img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+
+
+def test_hostile_text_stays_text(viewed, media, browser, forgotten) -> None:
+    """In a question, in the id that a client chose, in the name of a video."""
+    named = media / f"{HOSTILE.replace('/', '')}.mp4"
+    named.write_bytes((media / "clip.mp4").read_bytes())
+    client = viewed.client.with_options(default_headers={"X-Request-Id": HOSTILE})
+    asked = replace(viewed, client=client).ask(
+        named.as_uri(), question=HOSTILE, **mm({"trace": True})
+    )
+    found = reader.read_http(viewed.server.url, asked.id, api_key=KEY)
+    with Page(browser) as page:
+        page.at_start(HAS_KEY)
+        page.open(f"{viewed.server.url}/adaspark/#{found['id']}")
+        page.wait("document.getElementById('chart').childElementCount === 1")
+        settled(page)
+        for shown in ("trace", "facts", "text"):
+            assert HOSTILE in page.run(f"document.getElementById('{shown}').textContent"), shown
+        assert page.run("document.title") == "AdaSpark viewer" and page.errors == []
+        assert page.run("document.querySelectorAll('main script, main img, [onerror]').length") == 0
+
+
 def settled(page: Page) -> None:
     """Wait for what was asked of the server, and for the drawing after it."""
     page.wait("!document.querySelector('main').hidden && document.body.ariaBusy === 'false'")
@@ -344,11 +369,11 @@ def cell_colors(pixels: np.ndarray) -> np.ndarray:
 def expected_colors(trace: dict, source: str, layer: int | None, frame: int) -> np.ndarray:
     """What the cells of whole cubes must be at full opacity; NaN elsewhere."""
     heat = cube_heat(trace["heat"][source]["heat"], trace["layers"], layer)
-    walk = cube_order((10, 5, 6), (4, 4, 4))
+    token_order = cube_order((10, 5, 6), (4, 4, 4))
     block = (trace["videos"][0]["offset"] + np.arange(VIDEO_TOKENS)) // 64
     starts = [start // 64 for start in trace["cube_starts"]]
     colors = np.full((VIDEO_TOKENS, 3), np.nan)
-    for nth, cell in enumerate(walk):
+    for nth, cell in enumerate(token_order):
         if block[nth] in starts:
             colors[cell] = gradient(heat[starts.index(block[nth])])
     return colors.reshape(10, 5, 6, 3)[frame]

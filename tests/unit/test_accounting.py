@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.accounts.account import Account, ModelShape, count_step
-from vllm_adaspark.methods.adaspark import planner
+from vllm_adaspark.accounts.account import Account, count_step
+from vllm_adaspark.accounts.flops import ModelShape
+from vllm_adaspark.methods.adaspark import planner, request
 from vllm_adaspark.methods.adaspark.budget import prompt_cost
 from vllm_adaspark.methods.adaspark.ffn import sparse_ffn
 from vllm_adaspark.methods.adaspark.planner import build_plan
@@ -135,7 +136,7 @@ def test_counts_of_the_hand_made_step(whole) -> None:
     assert counts.pairs[:, 0].tolist() == [9316, sum(tile_pairs)] == [9316, 8420]
     # Half a block left out for 32 tokens, 1.5 blocks for 8.
     assert counts.cubes_attended[:, 0].tolist() == [120, 120 - 16 - 12]
-    assert counts.scored[:, 0].tolist() == [0, 16 + 32 + 24]  # 16 tokens of a cube are asked
+    assert counts.scored[:, 0].tolist() == [0, 16 + 32 + 24]  # 16 tokens of a cube are scored
     assert counts.ffn_skipped[:, 0].tolist() == [15 + 11 + 0, 3 * 21]
 
 
@@ -327,11 +328,20 @@ def test_video_in_a_block_with_text_falls_back(edges, monkeypatch) -> None:
     assert got == {"cut_cube": 32 * (100 in edges), "mixed_block": 24 + 2, "long_text": 0}
 
 
-def test_too_much_text_falls_back(monkeypatch) -> None:
+@pytest.mark.parametrize("edges", [(0, 136), (0, 128, 130, 136)])
+def test_too_much_text_falls_back(edges, monkeypatch) -> None:
+    """However the prompt is cut into chunks."""
+    monkeypatch.setitem(globals(), "CONFIG", AdaSparkConfig(cube=(2, 4, 4), dense_below=1))
+    steps = [(first, count, 5) for first, count in zip(edges, np.diff(edges).tolist())]
+    for most, fell_back in ((7, 8), (8, 0)):
+        monkeypatch.setattr(request, "MAX_TEXT_TILES", most)
+        assert fallbacks(*map(step, steps))["long_text"] == fell_back
+
+
+def test_an_answer_chooses_unless_much_of_it_is_computed_again(monkeypatch) -> None:
     monkeypatch.setattr(planner, "MAX_TEXT_TILES", 7)
-    assert fallbacks(step((0, 136, 5)))["long_text"] == 8
-    monkeypatch.setattr(planner, "MAX_TEXT_TILES", 8)
-    assert fallbacks(step((0, 136, 5)))["long_text"] == 0
+    for count, fell_back in ((1, 0), (7, 0), (8, 8)):
+        assert fallbacks(step((136, count, 5)))["long_text"] == fell_back
 
 
 @pytest.mark.parametrize("config", [{"p_attn": 1.0, "p_ffn": 1.0}, {"enabled": False}])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.accounts.account import ModelShape
+from vllm_adaspark.accounts.flops import ModelShape
 from vllm_adaspark.methods.adatp import reference
-from vllm_adaspark.methods.adatp.flops import PromptCost, event_layers, layer_flops
+from vllm_adaspark.methods.adatp.flops import PromptCost, event_layers
 from vllm_adaspark.methods.adatp.method import AdaTP
 from vllm_adaspark.methods.adatp.prune import apportion, choose, kept_per_segment
 from vllm_adaspark.methods.adatp.relevance import relevant_segments, segment_shares
@@ -296,7 +296,7 @@ def test_named_schedules_cost_what_the_paper_says(layers, keep) -> None:
     """27.3 % on the 7B model, every query counted with every key, as papers do."""
     settings = AdaTPSettings(layers=tuple(layers), keep=(keep,), flops=None)
     cost = PromptCost(ONEVISION_7B, 28, event_layers(settings, 28), 0, 32 * 196, 0)
-    dense = 28 * float(layer_flops(ONEVISION_7B, 32 * 196, causal=False))
+    dense = 28 * float(ONEVISION_7B.layer_flops(32 * 196, causal=False))
     spent = cost.spent(cost.shares(settings), causal=False)
     assert spent / dense == pytest.approx(0.273, abs=0.003)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaspark.accounts.account import ModelShape
+from vllm_adaspark.accounts.flops import ModelShape
 from vllm_adaspark.methods.adaspark.budget import LEAST_SHARE, prompt_cost
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
@@ -53,7 +53,7 @@ def naive_spent(is_video, config, share) -> float:
             if sparse and chooses and before and before >= config.dense_below:
                 kept = max(share * before, min(config.min_cubes, before))
                 spent -= (before - kept) * BLOCK * h * 4 * d
-                if not whole or token % BLOCK < CUBE_QUERIES:  # so many of a cube are asked
+                if not whole or token % BLOCK < CUBE_QUERIES:  # so many of a cube are scored
                     spent += before * h * 2 * d
     return spent
 

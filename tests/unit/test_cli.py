@@ -310,10 +310,6 @@ def test_serve_names_plugins_and_keeps_others(served, monkeypatch):
         ("m --min-cubes 99", "min_cubes=99: expected an integer from 1 to 16"),
         ("m --block-size 32", "--block-size 32 does not match cube=[4, 4, 4]"),
         ("m --block-size=64 --cube 4,4,2", "--block-size 64 does not match cube=[4, 4, 2]"),
-        ("m --video-pruning-rate 0.5", "--video-pruning-rate 0.5: EVS drops the tokens"),
-        ("m --enable-lora", "--enable-lora: merge the adapter"),
-        ("m --speculative_config {}", "--speculative-config {}: speculative decoding"),
-        ("m --decode-context-parallel-size 2", "--decode-context-parallel-size 2"),
         ("m --hf-overrides x", "--hf-overrides 'x': expected a JSON object"),
         ("m --hf-overrides [1]", "--hf-overrides '[1]': expected a JSON object"),
         ("m --hf-overrides.architectures [\"A\"]", "architectures=['A']: it must be"),
@@ -369,7 +365,6 @@ def test_serve_shows_no_keys_but_passes_them_on(call, monkeypatch, arguments):
     "arguments",
     [
         ["serve", "m", "--additional-config", f'{{"token": "{SECRET}"'],
-        ["serve", "m", "--kv-transfer-config", f'{{"a": {{"api_key": "{SECRET}"}}}}'],
         ["inspect", "--api-key", SECRET],
         ["inspect", f"https://me:{SECRET}@localhost:1/a.mp4?token={SECRET}"],
         ["serve", "--api-key", SECRET],
@@ -425,8 +420,7 @@ def test_inspect_counts_with_the_checkpoints_settings(call, tuned):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--block-size 64", "--block-size 32 --cube 4,4,2", "--video-pruning-rate 0",
-     "--decode-context-parallel-size 1", "--additional-config.adaspark off"],
+    ["--block-size 64", "--block-size 32 --cube 4,4,2", "--additional-config.adaspark off"],
 )  # fmt: skip
 def test_serve_lets_pass(served, arguments):
     served("m", *arguments.split())
@@ -439,7 +433,7 @@ def test_none_of_our_flags_is_vllms():
 
     theirs = make_arg_parser(FlexibleArgumentParser())
     names = {name for action in theirs._actions for name in action.option_strings}
-    assert {"--max-model-len", "--trust-request-mm-kwargs", *serve.REFUSED} <= names
+    assert {"--max-model-len", "--trust-request-mm-kwargs"} <= names
     for method in built_in():
         parser = argparse.ArgumentParser(add_help=False)
         serve.add_parser(parser.add_subparsers(), ["serve", "m", "--method", method])
@@ -499,6 +493,39 @@ def test_inspect_of_another_method(call, clip):
     assert told["cost"]["video_tokens"] == 640 and told["cost"]["flops"] is None
     assert told["cost"]["dense_flops"] > 0
     assert "not estimated for this method" in call("inspect", clip, "--method", TOY)[1]
+
+
+def test_inspect_of_adatp_is_exact_and_holds_the_prompt_in_a_step(call):
+    about = ["--duration", "3m", "--size", "640x360", "--method", "adatp"]
+    told = json.loads(call("inspect", *about, "--model", "onevision-7b", "--json")[1])["cost"]
+    assert told["flops_ratio"] == pytest.approx(0.273, abs=1e-4) and told["key_sum_bytes"] == 0
+    assert told["one_step"] and told["max_num_batched_tokens"] >= told["prompt_tokens"]
+    # After layer 3 of 28, half the tokens: what is linear in them costs 15.5 of 28 layers.
+    told = json.loads(call("inspect", *about, "--layers", "3", "--keep", "0.5", "--json")[1])
+    assert 3 / 28 + 0.25 * 25 / 28 < told["cost"]["flops_ratio"] < 15.5 / 28
+    shown = call("inspect", *about, "--fastv", "--flops", "0.01")[1]
+    assert "cannot be met, the least is 0.08" in shown and "where frames are alike" in shown
+    assert "key sums" not in shown and "cubes" not in shown
+    code, _, err = call("inspect", *about, "--layers", "2,40", "--keep", "0.5")
+    assert code == 2 and "layers=[2, 40]: this model has 28 layers" in err
+
+
+def test_inspect_of_videonsa_tells_each_branch(call):
+    """Of dense attention: text about nothing, and a window of 256 twice as many keys as of 128."""
+    about = ["inspect", "--duration", "10m", "--size", "640x360", "--method", "videonsa"]
+    cost = json.loads(call(*about, "--json")[1])["cost"]
+    parts = cost["flops_by_part"]
+    assert set(parts) == {"qkvo", "text", "cmp", "slc", "swa", "gates", "ffn"}
+    assert sum(parts.values()) == pytest.approx(cost["flops"])
+    narrow = json.loads(call(*about, "--window-size", "128", "--json")[1])["cost"]["flops_by_part"]
+    assert parts["swa"] / narrow["swa"] == pytest.approx(2, rel=0.01)
+    attention = sum(parts.values()) - parts["qkvo"] - parts["ffn"]
+    share = attention / cost["dense_attention_flops"]
+    shown = call(*about)[1]
+    assert f"of attention     {share:.1%} of dense attention: text 0.1%, cmp" in shown
+    assert "of attention" not in call(*about, "--off")[1]
+    faithful = json.loads(call(*about, "--mode", "faithful", "--json")[1])["cost"]
+    assert faithful["flops_by_part"]["cmp"] > parts["cmp"]  # of 16 query rows a KV head, not 7
 
 
 def test_inspect_an_hour_without_a_file(call):

@@ -8,8 +8,8 @@ import pytest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.settings import SettingsError
 
-# Keys that a request may not set; the first two decide what is computed, so a checkpoint may.
-TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4}
+# Keys that a request may not set; these decide what is computed, so a checkpoint may.
+TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4, "score": "bounds"}
 SERVER_KEYS = TRAINED_KEYS | {
     "encoder_patches": 1024,
     "trace_mb": 8,
@@ -89,6 +89,7 @@ def test_settings_must_be_an_object(settings):
         ("cube_queries", 0, "an integer from 1 to 128"),
         ("cube_queries", 12, "a power of two, e.g. 8"),
         ("min_cubes", 17, "an integer from 1 to 16"),
+        ("score", "max", "'mean', 'bounds'"),
         ("min_cubes", 2.0, "an integer from 1 to 16"),
         ("min_cubes", True, "an integer from 1 to 16"),
         ("dense_layers", -1, "an integer from 0 to 15"),
@@ -252,6 +253,20 @@ def test_paper_is_the_papers_own_rules(paper):
     assert config.p_attn == 0.4
     assert (config.selection, config.min_cubes) == ("top_p", 1)
     assert (config.importance, config.compensation) == ("norm", "mean")
+
+
+def test_paper_is_refused_of_a_request_where_the_server_scores_otherwise():
+    """What is kept of KV blocks is the server's, so a request cannot have the paper's score."""
+    server = AdaSparkConfig(score="bounds")
+    with pytest.raises(SettingsError, match="'paper' means score='mean', but on this server"):
+        server.override("paper", request=True)
+    with pytest.raises(SettingsError, match="'paper' means"):
+        server.override({"p_attn": 0.4, "paper": True}, request=True)
+    assert server.override("off", request=True).score == "bounds"
+    assert server.override({"paper": False}, request=True) == server
+    assert server.override("paper").score == "mean"
+    beside = server.override({"paper": True, "score": "bounds"})
+    assert (beside.score, beside.min_cubes) == ("bounds", 1)
 
 
 def test_what_is_named_beside_paper_counts():

@@ -1,4 +1,4 @@
-"""Geometry: the walk visits every token once, and KV blocks cut from it are compact."""
+"""Geometry: the order has every token once, and KV blocks cut from it are compact."""
 
 import random
 
@@ -11,7 +11,7 @@ IDEAL = 3.75  # mean squared spread of a 4x4x4 box
 
 
 def coordinates(grid, cube, order="cube"):
-    """``[T * H * W, 3]`` (t, h, w) in walking order."""
+    """``[T * H * W, 3]`` (t, h, w) in token order."""
     return np.stack(np.unravel_index(cube_order(grid, cube, order), grid), axis=-1)
 
 
@@ -21,7 +21,7 @@ def strip_height(rows, h):
 
 
 def slab_lengths(grid, cube):
-    """Frames of each slab, in order, found where the walk leaves all earlier frames behind."""
+    """Frames of each slab, in order, found where the order leaves all earlier frames behind."""
     frames = coordinates(grid, cube)[:, 0]
     latest = np.maximum.accumulate(frames)
     earliest_to_come = np.minimum.accumulate(frames[::-1])[::-1]
@@ -34,15 +34,15 @@ def test_every_token_is_visited_once():
     for _ in range(200):
         grid = tuple(rng.randint(1, n) for n in (9, 19, 23))
         cube = tuple(rng.randint(1, 9) for _ in range(3))
-        walk = cube_order(grid, cube)
-        assert walk.dtype == np.int64
-        assert np.array_equal(np.sort(walk), np.arange(np.prod(grid))), (grid, cube)
+        token_order = cube_order(grid, cube)
+        assert token_order.dtype == np.int64
+        assert np.array_equal(np.sort(token_order), np.arange(np.prod(grid))), (grid, cube)
 
 
-def test_a_walk_by_hand():
+def test_an_order_by_hand():
     # Two slabs of one frame, two strips of two rows: there and back, then the same way back.
-    walk = cube_order((2, 4, 2), (1, 2, 2))
-    assert walk.tolist() == [0, 2, 1, 3, 5, 7, 4, 6, 14, 12, 15, 13, 11, 9, 10, 8]
+    token_order = cube_order((2, 4, 2), (1, 2, 2))
+    assert token_order.tolist() == [0, 2, 1, 3, 5, 7, 4, 6, 14, 12, 15, 13, 11, 9, 10, 8]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_unknown_order_is_refused():
         cube_order((2, 2, 2), (4, 4, 4), "hilbert")
 
 
-def test_the_cached_walk_cannot_be_changed():
+def test_the_cached_order_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         cube_order((2, 4, 4), (2, 2, 2))[0] = 5
 
@@ -161,11 +161,11 @@ def test_spread_of_one_row_by_hand():
 def test_tokens_that_are_asked_are_of_all_frames_rows_and_columns(cube) -> None:
     t, h, w = cube
     volume = t * h * w
-    walk = cube_order(cube, cube)  # one cube: the walk is the block
+    token_order = cube_order(cube, cube)  # one cube: the order is the block's
     for count in (16, 32):
-        asked = spread_tokens(volume, count)
-        assert len(asked) == min(count, volume) and (np.diff(asked) > 0).all()
-        places = np.unravel_index(walk[asked], cube)
+        scored = spread_tokens(volume, count)
+        assert len(scored) == min(count, volume) and (np.diff(scored) > 0).all()
+        places = np.unravel_index(token_order[scored], cube)
         assert [len(set(place.tolist())) for place in places] == list(cube)
     assert spread_tokens(volume, volume).tolist() == list(range(volume))
     assert spread_tokens(volume, 2 * volume).tolist() == list(range(volume))

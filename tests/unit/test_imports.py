@@ -39,8 +39,12 @@ PURE = (
     "traces.picture",
     "analysis.measure",
     "analysis.plots",
+    "tune.intervals",
+    "tune.plan",
+    "tune.report",
     "cli",
     "cli.offline",
+    "cli.tune",
 )
 
 BLOCK_VLLM = """

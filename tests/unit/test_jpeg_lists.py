@@ -13,6 +13,7 @@ from transformers.video_utils import VideoMetadata
 from video_files import encode, number_of, picture
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
+from vllm_adaspark.video import load as load_module
 from vllm_adaspark.video.connector import AdaSparkConnector, use_connector
 from vllm_adaspark.video.load import LOADER
 
@@ -76,6 +77,9 @@ def test_frames_of_a_larger_video() -> None:
         ({"frames_indices": [0, 1, 2, 3.5]}, "whole numbers"),
         ({"total_num_frames": 3}, "video.total_num_frames=3"),
         ({"duration": -1}, "video.duration=-1"),
+        ({"duration": 10**400}, "video.duration=1000"),
+        ({"total_num_frames": 10**400}, "video.total_num_frames=1000"),
+        ({"fps": 10**400}, "video.fps=1000"),
         ({"video_backend": "nothing"}, "video.video_backend='nothing': unknown"),
     ],
 )
@@ -96,6 +100,13 @@ def test_bad_options_name_themselves(options, words) -> None:
 def test_bad_lists_are_named(pictures, words) -> None:
     with pytest.raises(ValueError, match=words):
         load(pictures)
+
+
+def test_a_list_of_many_large_pictures_is_refused_at_the_first(monkeypatch) -> None:
+    monkeypatch.setattr(load_module, "MAX_GIB", 4 * 96 * 64 * 3 / 2**30)
+    assert len(load(jpegs(4))[0]) == 4
+    with pytest.raises(ValueError, match="5 frames of 96x64 take"):
+        load([*jpegs(1), "@@@@", *jpegs(3)])
 
 
 def test_other_data_urls_are_files() -> None:

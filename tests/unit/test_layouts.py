@@ -60,9 +60,9 @@ def test_tokens_in_cube_order_keep_their_positions() -> None:
     positions = layout.positions(1300, videos, CUBE)
     assert sorted(positions) == list(range(1300))
     for start, frames in ((3, 5), (1000, 1)):
-        walk = cube_order((frames, 14, 14), (4, 4, 4))
-        assert (positions[start : start + len(walk)] == start + walk).all()
-        assert positions[start + len(walk)] == start + len(walk), "the newline"
+        token_order = cube_order((frames, 14, 14), (4, 4, 4))
+        assert (positions[start : start + len(token_order)] == start + token_order).all()
+        assert positions[start + len(token_order)] == start + len(token_order), "the newline"
     assert layout.positions(1300, videos, RASTER) is None
 
 

@@ -12,7 +12,8 @@ import torch
 
 from vllm_adaspark import observing as observing_module
 from vllm_adaspark.accounts import ledger as ledger_module
-from vllm_adaspark.accounts.account import ModelShape, count_step
+from vllm_adaspark.accounts.account import count_step
+from vllm_adaspark.accounts.flops import ModelShape
 from vllm_adaspark.accounts.ledger import EDGES, Histogram, Ledger, keep_counts, layer_groups
 from vllm_adaspark.accounts.reports import mode_of
 from vllm_adaspark.accounts.request_ids import search_name, unnumbered
@@ -224,7 +225,7 @@ def test_a_plans_counts_outlive_its_memory() -> None:
     attention, ffn = plan.attention, plan.ffn
     large = [attention.scratch, attention.candidates, attention.always, attention.blocks,
              attention.shared, attention.row_blocks, attention.jobs[0], ffn.tokens,
-             plan.sum_writes, attention, ffn]  # fmt: skip
+             plan.summary_writes, attention, ffn]  # fmt: skip
     gone = [weakref.ref(each) for each in large]
     del plan, attention, ffn, large, before
     gc.collect()

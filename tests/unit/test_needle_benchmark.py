@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from vllm.multimodal.video_prune.evs import compute_retained_tokens_count
 
 from vllm_adaspark.accounts.cost import PRESETS
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.adatp.settings import AdaTPSettings
 
 # Videos
 
@@ -30,7 +32,7 @@ def test_videos_are_held_out_and_nobody_elses(chosen):
         assert videos.FIRST <= number < videos.LAST
         assert video.seed not in videos.scenes.TRAINING_SEEDS
     assert videos.FIRST > 1_000_000
-    longest = videos.FIRST + videos.SEEDS * 2 * (grid.LENGTHS[-1] // grid.TOKENS_PER_PATCH + 1)
+    longest = videos.FIRST + videos.SEEDS * 2 * (grid.LENGTHS[-1] // Cell(1).tokens + 1)
     assert longest <= videos.LAST
 
 
@@ -76,7 +78,10 @@ def test_a_bad_number_of_videos_is_refused(count):
 # Grid
 
 
-@pytest.mark.parametrize("made", [grid.default(), grid.full(), grid.quick()])
+@pytest.mark.parametrize(
+    "made",
+    [grid.default(), grid.full(), grid.quick(), grid.adatp(), grid.on_places(True)],
+)
 def test_every_contender_can_be_served(made):
     for contender in made.contenders:
         if contender.kind == "adaspark":
@@ -84,7 +89,14 @@ def test_every_contender_can_be_served(made):
             assert config.cube_volume == contender.block
             # A changed default of the plugin must not change a contender.
             named = contender.settings.keys() | {"enabled", "flops", "keep", "prune", "trace"}
+            if "flops" in contender.settings:  # it chooses these
+                named |= {"p_attn", "p_ffn"}
             for field in dataclasses.fields(AdaSparkConfig):
+                assert field.name in named or not field.metadata["request"], field.name
+        elif contender.kind == "adatp":
+            AdaTPSettings().override(contender.settings | {"flops": 0.3})  # like another one's
+            named = contender.settings.keys() | {"enabled", "flops", "keep", "trace"}
+            for field in dataclasses.fields(AdaTPSettings):
                 assert field.name in named or not field.metadata["request"], field.name
         else:
             assert contender.settings is None
@@ -93,7 +105,7 @@ def test_every_contender_can_be_served(made):
 
 def test_the_default_grid_has_what_the_readme_promises():
     curves = {contender.curve for contender in grid.default().contenders}
-    assert curves == {"dense", "adaspark", "topk", "uniform", "evs"}
+    assert curves == {"dense", "adaspark", "adaspark bounds", "topk", "uniform", "evs"}
     shapes = {tuple(c.settings["cube"]) for c in grid.default().contenders if c.settings}
     assert shapes == {(4, 4, 4), (1, 8, 8), (16, 2, 2), (8, 4, 4)}
     everywhere = [c.name for c in grid.default().contenders if c.lengths == grid.LENGTHS]
@@ -106,11 +118,12 @@ def test_the_default_grid_has_what_the_readme_promises():
     assert pairs >= {(a, f) for a in grid.ATTENTION_SHARES for f in grid.FFN_SHARES}
 
 
-def test_contenders_come_after_those_they_match():
-    order = [contender.name for contender in run.ordered(grid.default().contenders)]
-    for contender in grid.default().contenders:
+@pytest.mark.parametrize("made", [grid.default(), grid.adatp()])
+def test_contenders_come_after_those_they_match(made):
+    order = [contender.name for contender in run.ordered(made.contenders)]
+    for contender in made.contenders:
         assert contender.like is None or order.index(contender.like) < order.index(contender.name)
-    kinds = [(c.kind, c.block) for c in run.ordered(grid.default().contenders)]
+    kinds = [(c.kind, c.block) for c in run.ordered(made.contenders)]
     changes = sum(a != b for a, b in pairwise(kinds))
     assert changes == len(set(kinds)) - 1  # every kind of server once
 
@@ -186,6 +199,12 @@ def test_stock_and_evs_servers_run_without_the_plugin(tmp_path):
     arguments, env = servers.command(servers.Server("adaspark", block=128), tmp_path, 4096)
     assert "adaspark_http" in env["VLLM_PLUGINS"]
     assert arguments[arguments.index("--block-size") + 1] == "128"
+    arguments, env = servers.command(servers.Server("adatp", dtype="float32"), tmp_path, 4096)
+    config = json.loads(arguments[arguments.index("--additional-config") + 1])
+    assert config == {"method": "adatp", "adaspark": {"cube": [4, 4, 4]}}
+    assert arguments[arguments.index("--dtype") + 1] == "float32"
+    names = [servers.Server("evs", rate=0.5, dtype=dtype).name for dtype in ("auto", "float32")]
+    assert names == ["evs-0.5000", "evs-0.5000-float32"]
 
 
 def test_two_longest_prompts_fit_one_step(tmp_path):
@@ -425,6 +444,21 @@ def test_tables_say_what_the_rows_say(result):
         "40 %",
     ]
     assert "72 questions for each contender and length" in tables.provenance(result)
+
+
+def test_a_series_of_its_own_fills_its_own_tables(result, tmp_path):
+    """Every contender at each length, calm and busy, with intervals."""
+    mine = result | {"series": "adatp", "dtype": "float32"}
+    page = tmp_path / "quality.md"
+    report.write(mine, page)
+    text = page.read_text()
+    line = next(
+        x for x in text.splitlines() if x.startswith("| evs like p=0.5/0.5 | 40 % | 40 % |")
+    )
+    assert re.search(r"\| \d+\.\d % \[\d+\.\d, \d+\.\d\] \| -", line), line
+    assert "2 cores, 4 GiB; computed in float32" in text
+    assert tables.dense(result) not in text, "the others' tables stay"
+    assert [path.name for path in plots.draw(mine, tmp_path)] == ["adatp_ablation.png"]
 
 
 def test_other_shapes_do_not_blur_the_other_tables(result):

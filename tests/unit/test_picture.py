@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vllm_adaspark.traces import reader
+from vllm_adaspark.traces.attended import cubes_of, frame_heat, most_attended, spread
 from vllm_adaspark.traces.picture import (
     ALWAYS,
     NEVER,
     OPACITY,
     colors,
-    cubes_of,
     gradient,
     save_heatmap,
 )
@@ -156,7 +157,7 @@ def test_two_videos(tmp_path: Path) -> None:
     trace["jpegs"] |= {(1, n): jpeg(200) for n in range(8)}
     rows = [[0.0] * 8 + [1.0] * 8] * 3
     trace["heat"] = {"answer": {"heat": rows, "tokens": 1, "wanted": 1}}
-    pixels = drawn(trace, tmp_path / "a.png", frames=4)
+    pixels = drawn(trace, tmp_path / "a.png", frames=16)
     bright = OPACITY * gradient(np.array(1.0)) + (1 - OPACITY) * 200
     assert has_color(pixels, bright) and has_color(pixels, over_frame(gradient(np.array(0.0))))
 
@@ -164,6 +165,99 @@ def test_two_videos(tmp_path: Path) -> None:
 @pytest.mark.parametrize("frames", [1, 2, 7, 8, 50])
 def test_number_of_frames(tmp_path: Path, frames: int) -> None:
     assert drawn(make_trace(), tmp_path / "a.png", frames=frames).shape[1] == 1240
+
+
+# -- which frames ------------------------------------------------------------------------------
+
+
+def test_frame_heat_is_the_mean_over_tokens() -> None:
+    """Of a video that starts inside a block, some of whose tokens were dropped."""
+    cubes = cubes_of(make_trace(), 0)
+    cubes[0, 0] = -1  # always attended: they say nothing
+    cubes[1, :3] = -2  # dropped
+    cubes[6] = -1
+    heat = np.linspace(0.1, 0.9, 8)
+    got = frame_heat(heat, cubes)
+    for n in range(8):
+        values = [0.0 if cube == -2 else heat[cube] for cube in cubes[n].ravel() if cube != -1]
+        want = np.mean(values) if values else np.nan
+        assert got[n] == pytest.approx(want, nan_ok=True)
+    assert np.isnan(got[6]) and not np.isnan(np.delete(got, 6)).any()
+
+
+def test_the_most_attended_come_in_order_of_time() -> None:
+    trace = make_trace(videos=[make_trace()["videos"][0]] * 2)
+    trace["videos"][1] = trace["videos"][1] | {"offset": 704}
+    trace["cube_starts"] = [OFFSET + SIZE * n for n in range(8)] + [
+        704 + SIZE * n for n in range(8)
+    ]
+    heat = np.zeros(16)
+    heat[4:8] = 0.5  # the later half of the first video
+    heat[8:12] = 0.9  # the earlier half of the second
+    places = [(video, n) for video in range(2) for n in range(8)]
+    late, early = [(0, n) for n in range(4, 8)], [(1, n) for n in range(4)]
+    assert most_attended(trace, heat, places, 4) == early
+    assert most_attended(trace, heat, places, 6) == [*late[:2], *early]
+    assert most_attended(trace, heat, places, 8) == [*late, *early]
+    assert most_attended(trace, heat, places, 99) == places
+    # Frames without a picture are not there to choose.
+    assert most_attended(trace, heat, [(0, 1), (0, 5), (1, 7)], 1) == [(0, 5)]
+
+
+def test_nothing_recorded_is_evenly_spread() -> None:
+    assert most_attended(make_trace(), np.full(8, np.nan), [(0, n) for n in range(8)], 2) == [
+        (0, 2),
+        (0, 6),
+    ]
+
+
+@pytest.mark.parametrize(
+    "number, wanted, expected",
+    [(60, 6, [5, 15, 25, 35, 45, 55]), (3, 6, [0, 1, 2]), (1, 1, [0]), (10, 1, [5])],
+)
+def test_spread(number: int, wanted: int, expected: list[int]) -> None:
+    assert spread(number, wanted) == expected
+
+
+@pytest.mark.parametrize("fetched", [True, False], ids=["fetched", "without pictures"])
+def test_the_picture_shows_the_frames_that_its_source_attended(
+    tmp_path: Path, fetched: bool
+) -> None:
+    """Question and answer look at different halves, and each picture shows only its own."""
+    early, late = ([0.9] * 4 + [0.1] * 4, [0.1] * 4 + [0.9] * 4)
+    heat = {"question": {"heat": [early] * 3}, "answer": {"heat": [late] * 3}}
+    trace = make_trace(heat=heat)
+    if not fetched:
+        trace["jpegs"] = {}
+    for source in heat:
+        path = save_heatmap(trace, tmp_path / "a.png", source=source, frames=4)
+        pixels = np.array(Image.open(path)).astype(int)
+        hot, cold = (gradient(np.array(share)) for share in (0.9, 0.1))
+        if fetched:
+            hot, cold = over_frame(hot), over_frame(cold)
+        assert has_color(pixels, hot, 10_000) and not has_color(pixels, cold)
+
+
+def test_the_reader_fetches_what_either_source_attended() -> None:
+    heat = {
+        "question": {"heat": [[0.9] * 4 + [0.1] * 4] * 3},
+        "answer": {"heat": [[0.1] * 4 + [0.9] * 4] * 3},
+    }
+    asked = []
+
+    def frame(video: int, n: int) -> bytes:
+        asked.append((video, n))
+        return jpeg()
+
+    meta = {key: value for key, value in make_trace().items() if key not in ("heat", "jpegs")}
+    whole = reader._whole(meta, heat.get, frame, frames=2)
+    assert sorted(whole["jpegs"]) == asked == [(0, 0), (0, 1), (0, 4), (0, 5)]
+    meta["videos"][0]["frames"] = 5  # pictures of its first places in time only
+    few = reader._whole(meta, heat.get, frame, frames=2)["jpegs"]
+    assert sorted(few) == [(0, 0), (0, 1), (0, 4)]
+
+
+# -- what it needs -------------------------------------------------------------------------------
 
 
 BAD = {

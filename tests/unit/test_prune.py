@@ -45,20 +45,20 @@ def by_loops(video: torch.Tensor, grid, prune: float) -> set[int]:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_survivors_are_what_differs_most(grid) -> None:
-    video, walk = footage(grid), cube_order(grid, (4, 4, 4))
+    video, order = footage(grid), cube_order(grid, (4, 4, 4))
     for prune in RATES:
-        kept = survivors(video, grid, prune, walk).tolist()
+        kept = survivors(video, grid, prune, order).tolist()
         assert len(kept) == kept_tokens(grid, prune)
         assert set(kept) == by_loops(video, grid, prune), prune
-        assert kept == [token for token in walk.tolist() if token in set(kept)], "in walk order"
+        assert kept == [token for token in order.tolist() if token in set(kept)], "in token order"
 
 
 def test_still_places_go_in_order_of_time() -> None:
     """Of equal distances the earlier token stays, however the sort is implemented."""
     grid = (40, 4, 6)
     still = torch.ones(960, 8)
-    walk = cube_order(grid, (4, 4, 4), "raster")
-    assert survivors(still, grid, 0.5, walk).tolist() == list(range(480))
+    order = cube_order(grid, (4, 4, 4), "raster")
+    assert survivors(still, grid, 0.5, order).tolist() == list(range(480))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -104,19 +104,21 @@ def test_a_distance_does_not_depend_on_the_dtype_it_is_told_in() -> None:
     """bfloat16 embeddings are compared in float32: in bfloat16 near distances would be equal."""
     grid = (12, 6, 6)
     video = (torch.ones(432, 64) + 0.05 * torch.randn(432, 64)).bfloat16()
-    walk = cube_order(grid, (4, 4, 4))
-    assert torch.equal(survivors(video, grid, 0.5, walk), survivors(video.float(), grid, 0.5, walk))
+    order = cube_order(grid, (4, 4, 4))
+    assert torch.equal(
+        survivors(video, grid, 0.5, order), survivors(video.float(), grid, 0.5, order)
+    )
 
 
 def test_survivors_in_cube_order_are_compact() -> None:
-    """KV blocks of half a video lie closer together in the walk than in raster order."""
+    """KV blocks of half a video lie closer together in cube order than in raster order."""
     grid = (64, 8, 8)
     keep = np.random.default_rng(3).random(4096) < 0.5
 
-    def spread(order: str) -> float:
-        walk = cube_order(grid, (4, 4, 4), order)
-        walk = walk[keep[walk]]
-        at = np.stack(np.unravel_index(walk[: len(walk) // 64 * 64], grid), -1).reshape(-1, 64, 3)
+    def spread(named: str) -> float:
+        order = cube_order(grid, (4, 4, 4), named)
+        order = order[keep[order]]
+        at = np.stack(np.unravel_index(order[: len(order) // 64 * 64], grid), -1).reshape(-1, 64, 3)
         return float(((at - at.mean(1, keepdims=True)) ** 2).sum(-1).mean())
 
     assert block_spread(grid, (4, 4, 4), 64) < spread("cube") < 9 < spread("raster")

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from vllm_adaspark.traces import reader
-from vllm_adaspark.traces.picture import DROPPED, GONE, colors, cubes_of
+from vllm_adaspark.traces.attended import GONE, cubes_of
+from vllm_adaspark.traces.picture import DROPPED, colors
 from vllm_adaspark.traces.store import TraceStore, trace_id
 from vllm_adaspark.traces.survivors import Survivors
 from vllm_adaspark.traces.trace import Trace, Video
-from vllm_adaspark.video.order import cube_order, decode_walk
+from vllm_adaspark.video.order import cube_order, decode_order
 from vllm_adaspark.video.prune import COLUMNS, survivors, with_places
 
 GRID, HIDDEN, SIZE = (8, 6, 6), 16, 64
@@ -48,8 +49,8 @@ def test_a_pruned_video_takes_what_is_left_of_it() -> None:
     assert trace.cube_blocks.tolist() == [1], "blocks 0, 2 and 3 hold text, too"
     first, second = reader.complete(trace.meta())["videos"]
     assert (first["tokens"], second["tokens"]) == (144, 64)
-    assert decode_walk(first["walk"]).tolist() == kept.tolist()
-    assert decode_walk(second["walk"]).tolist() == cube_order((4, 4, 4), (4, 4, 4)).tolist()
+    assert decode_order(first["token_order"]).tolist() == kept.tolist()
+    assert decode_order(second["token_order"]).tolist() == cube_order((4, 4, 4), (4, 4, 4)).tolist()
 
 
 def test_the_picture_shows_what_was_dropped() -> None:
@@ -88,7 +89,7 @@ def test_survivors_are_read_off_the_encoder_cache(dtype) -> None:
 
 
 def test_survivors_of_videos_long_past_are_forgotten() -> None:
-    known = Survivors(room=3 * 144 * 3)
+    known = Survivors(limit=3 * 144 * 3)
     for number in range(5):
         known.expect(f"r{number}", [f"v{number}"])
         known.note({f"v{number}": entry_of(number)[0]})
@@ -104,7 +105,8 @@ def test_survivors_of_videos_long_past_are_forgotten() -> None:
 def test_survivors_count_before_they_are_known() -> None:
     """Ranks must count alike, whenever each hears of them."""
     before, after = new_trace(None), new_trace(entry_of()[1].astype(np.int32))
-    assert before.counted == after.counted == before.prompt_ids.nbytes + 4 * 144
+    named = before.prompt_ids.nbytes + 4 * len(before.request_id)
+    assert before.counted == after.counted == named + 4 * 144
     assert after.nbytes == before.nbytes + 4 * 144
     store = TraceStore(before.counted)
     assert store.start(before, expected=1 << 20) and before.truncated

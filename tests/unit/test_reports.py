@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vllm_adaspark.accounts.account import Account, ModelShape, StepCounts
+from vllm_adaspark.accounts.account import Account, StepCounts
+from vllm_adaspark.accounts.flops import ModelShape
 from vllm_adaspark.accounts.reports import (
     merge_engines,
     merge_ranks,

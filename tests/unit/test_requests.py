@@ -13,6 +13,8 @@ from vllm_adaspark.methods.adaspark.choose import BUDGET
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest, RowSettings
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.videonsa.request import VideoNSARequest
+from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
 from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.requests import (
     Prompt,
@@ -127,6 +129,15 @@ def test_cubes_are_the_blocks_of_nothing_but_video() -> None:
     assert AdaSparkRequest(CONFIG, is_video).is_cube.tolist() == [False, True, True, True]
 
 
+def test_videonsas_cubes_are_the_blocks_with_vision_tokens() -> None:
+    is_video = np.zeros(330, bool)
+    is_video[10:140] = is_video[260:262] = True
+    request = VideoNSARequest(VideoNSASettings(), is_video)
+    assert request.is_cube.tolist() == [True, True, True, False, True]
+    assert request.video_in_block.tolist() == [54, 64, 12, 0, 2]
+    assert request.opens_block.nonzero()[0].tolist() == [10, 64, 128, 260]
+
+
 def test_settings_of_rows() -> None:
     mask = np.ones(9, bool)
     rows = RowSettings.of_rows(
@@ -165,7 +176,7 @@ def test_a_plan_reads_nothing_back_from_the_device() -> None:
     plan = build_plan(
         rows, requests, 32, dense_below=1, cube_queries=8, device=torch.device("meta")
     )
-    assert plan.attention is not None and plan.ffn is not None and not plan.sum_writes.empty
+    assert plan.attention is not None and plan.ffn is not None and not plan.summary_writes.empty
     assert plan.attention.blocks.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         plan.attention.blocks.tolist()  # the counter-test
@@ -212,5 +223,26 @@ def test_dense_settings_sum_no_keys() -> None:
         plan = build_plan(
             rows, [request], 32, dense_below=1, cube_queries=8, device=torch.device("cpu")
         )
-        assert plan.attention is None and plan.sum_writes.empty
+        assert plan.attention is None and (plan.summary_writes is None or plan.summary_writes.empty)
         assert (plan.ffn is None) == (settings == "off")
+
+
+def test_requests_that_leave_nothing_out_are_counted_and_no_more() -> None:
+    """As many video tokens and cubes as token by token, for whatever part of a prompt runs."""
+    rng = np.random.default_rng(0)
+    for settings in ("off", {"p_attn": 1.0, "p_ffn": 1.0}):
+        for _ in range(20):
+            runs = rng.integers(1, 200, int(rng.integers(1, 6)))
+            video = np.repeat(np.arange(len(runs)) % 2 == 0, runs)
+            request = AdaSparkRequest(CONFIG.override(settings), video)
+            start = int(rng.integers(0, len(video) + 40))
+            stop = start + int(rng.integers(1, 300))
+            rows = StepRows(np.array([0, stop - start]), np.array([stop]), np.arange(20)[None])
+            plan = build_plan(
+                rows, [request], 32, dense_below=1, cube_queries=8, device=torch.device("cpu")
+            )
+            assert plan.attention is plan.ffn is plan.summary_writes is None
+            assert plan.video_tokens.tolist() == [video[start:stop].sum()]
+            cubes = [video[i : i + 32].all() for i in range(0, len(video) - 31, 32)]
+            seen = sum(sum(cubes[: position // 32]) for position in range(start, stop))
+            assert plan.cubes_seen.tolist() == [seen]

@@ -24,7 +24,7 @@ from vllm_adaspark.traces.frames import (
     MAX_WAITING,
     FrameMaker,
     Frames,
-    frame_room,
+    frame_bytes,
 )
 from vllm_adaspark.traces.step import StepTrace, chunk_of, counted_bytes
 from vllm_adaspark.traces.store import Sizes, TraceStore, trace_id
@@ -258,7 +258,7 @@ def test_answer_ends_where_it_stops() -> None:
     trace.stop_ids = frozenset([9])
     for tokens in ([5], [], [9], [4]):
         trace.add_answer(tokens)
-    assert trace.answer_ids == [5, 9]
+    assert list(trace.answer_ids) == [5, 9]
 
 
 def test_bits() -> None:
@@ -412,7 +412,7 @@ class Rank:
             frames.forget()
         trace = new_trace(name, layers=self.layers)
         trace.frames = frames
-        trace.counted += frames.room
+        trace.counted += frames.reserved
         recorder.trace = trace
         self.store.start(trace, SIZES.prompt(trace, 0))
 
@@ -425,7 +425,7 @@ class Rank:
 
 def test_ranks_that_hold_different_amounts_keep_the_same_traces() -> None:
     """A stage with more layers, one whose layers are dense, one with the frames, one without."""
-    limit = round(3.2 * (EXPECTED + 4 * PROMPT + 4 * frame_room((4, 1, 1), shape())))
+    limit = round(3.2 * (EXPECTED + 4 * PROMPT + 4 * frame_bytes((4, 1, 1), shape())))
     ranks = [
         Rank(range(0, 3), 1, True, limit),
         Rank(range(0, 3), 1, False, limit),
@@ -468,7 +468,8 @@ def test_bytes_are_counted() -> None:
     made = len(trace.frames.get(0, 0))
     chunks = sum(chunk.nbytes for chunk in trace.chunks)
     assert trace.nbytes == chunks + made + trace.prompt_ids.nbytes
-    assert trace.counted == sum(c.counted for c in trace.chunks) + trace.prompt_ids.nbytes
+    named = trace.prompt_ids.nbytes + 4 * len(trace.request_id)
+    assert trace.counted == sum(c.counted for c in trace.chunks) + named
     assert [(chunk.start, chunk.end) for chunk in trace.chunks] == [
         (0, 192), (192, 400), (400, PROMPT),
     ]  # fmt: skip
@@ -592,7 +593,7 @@ def test_summaries_come_latest_first() -> None:
     assert [each["request_id"] for each in reader.merge_lists([summaries])] == ["b", "c", "a"]
 
 
-def test_complete_adds_text_and_walk() -> None:
+def test_complete_adds_text_and_token_order() -> None:
     class Tokenizer:
         def decode(self, ids) -> str:
             return "".join(f"<{token}>" for token in ids)
@@ -600,16 +601,8 @@ def test_complete_adds_text_and_walk() -> None:
     meta = reader.complete(new_trace().meta(), Tokenizer())
     assert meta["spans"][0]["texts"][:2] == ["<0>", "<1>"]
     assert "texts" not in meta["spans"][1]
-    walk = np.frombuffer(base64.b64decode(meta["videos"][0]["walk"]), "<i4")
-    assert (walk == cube_order(GRID, (4, 4, 4))).all()
-
-
-@pytest.mark.parametrize(
-    "number, wanted, expected",
-    [(60, 6, [5, 15, 25, 35, 45, 55]), (3, 6, [0, 1, 2]), (1, 1, [0]), (10, 1, [5])],
-)
-def test_spread(number: int, wanted: int, expected: list[int]) -> None:
-    assert reader.spread(number, wanted) == expected
+    token_order = np.frombuffer(base64.b64decode(meta["videos"][0]["token_order"]), "<i4")
+    assert (token_order == cube_order(GRID, (4, 4, 4))).all()
 
 
 # -- frames ---------------------------------------------------------------------------------------
@@ -669,9 +662,9 @@ def test_frames_are_small_and_keep_to_their_room() -> None:
     for outside in ((0, 3), (0, -1), (1, 0), (3, 0)):
         assert frames.get(*outside) is None
     frames.make_all()
-    assert 0 < frames.nbytes <= frames.room
-    assert frames.room == 3 * (320 * 160 // 4) + 2 * 2048
-    fewer = Frames([patched(3)], shape(), limit=2 * frame_room(patched(3)[1], shape()) + 10)
+    assert 0 < frames.nbytes <= frames.reserved
+    assert frames.reserved == 3 * (320 * 160 // 4) + 2 * 2048
+    fewer = Frames([patched(3)], shape(), limit=2 * frame_bytes(patched(3)[1], shape()) + 10)
     assert fewer.number(0) == 2 and fewer.get(0, 2) is None
 
 

@@ -177,24 +177,24 @@ def test_dense_in_cube_order_equals_stock_with_permuted_inputs(model) -> None:
     with torch.no_grad():
         encoded = model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
         (video,) = encoded.pooler_output
-        walk = torch.from_numpy(cube_order((8, 4, 8), (2, 4, 4)).copy())
+        order = torch.from_numpy(cube_order((8, 4, 8), (2, 4, 4)).copy())
         embeddings = model.get_input_embeddings()(batch["input_ids"])
-        embeddings[0, 9 : 9 + len(walk)] = video[walk]
+        embeddings[0, 9 : 9 + len(order)] = video[order]
         (prompt,) = read_prompts(
             batch["input_ids"], None, None, None, batch["video_grid_thw"], None, model.config,
             AdaSparkConfig(order="raster"),
         )  # fmt: skip
         positions = torch.from_numpy(prompt.positions)[:, None]
-        after = positions[:, 0, 9 + len(walk)]
-        assert (after == positions[:, 0, : 9 + len(walk)].max() + 1).all(), "vLLM's convention"
-        positions[:, 0, 9 : 9 + len(walk)] = positions[:, 0, 9 : 9 + len(walk)][:, walk]
+        after = positions[:, 0, 9 + len(order)]
+        assert (after == positions[:, 0, : 9 + len(order)].max() + 1).all(), "vLLM's convention"
+        positions[:, 0, 9 : 9 + len(order)] = positions[:, 0, 9 : 9 + len(order)][:, order]
         expected = model(inputs_embeds=embeddings, position_ids=positions).logits
         enable_sparse_training(model, AdaSparkConfig(p_attn=1.0, p_ffn=1.0, cube=(2, 4, 4)))
         ours = model(**batch).logits
     torch.testing.assert_close(ours[0, -20:], expected[0, -20:], atol=1e-4, rtol=1e-4)
     # What comes out is in the order of input_ids.
     torch.testing.assert_close(
-        ours[0, 9 + walk], expected[0, 9 : 9 + len(walk)], atol=1e-4, rtol=1e-4
+        ours[0, 9 + order], expected[0, 9 : 9 + len(order)], atol=1e-4, rtol=1e-4
     )
 
 

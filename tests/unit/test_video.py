@@ -90,10 +90,12 @@ def seconds_apart(metadata: VideoMetadata) -> float:
 
 
 @pytest.fixture
-def warnings(caplog):
-    """What is logged as a warning; vLLM's loggers do not propagate."""
+def warnings(caplog, monkeypatch):
+    """What is logged as a warning: vLLM's loggers do not propagate, and tests may silence them."""
     logger = logging.getLogger("vllm.adaspark")
     logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger.name)
     yield lambda: caplog.text
     logger.removeHandler(caplog.handler)
 
@@ -249,7 +251,8 @@ def test_half_a_file(container, options, loader, warnings) -> None:
     half = data[: len(data) * 55 // 100]
     numbers, metadata = shown(half, loader)
     assert numbers == list(range(len(numbers))) and 40 < len(numbers) < 100
-    assert seconds_apart(metadata) == pytest.approx(0.5, rel=0.02)
+    # Of an odd number of frames one is left out, as the model takes them in pairs.
+    assert seconds_apart(metadata) == pytest.approx(0.5, rel=1.01 / len(numbers))
     assert metadata.duration == pytest.approx(len(numbers) / 2, abs=1)
     if "faststart" in options.values() or container == "matroska":
         assert "claims 64.0 s of video" in warnings()

@@ -295,4 +295,6 @@ def test_a_plan_knows_kinds_and_sequences() -> None:
     assert plan.vision.tolist() == [*range(2, 5), *range(70, 130)]
     assert plan.text.tolist() == [0, 1, *range(5, 70)]
     assert plan.own.tolist() == [t // 64 for t in plan.vision.tolist()]
-    assert (plan.tokens, plan.blocks, plan.places) == (130, 3, 32)
+    assert (plan.tokens, plan.blocks, plan.places) == (130, 3, 4), "no place for a fifth block"
+    long = faithful.plan_prompt(np.ones(64 * 19 + 1, bool), 20, 256, torch.device("cpu"))
+    assert (long.blocks, long.places) == (20, 32)

@@ -1,12 +1,7 @@
 """What a request cost and what it would have cost dense: densities and FLOPs, per layer and in all.
 
 Counts come from the plan of each step and the few numbers every layer leaves on it; FLOPs follow
-from counts and the model's shape.  A multiply-add is two FLOPs.  Counted are the matrix products of
-the language model's layers: QKV and output projections, attention (QK and PV), cube scores
-("selection") and FFN, each as often as it is computed.  Not counted, in either column: vision
-tower, norms, RoPE, LM head, sums and sorts, what a kernel computes of a tile only to mask it, and
-the K and V projections that tensor-parallel ranks repeat where they share a KV head.  Pure NumPy;
-no vLLM.
+from counts and the model's shape (flops.py, which says what is counted).  Pure NumPy; no vLLM.
 
 A method whose attention is not made of tiles tells its FLOPs itself (``StepPlan.tell``); they are
 added to those that are counted here for the steps without a plan.
@@ -22,16 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..kernels import score_products
 from ..paged.plan import FALLBACKS, StepPlan
 from ..paged.state import StepRows
 from ..paged.tiles import DENSE
 from ..video.prune import WholePrompt
+from .flops import ModelShape
 
 PER_LAYER = ("pairs", "scored", "cubes_attended", "ffn_skipped")  # counts kept for each layer
 BY_NAME = ("told_flops", "sums")  # told by a method's plan, by name, for each layer
@@ -47,57 +43,6 @@ OF_STEP = (  # counted once
 )
 OF_REQUEST = (*OF_STEP, "cached_tokens")
 SECONDS = ("selection_seconds", "planning_seconds")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of one layer of the language model, over all tensor-parallel ranks.
-
-    ``score_products`` belongs to the machine, not to the model: how many times the score of a
-    (query token, cube) pair is computed there, see ``kernels.score_products``.
-    """
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
-    score_products: int = 1
-
-    @classmethod
-    def of(cls, text_config: Any, device_type: str = "cpu") -> ModelShape:
-        """Sizes of a layer, from a checkpoint's text config; ``device_type`` as PyTorch's."""
-        heads = text_config.num_attention_heads
-        head_size = text_config.hidden_size // heads
-        return cls(
-            hidden=text_config.hidden_size,
-            heads=heads,
-            kv_heads=text_config.num_key_value_heads,
-            head_size=head_size,
-            intermediate=text_config.intermediate_size,
-            score_products=score_products(device_type, head_size),
-        )
-
-    @property
-    def qkvo_flops_per_token(self) -> int:
-        """QKV and output projections of one layer."""
-        qkv = self.hidden * (self.heads + 2 * self.kv_heads) * self.head_size
-        return 2 * (qkv + self.heads * self.head_size * self.hidden)
-
-    @property
-    def attention_flops_per_pair(self) -> int:
-        """QK and PV of one (query token, key token) pair in one layer, all heads."""
-        return 4 * self.heads * self.head_size
-
-    @property
-    def score_flops_per_pair(self) -> int:
-        """The score of one (query token, cube) pair in one layer, all heads."""
-        return 2 * self.heads * self.head_size * self.score_products
-
-    @property
-    def ffn_flops_per_token(self) -> int:
-        """Gate, up and down projections of one layer."""
-        return 6 * self.hidden * self.intermediate
 
 
 @dataclass
@@ -121,6 +66,12 @@ class StepCounts:
     fallback_tokens: dict[str, np.ndarray]  # by reason: [rows], see plan.FALLBACKS
     selection_seconds: np.ndarray  # [rows] the step's, by each row's part in the work
     planning_seconds: np.ndarray  # [rows]
+
+    @cached_property
+    def plain(self) -> dict[str, list[int | float]]:
+        """What is counted once for each row, by name: ``[rows]`` numbers of Python's, once the
+        step is counted."""
+        return {name: getattr(self, name).tolist() for name in (*OF_STEP, *SECONDS)}
 
 
 def count_step(
@@ -186,8 +137,8 @@ def count_step(
     if plan.attention is not None:
         tiles = plan.attention.tiles
         candidates = tiles.candidates.sum(axis=1)
-        scored = by_row(tiles.row, candidates * tiles.asked)
-        choosing = by_row(tiles.row, candidates * np.maximum(tiles.asked, 1))
+        scored = by_row(tiles.row, candidates * tiles.scored)
+        choosing = by_row(tiles.row, candidates * np.maximum(tiles.scored, 1))
         counts.choices += by_row(tiles.row[tiles.kind != DENSE])
     if plan.ffn is not None:
         counts.choices += by_row(plan.ffn.row)
@@ -281,10 +232,9 @@ class Account:
 
     def add(self, counts: StepCounts, row: int | None = None) -> None:
         """Add one row of a step, or all of it."""
-        for name in (*OF_STEP, *SECONDS):
-            values = getattr(counts, name)
-            added = values.sum() if row is None else values[row]
-            setattr(self, name, getattr(self, name) + added.item())
+        for name, values in counts.plain.items():
+            added = sum(values) if row is None else values[row]
+            setattr(self, name, getattr(self, name) + added)
         for reason, tokens in counts.fallback_tokens.items():
             self._add_fallback(reason, int(tokens.sum() if row is None else tokens[row]))
         for name in PER_LAYER:

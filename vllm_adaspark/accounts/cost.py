@@ -2,10 +2,7 @@
 
 Which frames are taken and how many tokens they become is told by the model's layout
 (models/layout.py), from the checkpoint's files: no model, no vLLM and no GPU is needed to ask.  The
-dense FLOPs are counted; what AdaSpark spends of them depends on the video, so it is an estimate
-that takes a density of p: attention keeps ``p_attn`` of the preceding cubes, the FFN ``p_ffn`` of
-the tokens.  Where attention is concentrated, fewer cubes hold that mass.  A FLOPs budget is met as
-methods/adaspark/budget.py meets it.
+dense FLOPs are counted; what of them is spent, the method's settings tell (``Settings.forecast``).
 
 Not counted: the vision tower's FLOPs and activations, CUDA graphs, the answer's tokens.
 """
@@ -15,26 +12,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..kernels import score_products
-from ..methods.adaspark.budget import prompt_cost
-from ..methods.adaspark.settings import AdaSparkConfig
-from ..methods.videonsa.plan import prompt_flops as videonsa_flops
-from ..methods.videonsa.settings import VideoNSASettings
 from ..models.layout import FrameRules, Layout, LayoutError, Sampling, Video, layout_class
 from ..models.llava_onevision_layout import LlavaFrames, LlavaOnevisionLayout
 from ..models.qwen2_5_vl_layout import Qwen2_5_VLLayout, QwenFrames
+from ..paged.state import kept_bytes
 from ..settings import Settings
 from ..video.prune import COLUMNS, kept_tokens
-from .account import ModelShape
+from .flops import Forecast, ModelShape
 
-KEY_SUM_BYTES = 4  # float32
+KEYS_DTYPE = torch.bfloat16  # of the model, usually
 ROUND = 1024  # lengths are proposed in multiples of this
 
 
@@ -171,8 +164,11 @@ class Cost:
     prompt_tokens: int
     cubes: int
     dense_flops: float  # with the dropped tokens
-    flops: float | None  # an estimate, except for a budget that can be met; only AdaSpark's
+    dense_attention_flops: float  # of them
+    flops: float | None  # None where the method does not tell
     flops_ratio: float | None
+    flops_by_part: dict[str, float] | None  # as accounts name the parts; None where not told apart
+    flops_note: str  # whether that is exact, an estimate, or the most
     least_budget: float | None  # the smallest FLOPs budget that can be met
     kv_bytes: int
     key_sum_bytes: int
@@ -181,6 +177,7 @@ class Cost:
     weights_bytes: int | None
     max_model_len: int
     max_num_batched_tokens: int
+    one_step: bool  # whether the prompt must run in one step
     fits: bool  # whether the model has so many positions
     fitting_frames: int | None  # max_frames that fits, if this does not; None if none does
     fitting_pixels: int | None  # or max_pixels
@@ -205,7 +202,7 @@ def cost(
     Args:
         model, video, config, sampling: the model, the video and the settings.
         text_tokens: of the prompt, chat template included.
-        answer_tokens: room to leave for the answer.
+        answer_tokens: to leave for the answer.
         kv_element_bytes: 2 for a bfloat16 KV cache, 1 for fp8.
     """
     shape, rules = model.shape, model.rules
@@ -219,10 +216,11 @@ def cost(
     length = _round_up(prompt + answer_tokens)
     volume = config.cube_volume
     blocks = -(-(prompt + answer_tokens) // volume)
-    dense, spent, least = _flops(model, config, prompt, tokens, whole - tokens)
+    flops = _forecast(model, config, prompt, tokens, whole - tokens)
+    with_dropped = prompt + whole - tokens
     fits = prompt + answer_tokens <= model.max_positions
-    room = max(0, model.max_positions - text_tokens - answer_tokens - rules.after_video)
-    fitting_frames, fitting_pixels = (None, None) if fits else rules.fitting(room, grid)
+    most = max(0, model.max_positions - text_tokens - answer_tokens - rules.after_video)
+    fitting_frames, fitting_pixels = (None, None) if fits else rules.fitting(most, grid)
     return Cost(
         frames=frames,
         resized=size,
@@ -231,57 +229,47 @@ def cost(
         dropped_tokens=whole - tokens,
         prompt_tokens=prompt,
         cubes=tokens // volume,
-        dense_flops=dense,
-        flops=spent,
-        flops_ratio=None if spent is None else spent / dense,
-        least_budget=least,
+        dense_flops=flops.dense,
+        dense_attention_flops=model.layers
+        * (with_dropped * (with_dropped + 1) / 2 * shape.attention_flops_per_pair),
+        flops=flops.spent,
+        flops_ratio=None if flops.spent is None else flops.spent / flops.dense,
+        flops_by_part=flops.by_part,
+        flops_note=flops.note,
+        least_budget=flops.least,
         kv_bytes=blocks
         * volume
         * (2 * shape.kv_heads * shape.head_size * kv_element_bytes * model.layers),
         key_sum_bytes=blocks
-        * shape.kv_heads
-        * shape.head_size
-        * KEY_SUM_BYTES
         * model.layers
-        * (2 if isinstance(config, VideoNSASettings) else 1),  # it sums values, too
+        * kept_bytes(config, shape.kv_heads, shape.head_size, KEYS_DTYPE),
         encoder_cache_bytes=place * (shape.hidden + COLUMNS * (whole > tokens)) * 2,
         host_bytes=frames * video.height * video.width * 3 + rules.pixel_bytes(frames, size),
         weights_bytes=model.weights,
         max_model_len=min(length, model.max_positions) if fits else length,
-        max_num_batched_tokens=_round_up(place),
+        max_num_batched_tokens=_round_up(prompt if config.one_step else place),
+        one_step=config.one_step,
         fits=fits,
         fitting_frames=fitting_frames,
         fitting_pixels=fitting_pixels,
     )
 
 
-def _flops(
-    model: Model, config: Settings, prompt: int, video: int, dropped: int
-) -> tuple[float, float | None, float | None]:
-    """(dense, spent, least budget as a share) of the prompt, on this machine's GPU or else CPU.
+def _forecast(model: Model, config: Settings, prompt: int, video: int, dropped: int) -> Forecast:
+    """Of the prompt, on this machine's GPU or else CPU.
 
-    VideoNSA's are exact.  The least budget is AdaSpark's only; what is spent is not known of other
-    methods.
+    Raises:
+        LayoutError: the model has not the layers that the settings name.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = replace(model.shape, score_products=score_products(device, model.shape.head_size))
+    shape = model.shape.scored(device, config.key_summary)
     is_video = np.zeros(prompt, bool)
     start = min(model.rules.text_before, prompt - video)
     is_video[start : start + video] = True
-    if not isinstance(config, AdaSparkConfig):
-        dense = prompt_cost(shape, model.layers, is_video, AdaSparkConfig()).dense
-        if isinstance(config, VideoNSASettings) and config.mode == "paper":
-            return dense, videonsa_flops(config, shape, model.layers, is_video), None
-        return dense, None if config.enabled else dense, None
-    cost = prompt_cost(shape, model.layers, is_video, config, dropped)
-    if not config.enabled:
-        return cost.whole, cost.dense, cost.least
-    if config.flops is not None:
-        share = ffn_share = cost.share(config.flops)
-    else:
-        share = config.p_attn if config.selection == "top_p" else config.keep
-        ffn_share = config.p_ffn
-    return cost.whole, cost.spent(share, ffn_share), cost.least
+    try:
+        return config.forecast(shape, model.layers, is_video, dropped)
+    except ValueError as error:
+        raise LayoutError(str(error)) from None
 
 
 def _round_up(tokens: int) -> int:

@@ -15,11 +15,13 @@ from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from ..paged.tiles import Tiles
 from ..video.prune import WholePrompt
-from .account import Account, ModelShape, count_step
+from .account import Account, count_step
+from .flops import ModelShape
 from .reports import DENSE_REASONS, mode_of
 from .request_ids import search_name, unnumbered
 
 RECENT = 256  # finished requests that are remembered one by one
+MOST_CHARACTERS = 1 << 20  # of their ids, which clients may choose
 LAYER_GROUPS = 4
 # Upper edges of the histograms' buckets; a density is never above 1.
 EDGES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -30,7 +32,7 @@ def keep_counts(plan: StepPlan | None) -> StepPlan | None:
 
     A step's counts can be read once its device has run it, and by then the host has planned the
     next one.  A plan kept until then would hold tables and scratch memory of two steps at a time,
-    of which room is reserved for one.
+    of which memory is reserved for one.
     """
     if plan is None:
         return None
@@ -159,8 +161,11 @@ class Ledger:
         if search is not None:
             search.merge(account)
         self._finished[name or request_id] = search or account
-        while len(self._finished) > RECENT:
-            del self._finished[next(iter(self._finished))]
+        characters = sum(map(len, self._finished))
+        while len(self._finished) > RECENT or characters > MOST_CHARACTERS:
+            oldest = next(iter(self._finished))
+            characters -= len(oldest)
+            del self._finished[oldest]
 
     # -- what is sent; msgpack-ready --------------------------------------------------------------
 

@@ -9,8 +9,11 @@ and stages put one after the other.  No vLLM, so that a client can read what wor
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -117,6 +120,25 @@ def request_report(request_id: str, account: Account, finished: bool) -> dict[st
     return {"request_id": request_id, "finished": finished, **usage(account, layers=True)}
 
 
+def append_line(path: str, line: str) -> None:
+    """Add a line to a file: all of it, or nothing.
+
+    Raises:
+        OSError: it cannot be written, for lack of space for instance.
+    """
+    data = f"{line}\n".encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END) if file.seekable() else 0
+        try:
+            written = file.write(data)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):  # a part of a line would spoil the next one, too
+                file.truncate(end)
+            raise
+
+
 def part_of_model(layers: range, num_layers: int, ranks: int) -> str | None:
     """What one rank's account leaves out, in words; None if it is the whole.
 
@@ -143,6 +165,12 @@ def usage(account: Account, *, layers: bool = False) -> dict[str, Any]:
     settings = None if told is None else shown_settings(told)
     budget = None if told is None else told.get("budget")
     return {"mode": mode, "reason": reason, **report, "settings": settings, "budget": budget}
+
+
+def means_by_layer(account: Account) -> dict[str, list[float]]:
+    """What a method told of each video token (``Account.sums``), as a mean for each layer."""
+    tokens = max(account.video_tokens, 1)
+    return {name: (sums / tokens).tolist() for name, sums in account.sums.items()}
 
 
 def shown_settings(told: dict[str, Any]) -> dict[str, Any]:

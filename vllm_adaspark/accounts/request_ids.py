@@ -15,6 +15,17 @@ _NUMBER = re.compile(r"[0-9]+_")
 _SUFFIX = re.compile(r"(?:-[0-9a-f]{8})?")
 _BEAM = re.compile(r"-[0-9a-f]{16}-beam-[0-9]+(?:-[0-9a-f]{8})?\Z")
 _SEARCH = "-beam"
+LONGEST = 256  # characters of an id that are written down
+
+
+def brief(request_id: str) -> str:
+    """An id for a log or a file: cut if long, and on one line, whatever its client made of it.
+
+    The end stays, because vLLM's suffix makes the id unique.
+    """
+    if len(request_id) > LONGEST:
+        request_id = f"{request_id[: LONGEST - 50]}…{request_id[-49:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in request_id)
 
 
 def search_name(request_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The command ``vllm-adaspark``: serve, ask, inspect, doctor and analyze.
+"""The command ``vllm-adaspark``: serve, ask, inspect, tune, doctor and analyze.
 
 A subcommand's module is imported when it is called, and vLLM only when it is needed, so ``--help``
 is quick and works without vLLM.  Such a module has ``add_parser(subparsers, arguments)``, which
@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "start an OpenAI-compatible server (vllm serve with a sparsity method)",
     "ask": "ask one question about a video, without a server",
     "inspect": "tell what a video costs: tokens, FLOPs, memory and the flags it needs",
+    "tune": "find the cheapest setting for your model, your videos and questions",
     "doctor": "look for what is wrong with this installation, and say how to mend it",
     "analyze": "draw the paper's analysis plots for a model and a video",
 }

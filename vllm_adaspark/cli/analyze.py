@@ -101,7 +101,9 @@ def _analyze(
         cost = fitting_cost(model, video, config, sampling, text_tokens=text_tokens)
         offline.prepare_environment()
         revision = ["--revision", args.revision] if args.revision else []
-        options = offline.engine_options(model, sampling, file, [*args.rest, *revision])
+        options = offline.engine_options(
+            model, sampling, file.absolute().parent, [*args.rest, *revision]
+        )
         _fix(options, cost.max_model_len)
         offline.say("starting the engine")
         llm = stack.enter_context(

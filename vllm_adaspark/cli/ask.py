@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
         offline.prepare_environment()
         rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
-        options = offline.engine_options(model, sampling, file, rest)
+        options = offline.engine_options(model, sampling, file.absolute().parent, rest)
         offline.say("starting the engine")
         engine = offline.engine(options, model, args.method, settings, config.cube_volume, cost)
         llm = stack.enter_context(engine)
@@ -166,12 +166,15 @@ def render(runs: dict[str, Any]) -> str:
     ]
     for stage in ("read", "prefill", "answer", "total"):
         rows.append((f"{stage}, s", [f"{answer.seconds[stage]:.2f}" for answer in answers]))
-    for title, key in (
-        ("attention density", "attention_density"),
-        ("FFN density", "ffn_density"),
-        ("FLOPs of dense", "flops_ratio"),
-    ):
-        rows.append((title, [f"{answer.account[key]:.1%}" for answer in answers]))
+    shares = {"attention_density": "attention density", "ffn_density": "FFN density"}
+    told = {name: [answer.account[name] for answer in answers] for name in shares}
+    alive = [answer.account.get("means", {}).get("alive") for answer in answers]
+    if any(share is not None for share in alive):  # whatever a layer sees it runs densely
+        shares, told = {"alive": "video tokens alive"}, {"alive": [x or 1 for x in alive]}
+    shares["flops_ratio"] = "FLOPs of dense"
+    told["flops_ratio"] = [answer.account["flops_ratio"] for answer in answers]
+    for name, title in shares.items():
+        rows.append((title, [f"{share:.1%}" for share in told[name]]))
     if len(runs) > 1:
         rows.insert(0, ("", list(runs)))
     lines += [f"{title:<18}" + "".join(f"{cell:>12}" for cell in cells) for title, cells in rows]

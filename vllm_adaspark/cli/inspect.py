@@ -146,6 +146,11 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
     t, h, w = cost.grid
     high, wide = cost.resized
     dropped = f", {cost.dropped_tokens:,} of them dropped" if cost.dropped_tokens else ""
+    sums = (
+        f", and {_bytes(cost.key_sum_bytes)} of key {config.key_summary}"
+        if cost.key_sum_bytes
+        else ""
+    )
     rows = [
         ("model", model.name),
         (
@@ -163,15 +168,19 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
             "tokens",
             f"{cost.video_tokens:,} = {t} x {h} x {w}{dropped}; prompt {cost.prompt_tokens:,}",
         ),
-        ("cubes", f"{cost.cubes:,} of {config.cube_volume} tokens (one KV block each)"),
+        *(
+            [("cubes", f"{cost.cubes:,} of {config.cube_volume} tokens (one KV block each)")]
+            if sums
+            else []
+        ),
         ("", ""),
         ("FLOPs, dense", f"{_si(cost.dense_flops)}FLOPs for the prompt"),
         ("FLOPs, sparse", _spent(config, cost)),
+        *([("of attention", _attention(cost))] if config.enabled and cost.flops_by_part else []),
         ("", ""),
         (
             "KV cache",
-            f"{_bytes(cost.kv_bytes)} ({'fp8' if kv_dtype == 'fp8' else '16 bit'}), "
-            f"and {_bytes(cost.key_sum_bytes)} of key sums",
+            f"{_bytes(cost.kv_bytes)} ({'fp8' if kv_dtype == 'fp8' else '16 bit'}){sums}",
         ),
         ("encoder cache", _bytes(cost.encoder_cache_bytes)),
         ("weights", _bytes(cost.weights_bytes) if cost.weights_bytes else "unknown"),
@@ -222,20 +231,18 @@ def _spent(config: Any, cost: Any) -> str:
         return "off: the same"
     if cost.flops is None:
         return "not estimated for this method; 'ask' and usage.adaspark count them"
-    text = f"{_si(cost.flops)}FLOPs, {cost.flops_ratio:.1%} of dense"
-    if not hasattr(config, "p_attn"):  # counted, not estimated
-        return text
-    if config.flops is not None:
-        if config.flops < cost.least_budget:
-            return (
-                f"{text}; flops={config.flops} cannot be met, the least is {cost.least_budget:.2f}"
-            )
-        return f"{text}, by its budget"
-    if config.selection == "top_p":
-        return (
-            f"{text}: an estimate that takes a density of p, {config.p_attn:g} and {config.p_ffn:g}"
-        )
-    return f"{text}: cubes {config.keep:g}, an estimate for the FFN of p_ffn, {config.p_ffn:g}"
+    return f"{_si(cost.flops)}FLOPs, {cost.flops_ratio:.1%} of dense{cost.flops_note}"
+
+
+def _attention(cost: Any) -> str:
+    """What attention and all that serves it spends, by part, as shares of dense attention."""
+    shares = {
+        part: flops / cost.dense_attention_flops
+        for part, flops in cost.flops_by_part.items()
+        if part not in ("qkvo", "ffn")
+    }
+    parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
+    return f"{sum(shares.values()):.1%} of dense attention: {parts}"
 
 
 def _clock(seconds: float) -> str:

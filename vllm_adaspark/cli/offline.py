@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,13 @@ def video_file(source: str) -> Iterator[Path]:
         yield path
 
 
-def engine_options(model: Model, sampling: Sampling, video: Path, rest: list[str]) -> Any:
+def engine_options(model: Model, sampling: Sampling, folder: Path, rest: list[str]) -> Any:
     """vLLM's EngineArgs from the arguments that are not ours.
 
     Args:
         model: the checkpoint.
         sampling: which frames are read.
-        video: the file that vLLM may read.
+        folder: that vLLM may read videos in.
         rest: the arguments.
 
     Raises:
@@ -103,7 +103,7 @@ def engine_options(model: Model, sampling: Sampling, video: Path, rest: list[str
     except OSError as error:  # the model is looked up on its hub
         raise CommandError(f"--model {model.name!r} could not be fetched: {error}") from None
     options.media_io_kwargs = media | {"video": chosen}
-    options.allowed_local_media_path = str(video.absolute().parent)
+    options.allowed_local_media_path = str(folder.absolute())
     return options
 
 
@@ -144,9 +144,10 @@ def engine(
     options.limit_mm_per_prompt = options.limit_mm_per_prompt or {"video": 1, "image": 0}
     options.max_model_len = options.max_model_len or cost.max_model_len
     options.max_num_batched_tokens = options.max_num_batched_tokens or cost.max_num_batched_tokens
-    options.max_num_scheduled_tokens = options.max_num_scheduled_tokens or min(
-        CHUNK_BLOCKS * volume, options.max_num_batched_tokens
-    )
+    if options.max_num_scheduled_tokens is None and not cost.one_step:
+        options.max_num_scheduled_tokens = min(
+            CHUNK_BLOCKS * volume, options.max_num_batched_tokens
+        )
     options.disable_log_stats = False  # an answer's times are among them
     options.use_tqdm_on_load = False
     try:
@@ -204,31 +205,15 @@ def ask(
     Raises:
         CommandError: vLLM refuses it.
     """
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError
-
-    video = {"type": "video_url", "video_url": {"url": question.video.absolute().as_uri()}}
-    content = [video, {"type": "text", "text": question.text}]
-    options = {SERVER_KEY: settings}
-    if question.max_pixels is not None:
-        options["max_pixels"] = question.max_pixels
     began = time.monotonic()
-    try:
-        (output,) = llm.chat(
-            [{"role": "user", "content": content}],
-            SamplingParams(temperature=0, max_tokens=max_tokens),
-            use_tqdm=not quiet,
-            mm_processor_kwargs=options,
-        )
-    except (ValueError, VLLMValidationError) as error:
-        raise CommandError(str(error)) from None
+    (output,) = chat(llm, [question], settings, max_tokens=max_tokens, quiet=quiet)
     total, times = time.monotonic() - began, output.metrics
     ran = times.last_token_ts - times.queued_ts
     return Answer(
         text=output.outputs[0].text,
         tokens=len(output.outputs[0].token_ids),
         prompt_token_ids=output.prompt_token_ids,
-        account=_last_account(llm),
+        account=last_account(llm),
         seconds={
             "read": total - ran,  # decoded, and cut into patches
             "prefill": times.first_token_ts - times.queued_ts,  # the vision tower included
@@ -238,7 +223,50 @@ def ask(
     )
 
 
-def _last_account(llm: Any) -> dict[str, Any]:
+def chat(
+    llm: Any,
+    questions: Sequence[Question],
+    settings: Any,
+    *,
+    max_tokens: int,
+    logprobs: int | None = None,
+    quiet: bool = True,
+) -> list[Any]:
+    """vLLM's ``RequestOutput`` of each question, answered greedily, all at the same time.
+
+    Args:
+        llm, settings, max_tokens, quiet: as of :func:`ask`.
+        questions: what is asked; all with the same ``max_pixels``.
+        logprobs: of so many tokens at each place of an answer; None for none.
+
+    Raises:
+        CommandError: vLLM refuses one.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    (max_pixels,) = {question.max_pixels for question in questions}
+    options = {SERVER_KEY: settings}
+    if max_pixels is not None:
+        options["max_pixels"] = max_pixels
+    try:
+        return llm.chat(
+            [[{"role": "user", "content": _content(question)}] for question in questions],
+            SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs),
+            use_tqdm=not quiet,
+            mm_processor_kwargs=options,
+        )
+    except (ValueError, VLLMValidationError) as error:
+        raise CommandError(str(error)) from None
+
+
+def _content(question: Question) -> list[dict[str, Any]]:
+    video = {"type": "video_url", "video_url": {"url": question.video.absolute().as_uri()}}
+    return [video, {"type": "text", "text": question.text}]
+
+
+def last_account(llm: Any) -> dict[str, Any]:
+    """Of the request that ended last."""
     from ..accounts.reports import merge_reports
 
     return merge_reports(llm.collective_rpc("adaspark_report"))["requests"][-1]

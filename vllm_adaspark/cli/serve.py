@@ -1,8 +1,8 @@
 """``vllm-adaspark serve``: ``vllm serve`` with our architecture and settings filled in.
 
 It adds arguments, prints the command it makes of them, with keys and tokens as ``***``, and becomes
-it: signals and exit code are vLLM's own.  What cannot work is refused before vLLM's seconds of
-start-up.
+it: signals and exit code are vLLM's own.  Settings that cannot work are refused before vLLM's
+seconds of start-up; options of vLLM's that the plugin does not support, by ``startup.py``.
 """
 
 from __future__ import annotations
@@ -44,19 +44,6 @@ OPEN_GROUPS = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
-
-# startup.py refuses these too, but only after vLLM has been imported.
-REFUSED = {
-    "--video-pruning-rate": "EVS drops the tokens that cubes are made of",
-    "--kv-transfer-config": "blocks that come from elsewhere lack their cube state",
-    "--kv-offloading-size": "blocks that come from elsewhere lack their cube state",
-    "--speculative-config": "speculative decoding is not supported",
-    "--enable-lora": "merge the adapter into the weights instead",
-    "--enable-dbo": "dual-batch overlap is not supported",
-    "--kv-sharing-fast-prefill": "it is not supported",
-    "--decode-context-parallel-size": "context parallelism is not supported",
-    "--prefill-context-parallel-size": "context parallelism is not supported",
-}
 
 
 def add_parser(subparsers: Any, arguments: Sequence[str] = ()) -> None:
@@ -146,7 +133,7 @@ def command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     settings = settings | given_settings(args)
     trained = cls.of_checkpoint(checkpoint | overrides)
     config = checked(cls, settings, f"{ADDITIONAL} {PLUGIN}", trained)
-    _refuse_conflicts(rest, file, config)
+    _refuse_block_size(rest, file, config)
 
     arguments = ["serve", *rest]
     arguments += ["--hf-overrides", json.dumps(overrides | {"architectures": [architecture]})]
@@ -182,22 +169,14 @@ def _json_option(
     return merge(dict(base), found), rest
 
 
-def _refuse_conflicts(rest: list[str], file: dict[str, Any], config: Settings) -> None:
-    def given(option: str) -> str | None:
-        value = value_of(rest, option)
-        return str(file[option]) if value is None and option in file else value
-
-    block_size, volume = given("--block-size"), config.cube_volume
-    if block_size is not None and block_size != str(volume):
+def _refuse_block_size(rest: list[str], file: dict[str, Any], config: Settings) -> None:
+    volume = config.cube_volume
+    block_size = value_of(rest, "--block-size") or file.get("--block-size")
+    if block_size is not None and str(block_size) != str(volume):
         raise UsageError(
             f"--block-size {block_size} does not match cube={list(config.cube)}, which holds "
             f"{volume} tokens; leave --block-size out, set it to {volume}, or choose another --cube"
         )
-    for option, why in REFUSED.items():
-        value = given(option)
-        unused = ("1", "0") if "context-parallel" in option else ("0", "0.0", "False", "false")
-        if value is not None and value not in unused:
-            raise UsageError(f"{option} {value}: {why}; leave it out".replace(" :", ":"))
 
 
 def _plugins(http: bool) -> dict[str, str]:

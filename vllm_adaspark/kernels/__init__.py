@@ -36,13 +36,15 @@ def scores_heads_of(head_size: int) -> bool:
     return 16 <= head_size <= 256 and head_size.bit_count() == 1
 
 
-def score_products(device_type: str, head_size: int) -> int:
-    """How many times the score of a (query, cube) pair is computed on such a device.
+def score_products(device_type: str, head_size: int, vectors: int = 1) -> int:
+    """How many products of a query with a vector of its size the score of a cube takes.
 
-    Once in PyTorch, which keeps all scores.  Twice in the Triton kernels, which keep none: see
-    ``kernels/score.py``.  FLOPs are charged accordingly.
+    One for each of the ``vectors`` that are kept of a block, in PyTorch, which keeps all scores.
+    The Triton kernels keep none and compute each twice: see ``kernels/score.py``.  FLOPs are
+    charged accordingly.
     """
-    return 2 if _triton_on(device_type) and scores_heads_of(head_size) else 1
+    twice = _triton_on(device_type) and scores_heads_of(head_size * vectors)
+    return 2 * vectors if twice else vectors
 
 
 def _triton_on(device_type: str) -> bool:

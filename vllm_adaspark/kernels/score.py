@@ -1,9 +1,9 @@
 """Cube probabilities: scores, softmax and pooling in two passes.
 
-A VIDEO tile's queries (the tokens asked times the GQA group) each have a softmax over the cubes
+A VIDEO tile's queries (the tokens scored times the GQA group) each have a softmax over the cubes
 before them, and the tile wants the mean of those.  A query's softmax is known only after all its
 logits, so the mean needs them twice: kept (56 queries of 4096 cubes are 0.9 MB a tile and KV head)
-or computed again.  A second product with the mean keys takes less time than writing and reading
+or computed again.  A second product takes less time than writing and reading
 them, so each score is computed twice, and charged twice (``kernels.score_products``):
 
 1. a program per block of queries goes over the cubes and leaves the log-sum-exp of each query;
@@ -24,44 +24,44 @@ from . import interpreted, scores_heads_of
 
 LOG2_E = 1.4426950408889634
 
-# A block of queries and the blocks of mean keys in flight share a program's memory.  So many bytes
+# A block of queries and the blocks of keys in flight share a program's memory.  So many bytes
 # are what the smallest GPUs with bf16 products have (compute capability 8.6 and 8.9: 99 KB).
 SHARED_BYTES = 96 << 10
 
 
-def cube_means(
-    key_sums: torch.Tensor,
+def cube_keys(
+    vectors: torch.Tensor,
     blocks: torch.Tensor,
     is_cube: torch.Tensor,
-    block_size: int,
+    divisor: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Mean keys of a request's blocks, head by head.
+    """What is kept of a request's blocks, head by head: mean keys, of sums.
 
     Args:
-        key_sums: ``[physical blocks, kv_heads, head_size]`` fp32.
+        vectors: ``[physical blocks, kv_heads, size]``, see ``BlockSummaries``.
         blocks: ``[width]`` int64 physical blocks.
-        is_cube: ``[width]`` bool; the sums of other blocks are stale, their mean is 0 here.
-        block_size: tokens in a KV block.
+        is_cube: ``[width]`` bool; what is kept of other blocks is stale, and 0 here.
+        divisor: what they are divided by.
         dtype: of the result; the queries'.
 
     Returns:
-        ``[kv_heads, width, head_size]``.
+        ``[kv_heads, width, size]``.
     """
-    _, kv_heads, head_size = key_sums.shape
+    _, kv_heads, size = vectors.shape
     width = len(blocks)
-    means = torch.empty(kv_heads, width, head_size, dtype=dtype, device=key_sums.device)
+    keys = torch.empty(kv_heads, width, size, dtype=dtype, device=vectors.device)
     rows = 16
-    _cube_means[triton.cdiv(width, rows), kv_heads](
-        key_sums, blocks, is_cube.view(torch.uint8), means, width, kv_heads, 1.0 / block_size,
-        HEAD_SIZE=head_size, ROWS=rows, num_warps=4,
+    _cube_keys[triton.cdiv(width, rows), kv_heads](
+        vectors, blocks, is_cube.view(torch.uint8), keys, width, kv_heads, 1.0 / divisor,
+        HEAD_SIZE=size, ROWS=rows, num_warps=4,
     )  # fmt: skip
-    return means
+    return keys
 
 
 @triton.jit
-def _cube_means(
-    key_sums, blocks, is_cube, means, width, kv_heads, factor,
+def _cube_keys(
+    vectors, blocks, is_cube, keys, width, kv_heads, factor,
     HEAD_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -71,15 +71,15 @@ def _cube_means(
     block = tl.load(blocks + row, mask=cube, other=0).to(tl.int64)
     dim = tl.arange(0, HEAD_SIZE)
     source = (block * kv_heads + head)[:, None] * HEAD_SIZE + dim
-    mean = tl.load(key_sums + source, mask=cube[:, None], other=0.0) * factor
+    kept = tl.load(vectors + source, mask=cube[:, None], other=0.0).to(tl.float32) * factor
     target = (head * width + row).to(tl.int64)[:, None] * HEAD_SIZE + dim
-    tl.store(means + target, mean.to(means.dtype.element_ty), mask=inside[:, None])
+    tl.store(keys + target, kept.to(keys.dtype.element_ty), mask=inside[:, None])
 
 
 def pool_probabilities(
     probs: torch.Tensor,
     query: torch.Tensor,
-    means: torch.Tensor,
+    keys: torch.Tensor,
     candidates: torch.Tensor,
     tile_of: torch.Tensor,
     tokens: torch.Tensor,
@@ -89,13 +89,14 @@ def pool_probabilities(
 ) -> None:
     """Write the pooled probabilities of one request's VIDEO tiles into ``probs``.
 
-    A logit is ``scale * (q . mean_key)``.
+    A logit is ``scale`` times the product of what a query asks with what is kept of a cube;
+    ``size`` is the length of both, a head's size or twice that.
 
     Args:
         probs: ``[sparse, kv_heads, blocks]`` fp32, contiguous.  Of the rows of ``tile_of`` the
             columns below ``limit`` are written, the others left as they are.
-        query: ``[kv_heads, tokens, group, head_size]`` contiguous; fp8 must be widened before.
-        means: ``[kv_heads, width, head_size]`` of the same dtype, from :func:`cube_means`.
+        query: ``[kv_heads, tokens, group, size]`` contiguous; fp8 must be widened before.
+        keys: ``[kv_heads, width, size]`` of the same dtype, from :func:`cube_keys`.
         candidates: ``[sparse, blocks]`` bool, contiguous; all others get 0.
         tile_of: ``[tiles]`` int64, each tile's row of ``probs`` and ``candidates``.
         tokens: ``[tiles * tile_size]`` int64 in ``query``; a tile's are consecutive ones.
@@ -106,7 +107,7 @@ def pool_probabilities(
     kv_heads, in_step, group, head_size = query.shape
     if not scores_heads_of(head_size):
         raise ValueError(f"head_size={head_size}: the kernel wants a power of two from 16 to 256")
-    tiles, width = len(tile_of), means.shape[1]
+    tiles, width = len(tile_of), keys.shape[1]
     lse = torch.empty(kv_heads, tiles, tile_size * group, device=query.device)
     rows, columns, stages = block_shape(head_size, query.element_size(), width)
     shared = dict(
@@ -121,11 +122,11 @@ def pool_probabilities(
     )
     valid, factor = candidates.view(torch.uint8), scale * LOG2_E
     _query_lse[triton.cdiv(tile_size * group, rows), tiles, kv_heads](
-        query, means, valid, tile_of, tokens, limit, lse,
+        query, keys, valid, tile_of, tokens, limit, lse,
         in_step, width, candidates.shape[1], factor, **shared,
     )  # fmt: skip
     _pool[triton.cdiv(width, columns), tiles, kv_heads](
-        query, means, valid, tile_of, tokens, limit, lse, probs,
+        query, keys, valid, tile_of, tokens, limit, lse, probs,
         in_step, width, candidates.shape[1], factor, **shared,
     )  # fmt: skip
 
@@ -143,7 +144,7 @@ def block_shape(head_size: int, element_bytes: int, width: int) -> tuple[int, in
 
 @triton.jit
 def _query_lse(
-    query, means, candidates, tile_of, tokens, limit, lse,
+    query, keys, candidates, tile_of, tokens, limit, lse,
     in_step, width, blocks, factor,
     HEAD_SIZE: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
@@ -169,7 +170,7 @@ def _query_lse(
         inside = column < end
         key_row = (head * width + column).to(tl.int64)
         k = tl.load(
-            means + key_row[None, :] * HEAD_SIZE + dim[:, None], mask=inside[None, :], other=0.0
+            keys + key_row[None, :] * HEAD_SIZE + dim[:, None], mask=inside[None, :], other=0.0
         )
         if WIDEN:
             q, k = q.to(tl.float32), k.to(tl.float32)
@@ -188,7 +189,7 @@ def _query_lse(
 
 @triton.jit
 def _pool(
-    query, means, candidates, tile_of, tokens, limit, lse, probs,
+    query, keys, candidates, tile_of, tokens, limit, lse, probs,
     in_step, width, blocks, factor,
     HEAD_SIZE: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
@@ -203,7 +204,7 @@ def _pool(
     inside = column < end
     dim = tl.arange(0, HEAD_SIZE)
     key_row = (head * width + column).to(tl.int64)
-    k = tl.load(means + key_row[:, None] * HEAD_SIZE + dim, mask=inside[:, None], other=0.0)
+    k = tl.load(keys + key_row[:, None] * HEAD_SIZE + dim, mask=inside[:, None], other=0.0)
     first_token = tl.load(tokens + tile * (QUERIES // GROUP)).to(tl.int64)
     first_row = (first_token + head.to(tl.int64) * in_step) * GROUP
     lse_row = (head * tl.num_programs(1) + tile).to(tl.int64) * QUERIES
@@ -232,36 +233,36 @@ def _pool(
 def token_probabilities(
     probs: torch.Tensor,
     query: torch.Tensor,
-    key_sums: torch.Tensor,
+    vectors: torch.Tensor,
     row_blocks: torch.Tensor,
     candidates: torch.Tensor,
     row: torch.Tensor,
     tile_of: torch.Tensor,
     tokens: torch.Tensor,
     limit: torch.Tensor,
-    block_size: int,
+    divisor: int,
     scale: float,
 ) -> None:
     """As :func:`pool_probabilities` for TEXT tiles: single tokens of several requests, in fp32.
 
-    A program takes a token's few queries over all cubes, twice, and reads the key sums where they
-    are: a token reads few cubes more than once, so there is nothing to prepare.
+    A program takes a token's few queries over all cubes, twice, and reads what is kept of blocks
+    where it is: a token reads few cubes more than once, so there is nothing to prepare.
 
     Args:
         probs, query, candidates: as there.
-        key_sums: ``[physical blocks, kv_heads, head_size]`` fp32.
+        vectors: ``[physical blocks, kv_heads, size]``, see ``BlockSummaries``.
         row_blocks: ``[rows, blocks]`` int64 physical blocks.
         row: ``[job rows]`` int64, the requests' rows of ``row_blocks``.
         tile_of, tokens: ``[job rows, tokens]`` int64, contiguous.
         limit: ``[job rows, tokens]`` int32, a token's candidates lie below it.
-        block_size: tokens in a KV block.
+        divisor: what ``vectors`` are divided by.
         scale: as there.
     """
     kv_heads, in_step, group, head_size = query.shape
     per_row = tokens.shape[1]
     _token_probabilities[tokens.numel(), kv_heads](
-        query, key_sums, row_blocks, candidates.view(torch.uint8), row, tile_of, tokens, limit,
-        probs, in_step, candidates.shape[1], per_row, scale * LOG2_E / block_size,
+        query, vectors, row_blocks, candidates.view(torch.uint8), row, tile_of, tokens, limit,
+        probs, in_step, candidates.shape[1], per_row, scale * LOG2_E / divisor,
         HEAD_SIZE=head_size, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
         COLUMNS=32 if head_size <= 128 else 16, num_warps=8, num_stages=2,
     )  # fmt: skip
@@ -269,7 +270,7 @@ def token_probabilities(
 
 @triton.jit
 def _token_probabilities(
-    query, key_sums, row_blocks, candidates, row, tile_of, tokens, limit, probs,
+    query, vectors, row_blocks, candidates, row, tile_of, tokens, limit, probs,
     in_step, blocks, per_row, factor,
     HEAD_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -293,7 +294,7 @@ def _token_probabilities(
         valid = tl.load(valid_row + column, mask=column < end, other=0) != 0
         block = tl.load(table + column, mask=valid, other=0)
         key_row = (block * kv_heads + head) * HEAD_SIZE
-        k = tl.load(key_sums + key_row[:, None] + dim, mask=valid[:, None], other=0.0)
+        k = tl.load(vectors + key_row[:, None] + dim, mask=valid[:, None], other=0.0).to(tl.float32)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
         logit = tl.where(valid[None, :], logit, float("-inf"))
         higher = tl.maximum(top, tl.max(logit, 1))
@@ -309,7 +310,7 @@ def _token_probabilities(
         valid = tl.load(valid_row + column, mask=column < end, other=0) != 0
         block = tl.load(table + column, mask=valid, other=0)
         key_row = (block * kv_heads + head) * HEAD_SIZE
-        k = tl.load(key_sums + key_row[:, None] + dim, mask=valid[:, None], other=0.0)
+        k = tl.load(vectors + key_row[:, None] + dim, mask=valid[:, None], other=0.0).to(tl.float32)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
         mass = tl.sum(tl.exp2(logit - lse[:, None]), 0)
         tl.store(out + column, tl.where(valid, mass / GROUP, 0.0), mask=column < end)

@@ -17,8 +17,8 @@ runner nor a model: those call it, at six moments of a request's life.
    device, and no choice may depend on which requests happen to share the step.  Without anything to
    do the plan is None and the step takes the stock path, untouched.
 4. **A layer attends** (:meth:`Method.attend`), if the plan says that the method runs this layer.
-   A :class:`AttentionCall` has the queries, the block sums, and the kernel of the backend that vLLM
-   chose, which takes any choice of KV blocks.  A method may have weights of its own there
+   A :class:`AttentionCall` has the queries, the block summaries, and the kernel of the backend that
+   vLLM chose, which takes any choice of KV blocks.  A method may have weights of its own there
    (:meth:`Method.attention_modules`).  Nothing here may wait for the device.
 5. **A layer's FFN runs** (:meth:`Method.ffn`): a method may run it on some of the tokens; None
    means all of them, by the stock path.  Between layers it may drop tokens, if the plan has
@@ -27,7 +27,7 @@ runner nor a model: those call it, at six moments of a request's life.
    They are the same for every method whose plan is a :class:`~vllm_adaspark.paged.plan.StepPlan`;
    one that is not made of tiles says itself what it cost (``StepPlan.tell``).
 
-What methods share over vLLM's paged KV cache (query tiles, block sums, tables, kernels) is in
+What methods share over vLLM's paged KV cache (query tiles, block summaries, tables, kernels) is in
 ``paged/``.  A method that no server uses costs nothing, and one needs no registration: a server is
 started with ``--additional-config '{"method": "my_package.module:MyMethod"}'``.
 """
@@ -35,15 +35,19 @@ started with ``--additional-config '{"method": "my_package.module:MyMethod"}'``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
+from ..accounts.flops import ModelShape
 from ..paged.heads import HeadRanks
 from ..paged.plan import StepPlan
-from ..paged.state import BlockSums, StepRows
+from ..paged.state import BlockSummaries, BlockSums, StepRows
 from ..requests import Prompt, Request
 from ..settings import METHOD_KEY, Settings, SettingsError
 from . import OF_ARCHITECTURE
@@ -54,8 +58,8 @@ BUILT_IN = {
     "videonsa": "vllm_adaspark.methods.videonsa.method:VideoNSA",
 }
 
-# For ``scheduler_config.scheduler_cls``, where Method.needs_one_step may say yes.
-ONE_STEP_SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
+# For ``scheduler_config.scheduler_cls``: it heeds ``Settings.one_step`` and Method.uncut_blocks.
+SCHEDULER = "vllm_adaspark.scheduler.scheduler_for"
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,10 @@ class AttentionCall:
             values lie in a block is the backend's, so only kernels for one look inside.
         kv_heads: this rank's.
         scale: of the logits.
-        key_sums: the keys' sums of each block; None if no plan has asked for any yet.
-        value_sums: the values' sums of each block; None unless ``sums_values``.
+        key_summaries: what is kept of each block's keys (``Settings.key_summary``); None if no plan
+            has asked for any yet.
+        value_summaries: the sums of each block's values; None unless
+            ``Settings.summaries_per_block`` is 2.
         modules: the layer's, as :meth:`Method.attention_modules` made them, by name.
         head_ranks: the tensor-parallel ranks that hold the model's heads; None for a single rank.
         choose: for a plan made of tiles: makes the tables of a choice ``[sparse tiles, kv_heads,
@@ -88,6 +94,8 @@ class AttentionCall:
             to attend over in place of the layer's.
         scratch_cache: a paged cache like the layer's, for keys and values that are not the
             model's: ``(key, value [n, kv_heads, head_size])``, which fill its blocks 0, 1, ...
+        mapped: a context for calling ``modules`` on some of the step's tokens, which it is given
+            as an index: LoRA adapters are found by position (models/token_mapping.py).
     """
 
     layer: int
@@ -99,14 +107,15 @@ class AttentionCall:
     kv_cache: torch.Tensor
     kv_heads: int
     scale: float
-    key_sums: BlockSums | None
-    value_sums: BlockSums | None
+    key_summaries: BlockSummaries | None
+    value_summaries: BlockSums | None
     modules: Mapping[str, torch.nn.Module]
     head_ranks: HeadRanks | None
     choose: Callable[[torch.Tensor], Any]
     run: Callable[[Any], None]
     run_sequences: Callable[..., None]
     scratch_cache: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    mapped: Callable[[Any], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,8 @@ class FFNCall:
         agree: makes a choice of tokens the same on all tensor-parallel ranks.
         fused: runs the FFN of some tokens without the host knowing how many,
             ``(x, active, plan)`` to ``[tokens, hidden]``; None where that cannot be done.
+        mapped: a context for calling ``dense`` on inputs that stand for some of the step's tokens,
+            as in :class:`AttentionCall`.
     """
 
     layer: int
@@ -129,6 +140,7 @@ class FFNCall:
     dense: Callable[[torch.Tensor], torch.Tensor]
     agree: Callable[[torch.Tensor], torch.Tensor]
     fused: Callable[..., torch.Tensor] | None
+    mapped: Callable[[Any], AbstractContextManager] = nullcontext
 
 
 class Method:
@@ -145,7 +157,6 @@ class Method:
         settings_class: the class of its settings.
         media: the kinds of multimodal items whose tokens count as ``is_video``.  A request that
             has none of them never reaches the method, and runs as in stock vLLM.
-        sums_values: whether sums of each block's values are kept beside those of its keys.
         wants_hidden: whether attention needs the layer's normed input (``AttentionCall.hidden``).
             Only then does the attention op carry it.
         tokens_choose: whether each video token makes a choice of its own, so that traces need more
@@ -157,7 +168,6 @@ class Method:
 
     settings_class: ClassVar[type[Settings]]
     media: ClassVar[tuple[str, ...]] = ("video",)
-    sums_values: ClassVar[bool] = False
     wants_hidden: ClassVar[bool] = False
     tokens_choose: ClassVar[bool] = False
 
@@ -166,7 +176,12 @@ class Method:
     agree: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda tensor: tensor)
 
     def __init__(self, settings: Settings, text_config: Any, device_type: str) -> None:
-        self.settings = settings
+        self.settings, self._text_config, self._device_type = settings, text_config, device_type
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Sizes of a layer, which FLOPs are counted by."""
+        return ModelShape.of(self._text_config, self._device_type, self.settings.key_summary)
 
     @classmethod
     def check_server(cls, settings: Settings, vllm_config: Any) -> None:
@@ -194,10 +209,11 @@ class Method:
         return {}
 
     def step_bytes(self, tokens: int, heads: int, kv_heads: int, head_size: int, item: int) -> int:
-        """Memory that a layer takes in a step of so many tokens, beside block tables and queries.
+        """Memory that a layer takes in a step of so many tokens.
 
-        On a GPU the KV cache leaves room for it.  ``heads`` and ``kv_heads`` are a rank's, ``item``
-        the bytes of an activation's number.
+        Where KV blocks have sums, block tables and queries come on top.  On a GPU the
+        KV cache leaves room for it.  ``heads`` and ``kv_heads`` are a rank's, ``item`` the bytes of
+        an activation's number.
         """
         return 0
 
@@ -222,12 +238,15 @@ class Method:
         """
         raise NotImplementedError
 
-    def needs_one_step(self, settings: Settings) -> bool:
-        """Whether a prompt with video must run in one step and in KV blocks that nobody shares.
+    @classmethod
+    def uncut_blocks(cls, settings: Settings, prompt: Prompt) -> np.ndarray | None:
+        """``[blocks]`` bool: the KV blocks of a prompt that no chunk should end in; None for none.
 
-        The scheduler sees to it (scheduler.py), if :meth:`check_server` has chosen ours.
+        So that a choice does not depend on where the scheduler ends a chunk, which follows from
+        what else is in a step.  The scheduler sees to it (scheduler.py), if :meth:`check_server`
+        has chosen ours.
         """
-        return False
+        return None
 
     def plan(
         self, rows: StepRows, requests: Sequence[Any], device: torch.device

@@ -18,10 +18,10 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from ..methods import base as methods
-from ..paged.depth_metadata import give_depths
+from ..paged.depth_metadata import give_depths, is_ours
 from ..requests import FIELD, unpack_settings
 from ..step import Runtime
-from .layout import Layout, layout_of, walk
+from .layout import Layout, layout_of, token_order
 
 
 class SparseModel:
@@ -29,6 +29,7 @@ class SparseModel:
 
     runtime: Runtime
     layout: Layout
+    _has_weights = False
 
     def _share_runtime(self, hf_config: Any) -> None:
         """Make the model's runtime and hand it to the layers; called at the end of __init__."""
@@ -66,7 +67,7 @@ class SparseModel:
             if settings.dropped_share:
                 ordered.append(self._survivors(video, grid, settings, positions_per_frame[nth]))
                 continue
-            order = walk(grid, settings)
+            order = token_order(grid, settings)
             if order is not None:
                 places = torch.arange(len(video))
                 places[: len(order)] = torch.from_numpy(order)
@@ -77,8 +78,13 @@ class SparseModel:
     # -- weights ----------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """As stock, but a method's own weights must be in the checkpoint."""
+        """As stock, but a method's own weights must be in the checkpoint.
+
+        Later calls bring some of the weights anew, from a trainer.
+        """
         loaded = super().load_weights(weights)
+        if self._has_weights:
+            return loaded
         missing = [
             f"{attention}.{name}"
             for attention, module in self.language_model.method_modules()
@@ -90,6 +96,7 @@ class SparseModel:
                 f"the checkpoint lacks {len(missing)} weights of the method, among them "
                 f"{', '.join(missing[:4])}: it was not trained for it; serve one that was"
             )
+        self._has_weights = True
         return loaded
 
     # -- the step's plan --------------------------------------------------------------------------
@@ -112,7 +119,9 @@ class SparseModel:
     def _begin_step(self, positions: torch.Tensor) -> None:
         context = get_forward_context()
         metadata = context.attn_metadata
-        rows = next(iter(metadata.values())).adaspark_rows if metadata else None  # None: profiling
+        # There is none in profiling runs; and the layers of a draft model have stock ones.
+        ours = (of_layer for of_layer in (metadata or {}).values() if is_ours(of_layer))
+        rows = next((of_layer.adaspark_rows for of_layer in ours), None)
         self.runtime.begin_step(rows, positions.device)
         self.runtime.place(positions)
         plan = self.runtime.plan

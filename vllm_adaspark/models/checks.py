@@ -7,9 +7,10 @@ these requests through.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from ..settings import shown
 
 PIXELS = ("min_pixels", "max_pixels")
 SIZE = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
@@ -17,6 +18,7 @@ MOST_PIXELS = 1 << 26  # of a frame: 8192 x 8192; Qwen2.5-VL's own limit is a fi
 # Options of the video loader.  Frames are sampled before the processor sees them, so here they
 # change nothing; clients written for other servers send them.
 LOADER_NUMBERS = ("fps", "num_frames", "min_frames", "max_frames")
+MOST = 10**9  # of them; an integer of JSON may be too large for a float
 SCOPES = ("images_kwargs", "videos_kwargs")  # Hugging Face's names for "only for images", "videos"
 
 
@@ -41,7 +43,7 @@ def _check_scope(kwargs: Mapping[str, Any], where: str, ours: str | None, sizes:
     allowed = [*([ours] if ours else []), *of_sizes, *LOADER_NUMBERS, *scopes]
 
     def refuse(key: str, value: Any, why: str) -> None:
-        raise ValueError(f"{where}.{key}={value!r}: {why}")
+        raise ValueError(f"{where}.{str(key)[:80]}={shown(value)}: {why}")
 
     for key, value in kwargs.items():
         if key not in (*allowed, "do_sample_frames"):
@@ -67,8 +69,8 @@ def _check_scope(kwargs: Mapping[str, Any], where: str, ours: str | None, sizes:
         elif key == "do_sample_frames":
             if value is not False:
                 refuse(key, value, "frames are sampled already, by media_io_kwargs; leave it out")
-        elif not _is_number(value) or value <= 0:
-            refuse(key, value, "expected a number above 0")
+        elif not _is_number(value) or not 0 < value <= MOST:
+            refuse(key, value, f"expected a number above 0 and at most {MOST}")
     # Either name may be used, and both are kept, so they must not contradict each other.
     size = kwargs.get("size") or {}
     least, most = (
@@ -84,4 +86,4 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

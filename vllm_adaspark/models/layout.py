@@ -48,7 +48,7 @@ class Pictures(Protocol):
         """``[height, width, 3]`` uint8 RGB: what the model saw at a place in time of the grid."""
 
 
-def walk(grid: tuple[int, int, int], settings: Settings) -> np.ndarray | None:
+def token_order(grid: tuple[int, int, int], settings: Settings) -> np.ndarray | None:
     """In which order the language model gets the video tokens of a ``grid``.
 
     Returns:
@@ -253,8 +253,8 @@ class FrameRules(Protocol):
     def pixel_bytes(self, frames: int, size: tuple[int, int]) -> int:
         """Bytes of what the processor makes of the frames."""
 
-    def fitting(self, room: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
-        """(``max_frames``, ``max_pixels``) with which such a video has at most ``room`` tokens.
+    def fitting(self, tokens: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
+        """(``max_frames``, ``max_pixels``) with which such a video has at most ``tokens`` tokens.
 
         None where there is no such value.
         """

@@ -20,7 +20,7 @@ import numpy as np
 from .. import ARCHITECTURES
 from ..settings import Settings
 from ..video.sampling import EVEN_FRAMES, Evenly
-from .layout import Layout, LayoutError, Sampling, Video, denormalised, walk
+from .layout import Layout, LayoutError, Sampling, Video, denormalised, token_order
 
 POOL = 2  # patches along a token's side, the last one cut off if their number is odd
 
@@ -64,7 +64,7 @@ class LlavaOnevisionLayout(Layout):
     ) -> np.ndarray | None:
         positions, moved = np.arange(tokens), False
         for video in videos:
-            order = walk(self.grid(video), settings)
+            order = token_order(self.grid(video), settings)
             if order is not None:
                 start = video.mm_position.offset
                 positions[start : start + len(order)] = start + order
@@ -151,6 +151,6 @@ class LlavaFrames:
     def pixel_bytes(self, frames: int, size: tuple[int, int]) -> int:
         return frames * size[0] * size[1] * 3 * 4  # float32
 
-    def fitting(self, room: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
-        frames = room // (grid[1] * grid[2])
+    def fitting(self, tokens: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
+        frames = tokens // (grid[1] * grid[2])
         return (frames if frames >= self.least_frames else None), None

@@ -8,6 +8,7 @@ offline in the caller's.  Errors raised here are HTTP 400.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from transformers import BatchFeature
@@ -16,13 +17,14 @@ from vllm.platforms import current_platform
 
 from ..methods import base as methods
 from ..requests import FIELD, Prompt, pack_settings, with_settings
-from ..settings import SERVER_KEY, Settings
+from ..settings import SERVER_KEY, Settings, shown
 from .checks import check_processor_kwargs
 from .layout import layout_of
 from .sent_items import sent_items
 
 REQUEST_KEY = SERVER_KEY  # in mm_processor_kwargs
 LONGEST_CAUSE = 300  # characters of a message of Hugging Face's
+LONGEST_UUID = 256  # characters of a name that a client gives its media; caches keep many of them
 
 
 class OurInfo:
@@ -115,11 +117,15 @@ class OurProcessor:
     def _get_mm_hashes(self, inputs):
         """As stock, with the settings behind each hash; see requests.py."""
         settings = self._settings(inputs.hf_processor_mm_kwargs)
+        named = super()._get_mm_hashes(inputs)
+        for one in chain.from_iterable(named.values()):
+            if len(one) > LONGEST_UUID:
+                raise ValueError(f"uuid={shown(one)}: at most {LONGEST_UUID} characters")
         return {
             kind: [with_settings(one, settings) for one in hashes]
             if kind in self._method.media
             else hashes
-            for kind, hashes in super()._get_mm_hashes(inputs).items()
+            for kind, hashes in named.items()
         }
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs) -> BatchFeature:

@@ -45,8 +45,8 @@ class PrunedVideos:
             settings: of its request.
             positions_per_frame: M-RoPE time positions from one frame to the next.
         """
-        walk = cube_order(grid, settings.cube, settings.order)
-        tokens = survivors(video, grid, settings.dropped_share, walk)
+        token_order = cube_order(grid, settings.cube, settings.order)
+        tokens = survivors(video, grid, settings.dropped_share, token_order)
         if get_tensor_model_parallel_world_size() > 1:
             # Ranks may round a near-tie differently, and must not see different videos.
             tokens = get_tp_group().broadcast(tokens, src=0)

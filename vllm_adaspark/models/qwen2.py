@@ -31,6 +31,7 @@ from ..paged.backend import first_ranks, head_ranks
 from ..step import Runtime
 from .hidden_attention import HiddenAttention
 from .sparse_mlp import SparseMLP
+from .token_mapping import TokenMapping, has_lora
 
 
 class SparseDecoderLayer(Qwen2DecoderLayer):
@@ -165,6 +166,15 @@ class AdaSparkQwen2ForCausalLM(Qwen2ForCausalLM):
         for layer in self._my_layers():
             for name, module in layer.self_attn.attn.adaspark_modules.items():
                 yield f"model.layers.{layer.layer_index}.self_attn.{name}", module
+
+    def take_lora(self) -> TokenMapping | None:
+        """Once vLLM has put its LoRA layers into the model: call them, and say who maps them."""
+        for layer in self._my_layers():
+            attention = layer.self_attn
+            names = attention.attn.adaspark_modules
+            attention.attn.adaspark_modules = {name: getattr(attention, name) for name in names}
+            layer.mlp.takes_lora = any(map(has_lora, layer.mlp.children()))
+        return TokenMapping.of_model(self)
 
     def _my_layers(self) -> Iterable[SparseDecoderLayer]:
         return self.model.layers[self.model.start_layer : self.model.end_layer]

@@ -34,7 +34,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from .. import LANGUAGE_MODEL
 from ..requests import settings_of, videos_of
 from .base import SparseModel
-from .layout import walk
+from .layout import token_order
 from .pruned import PrunedVideos, in_whole_prompt
 from .qwen2_5_vl_processing import AdaSparkProcessingInfo, AdaSparkProcessor
 
@@ -53,6 +53,8 @@ class AdaSparkQwen2_5_VL(PrunedVideos, SparseModel, Qwen2_5_VLForConditionalGene
         config = vllm_config.model_config.hf_config
         multimodal_config = vllm_config.model_config.get_multimodal_config()
         self.use_data_parallel = multimodal_config.mm_encoder_tp_mode == "data"
+        # vLLM's drafters look there in models that they do not know by name (EAGLE).
+        config.image_token_index = config.image_token_id
         self.config = config
         self.model_config = vllm_config.model_config
         self.vllm_config = vllm_config
@@ -143,7 +145,7 @@ class AdaSparkQwen2_5_VL(PrunedVideos, SparseModel, Qwen2_5_VLForConditionalGene
         token = whole.up_to(np.arange(len(input_tokens)))  # of the whole prompt, for each of ours
         for video in videos_of(mm_features):
             settings = settings_of(video, self._settings_class)
-            order = walk(self.layout.grid(video), settings)
+            order = token_order(self.layout.grid(video), settings)
             start = video.mm_position.offset
             tokens = slice(start, start + video.mm_position.length)
             if settings.dropped_share:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..settings import shown
+
 
 def check_embeddings(data: Mapping[str, Any], modality: str, merge: int, hidden: int) -> None:
     """Refuse ``image_embeds`` or ``video_embeds`` that do not fit their grid.
@@ -41,11 +43,46 @@ def check_embeddings(data: Mapping[str, Any], modality: str, merge: int, hidden:
                 f"{grid_name}={[t, h, w]}: expected {frames}, and rows and columns that are "
                 f"positive multiples of {merge}"
             )
-    rows = int((grids.prod(-1) // merge**2).sum())
+    # Not by the tensors' own product, which would overflow to what the client likes.
+    rows = sum(t * h * w // merge**2 for t, h, w in grids.tolist())
     if list(embeds.shape) != [rows, hidden] or not embeds.is_floating_point():
         raise ValueError(
-            f"{embeds_name}: {grid_name}={grids.tolist()} asks for [{rows}, {hidden}] "
+            f"{embeds_name}: {grid_name}={shown(grids.tolist())} asks for [{rows}, {hidden}] "
             f"floating-point numbers, got {list(embeds.shape)} of {embeds.dtype}"
+        )
+
+
+def check_sizes(
+    media: Iterable[tuple[int, int]], kwargs: Mapping[str, Any], merged: int, most: int
+) -> None:
+    """Refuse images or videos of which a request's own sizes would make too many tokens.
+
+    The processor would make them all before anybody counts them.
+
+    Args:
+        media: (frames, pixels of a frame) of each image and each video.
+        kwargs: what the request says of their sizes: ``min_pixels``, ``max_pixels``, ``size``.
+        merged: pixels of a merged token.
+        most: tokens that the server may hold of a request; up to twice as many are let through,
+            to be counted by vLLM.
+
+    Raises:
+        ValueError: says how many there would be and what to change.
+    """
+    size = kwargs.get("size") or {}
+    least = kwargs.get("min_pixels") or size.get("shortest_edge")
+    limit = kwargs.get("max_pixels") or size.get("longest_edge")
+    if least is None and limit is None:
+        return
+    tokens = 0
+    for frames, pixels in media:
+        pixels = min(pixels, limit) if limit and pixels > limit else max(pixels, least or 0)
+        tokens += frames * pixels // (2 * merged)
+    if tokens > 2 * most:
+        raise ValueError(
+            f"mm_processor_kwargs: with min_pixels={least} and max_pixels={limit} these images or "
+            f"videos are about {tokens} tokens, and this server takes {most} of a request: lower "
+            "them, or send fewer frames"
         )
 
 

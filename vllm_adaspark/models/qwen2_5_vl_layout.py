@@ -222,8 +222,8 @@ class QwenFrames:
     def pixel_bytes(self, frames: int, size: tuple[int, int]) -> int:
         return -(-frames // PAIR) * PAIR * size[0] * size[1] * 3 * 4  # float32
 
-    def fitting(self, room: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
-        frames, pixels = room // (grid[1] * grid[2]) * PAIR, room // grid[0] * self.side**2
+    def fitting(self, tokens: int, grid: tuple[int, int, int]) -> tuple[int | None, int | None]:
+        frames, pixels = tokens // (grid[1] * grid[2]) * PAIR, tokens // grid[0] * self.side**2
         return (
             frames if frames >= self.least_frames else None,
             pixels if pixels >= self.least_pixels else None,

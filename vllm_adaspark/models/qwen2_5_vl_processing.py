@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2s
 from typing import Any
 
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -14,13 +15,14 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLProcessingInfo,
 )
 from vllm.model_executor.models.qwen2_vl import Qwen2VLMultiModalDataParser
+from vllm.multimodal.parse import ImageProcessorItems, VideoProcessorItems
 from vllm.multimodal.processing import PromptUpdate
 
 from ..video.prune import kept_tokens
 from .processing import OurInfo, OurProcessor
-from .qwen2_5_vl_checks import Grid, check_embeddings, check_positions, position_limit
+from .qwen2_5_vl_checks import Grid, check_embeddings, check_positions, check_sizes, position_limit
 
-GRIDS = 100_000  # images and videos whose grid is remembered; vLLM's cache holds fewer
+GRIDS = 100_000  # images and videos whose grid is remembered; vLLM's cache mostly holds fewer
 
 
 class AdaSparkProcessingInfo(OurInfo, Qwen2_5_VLProcessingInfo):
@@ -64,7 +66,7 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._grids: OrderedDict[str, Grid] = OrderedDict()  # by hash: cached items have no data
+        self._grids: OrderedDict[bytes, Grid] = OrderedDict()  # see _key; the latest used last
 
     def _get_prompt_updates(
         self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs
@@ -85,6 +87,16 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
             else update
             for update in updates
         ]
+
+    def _apply_hf_processor_main(self, mm_items, hf_kwargs):
+        """As stock, unless the request's sizes make too much of its images or videos."""
+        vision = self.info.get_hf_config().vision_config
+        merged = (vision.patch_size * vision.spatial_merge_size) ** 2
+        most = self.info.ctx.model_config.max_model_len
+        for kind, scope in (("image", "images_kwargs"), ("video", "videos_kwargs")):
+            named = {**hf_kwargs, **(hf_kwargs.get(scope) or {})}
+            check_sizes(_sizes(mm_items, kind), named, merged, most)
+        return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
     def _check_prompt(self, processed: Any) -> None:
         kinds = processed["mm_placeholders"]
@@ -110,9 +122,16 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
         ]
 
     def _grid(self, item: Any, modality: str, mm_hash: str) -> Grid:
-        if mm_hash not in self._grids:
+        key = _key(mm_hash)
+        if key not in self._grids:
+            if item is None:  # in vLLM's cache, and forgotten here
+                raise ValueError(
+                    f"this {modality} is known, but its size is not any more: send it again under "
+                    "another uuid, or with another setting"
+                )
             self._note_item(item, modality, mm_hash)
-        return self._grids[mm_hash]
+        self._grids.move_to_end(key)
+        return self._grids[key]
 
     def _note_item(self, item: Any, modality: str, mm_hash: str) -> None:
         vision = self.info.get_hf_config().vision_config
@@ -123,6 +142,26 @@ class AdaSparkProcessor(OurProcessor, Qwen2_5_VLMultiModalProcessor):
         if not math.isfinite(apart) or apart < 0:
             raise ValueError(f"the frames of a video are {apart} s apart; check its frame rate")
         per_frame = apart * getattr(vision, "tokens_per_second", 1.0)
-        self._grids[mm_hash] = Grid(t, h // merge, w // merge, per_frame)
+        self._grids[_key(mm_hash)] = Grid(t, h // merge, w // merge, per_frame)
         if len(self._grids) > GRIDS:
             self._grids.popitem(last=False)
+
+
+def _sizes(mm_items: Any, kind: str) -> Iterator[tuple[int, int]]:
+    """(frames, pixels of a frame) of each image or each video that came as pixels."""
+    for items in (mm_items[kind],) if kind in mm_items else ():
+        for nth in range(len(items)):
+            if isinstance(items, ImageProcessorItems):
+                size = items.get_image_size(nth)
+                yield 2, size.width * size.height  # an image counts as a pair of frames
+            elif isinstance(items, VideoProcessorItems):
+                video = items.get(nth)
+                frames = video[0] if isinstance(video, tuple) else video  # else with metadata
+                first = frames[0]
+                shape = getattr(first, "shape", None)  # channels first or last; none has a picture
+                yield len(frames), math.prod(shape) // 3 if shape else math.prod(first.size)
+
+
+def _key(mm_hash: str) -> bytes:
+    """A short key: hashes carry settings, and clients may name their media themselves."""
+    return blake2s(mm_hash.encode(errors="backslashreplace"), digest_size=16).digest()

@@ -2,11 +2,12 @@
 
 Only cubes that lie wholly in a step take part; a cube cut by a chunk edge, and all text, run dense.
 The choice depends on the data, so it is one opaque custom op: torch.compile and piecewise CUDA
-graphs split there.
+graphs split there.  Eager engines call what the op does directly.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from vllm.utils.torch_utils import (
 from ..kernels import use_triton
 from ..methods.base import FFNCall
 from ..step import Runtime
+from .token_mapping import has_lora
 
 OP_NAME = "vllm::adaspark_ffn"
 
@@ -36,11 +38,13 @@ OP_NAME = "vllm::adaspark_ffn"
 class SparseMLP(Qwen2MLP):
     """Qwen2's FFN, weights unchanged, run on the tokens that matter.
 
-    ``adaspark`` (the model's Runtime) and ``adaspark_layer`` are set by the model.
+    ``adaspark`` (the model's Runtime), ``adaspark_layer``, and ``takes_lora``, whether adapters may
+    run in it, are set by the model.
     """
 
     adaspark: Runtime
     adaspark_layer: int
+    takes_lora = False
 
     def __init__(self, *args, prefix: str = "", **kwargs) -> None:
         super().__init__(*args, prefix=prefix, **kwargs)
@@ -53,6 +57,8 @@ class SparseMLP(Qwen2MLP):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """FFN output ``[tokens, hidden]`` of normed ``x``; ``residual`` is the stream before it."""
+        if not torch.compiler.is_compiling():
+            return self.run(x, residual)
         return torch.ops.vllm.adaspark_ffn(x, residual, _encode_layer_name(self.layer_name))
 
     def run(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -60,28 +66,41 @@ class SparseMLP(Qwen2MLP):
         plan = self.adaspark.plan
         output = None
         if plan is not None and plan.ffn is not None:
-            fused = self._fused if self._on_device(x) else None
-            call = FFNCall(self.adaspark_layer, x, residual, super().forward, _agree, fused)
+            call = FFNCall(
+                layer=self.adaspark_layer,
+                x=x,
+                residual=residual,
+                dense=super().forward,
+                agree=_agree,
+                fused=self._fused if self._on_device(x) else None,
+                mapped=self.adaspark.mapped if self.takes_lora else nullcontext,
+            )
             output = self.adaspark.method.ffn(plan, call)
         return super().forward(x) if output is None else output
 
     def _fused(self, x: torch.Tensor, active: torch.Tensor, plan: Any) -> torch.Tensor:
         from ..kernels import ffn
 
-        weights = self.gate_up_proj.weight, self.down_proj.weight
+        weights = [layer.weight for layer in self._stock_layers]
         reduce = tensor_model_parallel_all_reduce if self.down_proj.tp_size > 1 else None
         return ffn.sparse_swiglu(x.contiguous(), *weights, active, plan, reduce)
 
     def _on_device(self, x: torch.Tensor) -> bool:
         """Whether the FFN can run without the host knowing how many tokens are active."""
-        layers = self.gate_up_proj, self.down_proj
-        if not use_triton(x) or not all(
-            isinstance(layer.quant_method, UnquantizedLinearMethod) for layer in layers
-        ):
+        if not use_triton(x) or (self.takes_lora and self.adaspark.runs_lora):
+            return False
+        layers = self._stock_layers
+        if not all(isinstance(layer.quant_method, UnquantizedLinearMethod) for layer in layers):
             return False
         from ..kernels import ffn
 
         return ffn.waits_for_nothing(x, *(layer.weight for layer in layers))
+
+    @property
+    def _stock_layers(self) -> list[torch.nn.Module]:
+        """The two projections, without what vLLM put around them for LoRA."""
+        layers = self.gate_up_proj, self.down_proj
+        return [layer.base_layer if has_lora(layer) else layer for layer in layers]
 
 
 def _agree(active: torch.Tensor) -> torch.Tensor:

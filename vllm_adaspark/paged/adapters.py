@@ -83,8 +83,8 @@ def _cpu() -> type[AttentionBackend]:
 
         def _sequences(self, seq_lens, table, plan, part) -> Sequences:
             seq_lens = seq_lens[part.sequences]
-            room = (len(seq_lens), table.shape[1])
-            here = plan.scratch.take("part", room, table.dtype, table.device)
+            shape = (len(seq_lens), table.shape[1])
+            here = plan.scratch.take("part", shape, table.dtype, table.device)
             torch.index_select(table, 0, part.sequences, out=here)
             return Sequences(
                 query_start=part.query_start,

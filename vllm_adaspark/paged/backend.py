@@ -28,7 +28,7 @@ from ..methods.base import AttentionCall
 from .depth_metadata import rebuild
 from .heads import HeadRanks
 from .plan import StepPlan
-from .state import BlockSums, StepRows
+from .state import KEY_SUMMARIES, BlockSummaries, BlockSums, StepRows
 from .tables import Sequences, SharedTensors, VirtualBatch, build_tables, to_virtual
 from .tiles import TilePlan
 
@@ -70,7 +70,7 @@ class SparseMetadataBuilder:
 
 
 def _host_rows(common: CommonAttentionMetadata) -> StepRows:
-    seq_lens = common.seq_lens_cpu_upper_bound  # exact without speculative decoding
+    seq_lens = common.seq_lens_cpu_upper_bound  # exact: see startup._settle_speculation
     if seq_lens is None:
         seq_lens = common.seq_lens.cpu()
     return StepRows(
@@ -104,8 +104,16 @@ class SparseImpl:
         group = num_heads // num_kv_heads
         self._virtual = self.stock_impl(group, head_size, scale, 1, *args, **kwargs)
         self._windowed: dict[tuple[bool, int], Any] = {}  # by (one KV head?, window)
-        self._key_sums: BlockSums | None = None
-        self._value_sums: BlockSums | None = None
+        self._key_summaries: BlockSummaries | None = None
+        self._value_summaries: BlockSums | None = None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Never: a method writes the output itself, and does not quantize it."""
+        return False
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        """Never: a fused update would pass by the one below, and with it the block summaries."""
+        return False
 
     def do_kv_cache_update(
         self,
@@ -118,17 +126,18 @@ class SparseImpl:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         runtime = layer.adaspark
         plan = runtime.plan
-        if plan is None or plan.sum_writes is None or plan.sum_writes.empty:
+        if plan is None or plan.summary_writes is None or plan.summary_writes.empty:
             return
-        if self._key_sums is None:
+        if self._key_summaries is None:
             blocks, kv_heads, block_size, _ = kv_cache.shape
-            shape = (blocks, kv_heads, self.head_size, block_size, key.device)
-            self._key_sums = BlockSums(*shape)
-            if runtime.method.sums_values:
-                self._value_sums = BlockSums(*shape)
-        self._key_sums.write(key, plan.sum_writes)
-        if self._value_sums is not None:
-            self._value_sums.write(value, plan.sum_writes)
+            shape = (blocks, kv_heads, self.head_size, block_size, key.device, key.dtype)
+            settings = runtime.method.settings
+            self._key_summaries = KEY_SUMMARIES[settings.key_summary](*shape)
+            if settings.summaries_per_block > 1:
+                self._value_summaries = BlockSums(*shape)
+        self._key_summaries.write(key, plan.summary_writes)
+        if self._value_summaries is not None:
+            self._value_summaries.write(value, plan.summary_writes)
 
     def forward(
         self,
@@ -193,14 +202,15 @@ class SparseImpl:
             kv_cache=kv_cache,
             kv_heads=kv_cache.shape[1],
             scale=self._scale_of(layer, query),
-            key_sums=self._key_sums,
-            value_sums=self._value_sums,
+            key_summaries=self._key_summaries,
+            value_summaries=self._value_summaries,
             modules=getattr(layer, "adaspark_modules", None) or {},
             head_ranks=runtime.head_ranks,
             choose=choose,
             run=run,
             run_sequences=run_sequences,
             scratch_cache=scratch_cache,
+            mapped=runtime.mapped,
         )
         runtime.method.attend(step, call)
         return output

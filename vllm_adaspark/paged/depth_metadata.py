@@ -65,6 +65,11 @@ def rebuild(
     return builder.build(0, changed), slots
 
 
+def is_ours(metadata: Any) -> bool:
+    """Whether our builder made a layer's metadata (paged/backend.py); a draft model's are stock."""
+    return hasattr(metadata, "adaspark_rows")
+
+
 def give_depths(context: ForwardContext, depths: Depths) -> None:
     """Let every layer of the step see the lengths of its depth.
 

@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class HeadsApart:
-    """What the layers of a step share: where queries go and come from, and room for them.
+    """What the layers of a step share: where queries go and come from, and buffers for them.
 
     A *row* is the query of one token and head; the model's are ``token * heads + head``.
     """

@@ -10,11 +10,11 @@ import torch
 
 from ..accounts.timing import Stopwatch
 from .depths import Depths
-from .state import SumWrites
+from .state import SummaryWrites
 from .tiles import TilePlan
 
-# A text token costs a kernel as much as a decode token.  Past so many of them in one request's
-# chunk, attending densely in one tile is cheaper than choosing for each.
+# A text token costs a kernel as much as a decode token.  Past so many of them in a prompt,
+# attending densely in one tile is cheaper than choosing for each.
 MAX_TEXT_TILES = 1024
 
 # Why tokens ran dense though their settings are sparse: a chunk edge cuts their cube; their KV
@@ -55,13 +55,13 @@ class StepPlan:
             traces read ``tokens [cubes, block_size]``, ``row [cubes]`` and ``extra [cubes]`` of it:
             which tokens are a cube's, whose it is, and how many FFN evaluations are made for the
             tokens that skip.
-        sum_writes: which keys are summed in this step; None for none.
+        summary_writes: which keys are summed in this step; None for none.
         depths: what each layer sees of the step, if some see fewer tokens than others.
     """
 
     attention: TilePlan | Any
     ffn: Any
-    sum_writes: SumWrites | None
+    summary_writes: SummaryWrites | None
     video_tokens: np.ndarray  # [rows] video tokens in this step
     cubes_seen: np.ndarray  # [rows] (query token, preceding cube) pairs
     block_size: int
@@ -81,13 +81,25 @@ class StepPlan:
         """Whether some tokens of this step do not go on to the next layer."""
         return self.depths is not None and self.depths.dropping and layer in self.depths.events
 
+    def dropping(self, row: int) -> dict[str, Any] | None:
+        """How many video tokens a prompt in this step loses between its layers; for its trace.
+
+        Returns:
+            None if it loses none; else, JSON-ready, ``layers``: those after which tokens leave, and
+            ``segments``: runs of frames whose tokens compete with each other, each with its
+            ``video``, its ``frames`` (first, and one past the last), ``tokens`` at the start and
+            ``kept`` after each of the layers, whether it is ``relevant`` to the question, and its
+            ``relevance``, None where nobody knows.
+        """
+        return None
+
     def host_part(self) -> Self:
         """A copy that holds no device memory, save for what the layers counted; for the accounts.
 
         ``attention`` and ``ffn`` are seen to by accounts/ledger.py.
         """
         depths = None if self.depths is None else self.depths.host_part()
-        return replace(self, sum_writes=None, trace=None, depths=depths)
+        return replace(self, summary_writes=None, trace=None, depths=depths)
 
     def tell(self, shape: Any, layers: range) -> Told | None:
         """What this step cost, once the layers have run; for the accounts.
@@ -98,7 +110,7 @@ class StepPlan:
         makes (``keep_counts``), in which ``attention`` and ``ffn`` have only what is on the host.
 
         Args:
-            shape: the sizes of a layer (accounts/account.py: ModelShape).
+            shape: the sizes of a layer (accounts/flops.py: ModelShape).
             layers: this rank's layers, the first dimension of what is told.
         """
         return None

@@ -10,21 +10,22 @@ LEAST = 1 << 21  # numbers; untouched ones cost nothing
 
 
 class Scratch:
-    """Room by name.  On a CPU the page faults of fresh memory take half as long as the work in it.
+    """Buffers by name.
 
-    What a name held is lost when it is taken again.
+    On a CPU the page faults of fresh memory take half as long as the work in it.  What a name
+    held is lost when it is taken again.
     """
 
     def __init__(self) -> None:
-        self._rooms: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def take(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """Uninitialised ``[*shape]``, contiguous."""
         number = math.prod(shape)
-        room = self._rooms.get(name)
-        if room is None or len(room) < number or room.dtype != dtype:
-            room = torch.empty(max(number, LEAST), dtype=dtype, device=device)
-            self._rooms[name] = room
-        return room[:number].view(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < number or buffer.dtype != dtype:
+            buffer = torch.empty(max(number, LEAST), dtype=dtype, device=device)
+            self._buffers[name] = buffer
+        return buffer[:number].view(shape)

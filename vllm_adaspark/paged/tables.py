@@ -73,23 +73,27 @@ def build_tables(chosen: torch.Tensor, plan: TilePlan, block_size: int) -> Virtu
     tiles, width = plan.always.shape
     shape = (kv_heads, tiles, width)
 
-    def room(name: str, dtype: torch.dtype, *, spare: int = 0) -> torch.Tensor:
+    def buffer(name: str, dtype: torch.dtype, *, spare: int = 0) -> torch.Tensor:
         return plan.scratch.take(name, (kv_heads, tiles, width + spare), dtype, chosen.device)
 
-    kept = room("kept", torch.bool).copy_(plan.always.expand(shape))
-    kept[:, plan.sparse_tiles] |= chosen.transpose(0, 1)
+    kept = buffer("kept", torch.bool)
+    if len(chosen) == tiles:  # the sparse tiles are all there are, in the same order
+        torch.bitwise_or(chosen.transpose(0, 1), plan.always, out=kept)
+    else:
+        kept.copy_(plan.always.expand(shape))
+        kept[:, plan.sparse_tiles] |= chosen.transpose(0, 1)
 
-    # Compact to the left: the k-th kept block goes to column k, all others to a spare last column.
-    rank = torch.cumsum(kept, -1, dtype=torch.int32, out=room("rank", torch.int32))
-    column = torch.sub(rank, 1, out=room("column", torch.int64)).masked_fill_(~kept, width)
-    head = torch.arange(kv_heads, dtype=torch.int32, device=kept.device)[:, None, None]
-    physical = torch.add(plan.blocks * kv_heads, head, out=room("physical", torch.int32))
-    table = room("table", torch.int32, spare=1).zero_()
-    table.scatter_(-1, column, physical)
+    if plan.virtual_blocks is None:  # made by the first layer of a step, used by all
+        head = torch.arange(kv_heads, dtype=torch.int32, device=kept.device)[:, None, None]
+        plan.virtual_blocks = plan.blocks * kv_heads + head
+    # Compact to the left: the k-th kept block goes to column k, all others to a spare column 0.
+    column = torch.cumsum(kept, -1, out=buffer("column", torch.int64))
+    kept_blocks = column[..., -1].int()  # [kv_heads, tiles]
+    table = buffer("table", torch.int32, spare=2).zero_()
+    table.scatter_(-1, column.mul_(kept), plan.virtual_blocks)
 
-    kept_blocks = rank[..., -1].clone()  # [kv_heads, tiles]
     seq_lens = kept_blocks * block_size - plan.tail_gap
-    return VirtualBatch(seq_lens.view(-1), table.flatten(0, 1), kept_blocks)
+    return VirtualBatch(seq_lens.view(-1), table.flatten(0, 1)[:, 1:], kept_blocks)
 
 
 @dataclass(frozen=True)

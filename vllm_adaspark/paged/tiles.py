@@ -14,7 +14,7 @@ Which tokens are tiles is the method's to say; what follows from it, for tables 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 
 from ..requests import Request
 from .scratch import Scratch
-from .state import StepRows, SumWrites
+from .state import StepRows, SummaryWrites
 
 DENSE, VIDEO, TEXT = range(3)
 
@@ -37,7 +37,7 @@ class Tiles:
     length: np.ndarray  # [tiles] tokens
     block: np.ndarray  # [tiles] logical index of the last block it touches
     kind: np.ndarray  # [tiles] DENSE, VIDEO or TEXT
-    asked: np.ndarray  # [tiles] tokens of it that are scored against the candidates, for the FLOPs
+    scored: np.ndarray  # [tiles] tokens of it that are scored against the candidates, for the FLOPs
     tail_gap: np.ndarray  # [tiles] slots of the last block after the tile's last token
     candidates: np.ndarray  # [tiles, blocks] bool, all false for DENSE
 
@@ -65,6 +65,7 @@ class TilePlan:
     num_tokens: int
     first_layer: int = 0  # layers below it are dense
     shared: Any = None  # what the adapter's first layer made for all of them
+    virtual_blocks: torch.Tensor | None = None  # [kv_heads, tiles, blocks] int32, see tables.py
     scratch: Scratch = field(default_factory=Scratch)  # for choosing and for tables
 
 
@@ -122,16 +123,18 @@ def _cubes_of_prompts(requests: Sequence[Request | None], width: int) -> np.ndar
     return cubes
 
 
-def _is_video(rows: StepRows, requests: Sequence[Request | None]) -> np.ndarray:
-    """``[tokens]`` bool: which of the step's tokens are video."""
-    is_video = np.zeros(int(rows.query_start[-1]), bool)
+def _of_tokens(
+    rows: StepRows, requests: Sequence[Request | None], fact: Callable[[Request], np.ndarray]
+) -> np.ndarray:
+    """``[tokens]`` bool: a request's ``fact`` of its prompt's tokens, for the step's tokens."""
+    of_step = np.zeros(int(rows.query_start[-1]), bool)
     for row, request in enumerate(requests):
         if request is not None:
             done = int(rows.computed[row])
-            of_row = request.is_video[done : done + int(rows.query_lens[row])]
+            of_row = fact(request)[done : done + int(rows.query_lens[row])]
             first = int(rows.query_start[row])
-            is_video[first : first + len(of_row)] = of_row
-    return is_video
+            of_step[first : first + len(of_row)] = of_row
+    return of_step
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Tokens:
     position: np.ndarray  # in its request
     block: np.ndarray  # logical block
     is_video: np.ndarray
+    opens_block: np.ndarray  # the first video token of its block
     of_cube: np.ndarray  # its block is a cube, computed in full once the prompt is
     cubes_before: np.ndarray  # complete cubes before its own block
     whole_cubes: np.ndarray  # [cubes] first token of each cube that is wholly in the step
@@ -157,7 +161,8 @@ class Tokens:
         size: int,
     ) -> Tokens:
         """From the step's rows; ``row_cubes`` and ``in_prompt`` as :func:`cubes_of` gives them."""
-        is_video = _is_video(rows, requests)
+        is_video = _of_tokens(rows, requests, lambda request: request.is_video)
+        opens = _of_tokens(rows, requests, lambda request: request.opens_block)
         row, position = rows.token_row, rows.token_position
         block = position // size
         whole = np.flatnonzero((position % size == 0) & row_cubes[row, block])
@@ -165,7 +170,9 @@ class Tokens:
         in_whole[whole[:, None] + np.arange(size)] = True
         before = np.cumsum(row_cubes, axis=1) - row_cubes
         of_cube = in_prompt[row, block]
-        return cls(row, position, block, is_video, of_cube, before[row, block], whole, in_whole)
+        return cls(
+            row, position, block, is_video, opens, of_cube, before[row, block], whole, in_whole
+        )
 
     @property
     def cut(self) -> np.ndarray:
@@ -179,7 +186,7 @@ def cut_tiles(
     video: np.ndarray,
     text: np.ndarray,
     size: int,
-    asked: np.ndarray,
+    scored: np.ndarray,
 ) -> Tiles:
     """Cut the step into tiles.
 
@@ -189,7 +196,7 @@ def cut_tiles(
         video: ``[tokens]`` bool, tokens whose cube may be a VIDEO tile, if it is whole.
         text: ``[tokens]`` bool, text tokens that are a TEXT tile each.
         size: tokens in a KV block.
-        asked: ``[rows]`` tokens of a VIDEO tile that are scored, 0 in rows that score none.
+        scored: ``[rows]`` tokens of a VIDEO tile that are scored, 0 in rows that score none.
     """
     row = tokens.row
     kind = np.where(video & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
@@ -206,14 +213,14 @@ def cut_tiles(
     candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
     candidates &= (kind != DENSE)[:, None]
     tail_gap = (block + 1) * size - tokens.position[last] - 1
-    asked = np.select([kind == VIDEO, kind == TEXT], [asked[row], np.minimum(asked[row], 1)], 0)
-    return Tiles(row, start, length, block, kind, asked, tail_gap, candidates)
+    scored = np.select([kind == VIDEO, kind == TEXT], [scored[row], np.minimum(scored[row], 1)], 0)
+    return Tiles(row, start, length, block, kind, scored, tail_gap, candidates)
 
 
-def sum_writes(
+def summary_writes(
     tokens: Tokens, wanted: np.ndarray, table: np.ndarray, size: int, device: torch.device
-) -> SumWrites:
-    """Which of the step's tokens are summed: those of cubes.
+) -> SummaryWrites:
+    """Which of the step's tokens are summed: the video tokens of cubes.
 
     Args:
         tokens: of the step.
@@ -229,14 +236,18 @@ def sum_writes(
     whole_tokens = whole_blocks = part_tokens = part_blocks = fresh = None
     first = tokens.whole_cubes
     first = first[wanted[tokens.row[first]]]
+    all_video = tokens.is_video[first[:, None] + np.arange(size)].all(axis=1)
+    first = first[all_video]
+    at_once = np.zeros(len(tokens.row), bool)
+    at_once[first[:, None] + np.arange(size)] = True
     if len(first):
         whole_tokens = slice(int(first[0]), int(first[-1]) + size)
         if (np.diff(first) != size).any():
             whole_tokens = to((first[:, None] + np.arange(size)).reshape(-1))
         whole_blocks = to(table[tokens.row[first], tokens.block[first]])
-    part = np.flatnonzero(tokens.cut & wanted[tokens.row])
+    part = np.flatnonzero(tokens.of_cube & tokens.is_video & ~at_once & wanted[tokens.row])
     if len(part):
         block = table[tokens.row[part], tokens.block[part]]
         part_tokens, part_blocks = to(part), to(block)
-        fresh = to(block[tokens.position[part] % size == 0])
-    return SumWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)
+        fresh = to(block[tokens.opens_block[part]])
+    return SummaryWrites(whole_tokens, whole_blocks, part_tokens, part_blocks, fresh)

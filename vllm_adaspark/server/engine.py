@@ -90,6 +90,61 @@ class SharedAnswer:
             self._ended = time.monotonic()
 
 
+class Turns:
+    """Calls to the workers one after the other, each followed by a pause as long as it took.
+
+    Workers answer between two steps, so whoever asks them in a loop holds up everybody's answers.
+    This way all who ask together take half of the engine's time at the most, and a call that is
+    never answered is followed by no other.
+
+    Args:
+        most: how many may wait for their turn; who comes then is turned away at once.
+        longest_pause: seconds.
+    """
+
+    def __init__(self, most: int = 32, longest_pause: float = 2.0) -> None:
+        self._most, self._longest_pause = most, longest_pause
+        self._turn = asyncio.Lock()
+        self._present, self._free_at = 0, 0.0
+
+    async def take(self, ask: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+        """What ``ask()`` returns, once it is its turn.
+
+        Args:
+            ask: makes the call; it goes on when its time is over, and keeps its turn.
+            seconds: for the wait and the call.
+
+        Raises:
+            TimeoutError: too many wait, or the call did not end in time.
+            Exception: what the call raised.
+        """
+        if self._present >= self._most:
+            raise TimeoutError(f"{self._present} others are waiting")
+        self._present += 1
+        call = asyncio.create_task(self._run(ask, time.monotonic() + seconds))
+        call.add_done_callback(self._leave)
+        await asyncio.wait([call], timeout=seconds)  # does not cancel the call
+        if not call.done():
+            raise TimeoutError(f"no answer within {seconds:g} s")
+        return call.result()
+
+    async def _run(self, ask: Callable[[], Awaitable[Any]], until: float) -> Any:
+        async with self._turn:
+            await asyncio.sleep(max(0.0, self._free_at - time.monotonic()))
+            began = time.monotonic()
+            if began > until:  # nobody waits for it any more
+                raise TimeoutError
+            try:
+                return await ask()
+            finally:
+                ended = time.monotonic()
+                self._free_at = ended + min(ended - began, self._longest_pause)
+
+    def _leave(self, call: asyncio.Task[Any]) -> None:
+        self._present -= 1
+        _look_at(call)
+
+
 def _look_at(call: asyncio.Task[Any]) -> None:
     """Take note of a call's exception, which asyncio logs if nobody does."""
     if not call.cancelled():

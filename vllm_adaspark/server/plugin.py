@@ -5,6 +5,10 @@ Opt-in, as vLLM demands of endpoint plugins: ``VLLM_PLUGINS=adaspark,adaspark_ht
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import os
+import sys
 from argparse import Namespace
 from typing import Any
 
@@ -14,6 +18,8 @@ from vllm.logger import init_logger
 from . import metrics, refusals, traces, usage
 
 logger = init_logger("vllm.adaspark")
+
+LEAVE_SECONDS = 10  # for clients to take the rest of their answers, once the server is to end
 
 
 class AdaSparkHttp:
@@ -31,6 +37,8 @@ class AdaSparkHttp:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         refusals.expose(engine_client.vllm_config.model_config.served_model_name)
+        state.adaspark_leave = asyncio.create_task(end_in_time(state))
+        fail_if_the_engine_died(engine_client)
         worker = str(engine_client.vllm_config.parallel_config.worker_cls)
         state.adaspark_accounts = worker.startswith("vllm_adaspark.")
         if state.adaspark_accounts:
@@ -41,3 +49,41 @@ class AdaSparkHttp:
                 "our architecture and leave --worker-cls out",
                 worker,
             )
+
+
+async def end_in_time(state: Any) -> None:
+    """See that a server which is to end does so, whoever is connected.
+
+    vLLM sets no time for it: one client that does not read, or whose machine is gone, would keep it
+    for ever, without an engine and with its port closed, so that nobody could start it again.
+    ``app.state.server`` is vLLM's uvicorn server, which it makes after its plugins.
+    """
+    while not hasattr(state, "server"):
+        await asyncio.sleep(0.5)
+    if state.server.config.timeout_graceful_shutdown is None:
+        state.server.config.timeout_graceful_shutdown = LEAVE_SECONDS
+
+
+def fail_if_the_engine_died(engine_client: Any) -> None:
+    """See that a server whose engine died ends with an exit code other than 0.
+
+    vLLM's API server then ends as if it had been asked to, and a container that is restarted on
+    failure would stay down.  vLLM shuts its engine client down once, whatever the reason; only a
+    client whose engine died is errored before that.
+    """
+    shut_down = engine_client.shutdown
+
+    def shutdown(*args: Any, **options: Any) -> None:
+        if engine_client.shutdown is shutdown:
+            engine_client.shutdown = shut_down
+            if engine_client.errored:
+                atexit.register(_fail)
+        shut_down(*args, **options)
+
+    engine_client.shutdown = shutdown
+
+
+def _fail() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

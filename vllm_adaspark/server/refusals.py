@@ -31,6 +31,8 @@ _TOO_LONG = (
     "reduce the input",
     "tokens in a step",  # ours, methods/adatp
 )
+# Answers of requests that prepared no media: without key, without a route or a model.
+_BEFORE_MEDIA = (401, 404, 405)
 # Code that reads media: what it raises is about them.
 _MEDIA_MODULES = ("vllm.multimodal.media", "vllm.multimodal.video", "vllm_adaspark.video")
 
@@ -54,7 +56,7 @@ class TakeBackMedia:
         async def watched(message: Any) -> None:
             nonlocal answered, failed
             if message["type"] == "http.response.start":
-                failed = message["status"] >= 400
+                failed = message["status"] >= 400 and message["status"] not in _BEFORE_MEDIA
             elif message["type"] == "http.response.body":
                 failed |= message.get("body", b"").startswith(b'data: {"error":')
                 answered = not message.get("more_body", False)

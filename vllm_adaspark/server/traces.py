@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,11 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from vllm.logger import init_logger
 
 from ..traces import reader
-from .engine import ask_workers
+from .engine import Turns, ask_workers
 
 logger = init_logger("vllm.adaspark")
+
+SECONDS = 30.0  # that a reader may wait, while others read or a step is under way
 
 PAGE = Path(__file__).parent / "viewer"
 FILES = {
@@ -51,6 +54,7 @@ page = APIRouter(prefix="/adaspark", include_in_schema=False)
 
 def attach(app: FastAPI) -> None:
     """Add the routes."""
+    app.state.adaspark_turns = Turns()
     app.include_router(data)
     app.include_router(page)
 
@@ -58,31 +62,31 @@ def attach(app: FastAPI) -> None:
 @data.get("")
 async def list_traces(request: Request) -> Response:
     """The traces that are kept, latest first."""
-    engines = await _ask(request, "adaspark_traces")
-    traces = [trace for ranks in engines for trace in reader.merge_lists(ranks)]
-    traces.sort(key=lambda trace: -trace["started"])
+
+    def read(engines: list[list[Any]]) -> list[dict[str, Any]]:
+        traces = [trace for ranks in engines for trace in reader.merge_lists(ranks)]
+        return sorted(traces, key=lambda trace: -trace["started"])
+
+    traces = await _ask(request, read, "adaspark_traces")
     return JSONResponse({"traces": traces}, headers=DATA_HEADERS)
 
 
 @data.get("/{trace_id}")
 async def one_trace(request: Request, trace_id: TraceId) -> Response:
     """Everything about a trace but the selection itself."""
-    ranks = await _trace(request, trace_id, "meta")
     tokenizer = _tokenizer(request)
 
-    def read() -> dict[str, Any]:
-        return reader.complete(_found(reader.merge_meta(ranks), trace_id), tokenizer)
+    def read(ranks: list[Any]) -> dict[str, Any] | None:
+        meta = reader.merge_meta(ranks)
+        return meta and reader.complete(meta, tokenizer)
 
-    # In a thread, as here and below: a long prompt has a hundred thousand tokens to decode.  vLLM
-    # makes its tokenizer's decode safe for that (vllm/tokenizers/hf.py).
-    return JSONResponse(await asyncio.to_thread(read), headers=DATA_HEADERS)
+    return JSONResponse(await _trace(request, read, trace_id, "meta"), headers=DATA_HEADERS)
 
 
 @data.get("/{trace_id}/heat")
 async def heat(request: Request, trace_id: TraceId, source: Source = "answer") -> Response:
     """Per layer and cube, the share of KV heads and source tokens that attended."""
-    ranks = await _trace(request, trace_id, "heat", source)
-    found = _found(await asyncio.to_thread(reader.merge_heat, ranks), trace_id)
+    found = await _trace(request, reader.merge_heat, trace_id, "heat", source)
     if "error" in found:
         raise HTTPException(404, found["error"])
     return JSONResponse(found, headers=DATA_HEADERS)
@@ -91,7 +95,7 @@ async def heat(request: Request, trace_id: TraceId, source: Source = "answer") -
 @data.get("/{trace_id}/ffn")
 async def ffn(request: Request, trace_id: TraceId) -> Response:
     """Per layer, a bit for each video token that ran the FFN; bits in base64, lowest first."""
-    found = _found(reader.merge_ffn(await _trace(request, trace_id, "ffn")), trace_id)
+    found = await _trace(request, reader.merge_ffn, trace_id, "ffn")
     found["ran"] = [base64.b64encode(bits).decode() for bits in found["ran"]]
     found["recorded"] = base64.b64encode(found["recorded"]).decode()
     return JSONResponse(found, headers=DATA_HEADERS)
@@ -100,17 +104,19 @@ async def ffn(request: Request, trace_id: TraceId) -> Response:
 @data.get("/{trace_id}/frames/{video}/{n}.jpg")
 async def frame(request: Request, trace_id: TraceId, video: Number, n: Number) -> Response:
     """The n-th frame pair's first frame, as the model saw it."""
-    ranks = await _trace(request, trace_id, "frame", video, n)
-    jpeg = next((rank for rank in ranks if rank), None)
-    if jpeg is None:
-        raise HTTPException(404, f"no frame {n} of video {video} in trace {trace_id}")
+
+    def read(ranks: list[Any]) -> bytes | None:
+        return next((rank for rank in ranks if rank), None)
+
+    missing = f"no frame {n} of video {video} in trace {trace_id}"
+    jpeg = await _trace(request, read, trace_id, "frame", video, n, missing=missing)
     return Response(jpeg, media_type="image/jpeg", headers=DATA_HEADERS)
 
 
 @data.delete("/{trace_id}")
 async def delete(request: Request, trace_id: TraceId) -> Response:
     """Forget a trace."""
-    _found(any(await _trace(request, trace_id, "delete")) or None, trace_id)
+    await _trace(request, lambda ranks: any(ranks) or None, trace_id, "delete")
     return Response(status_code=204)
 
 
@@ -145,27 +151,58 @@ def _tokenizer(request: Request) -> Any:
         return None
 
 
-async def _ask(request: Request, method: str, *arguments: Any) -> list[list[Any]]:
+async def _ask(
+    request: Request, read: Callable[[list[list[Any]]], Any], method: str, *arguments: Any
+) -> Any:
+    """What ``read`` makes of the workers' answers, once it is this reader's turn.
+
+    It runs in a thread, as a long prompt has a hundred thousand tokens to decode; vLLM makes its
+    tokenizer's decode safe for that (vllm/tokenizers/hf.py).
+    """
     state = request.app.state
     engine_client = getattr(state, "engine_client", None)
     if engine_client is None:
         raise HTTPException(503, "this server has no engine, so there are no traces")
     if not getattr(state, "adaspark_accounts", False):
         raise HTTPException(503, "this server's workers keep no traces: leave --worker-cls out")
+
+    async def ask() -> Any:
+        try:
+            answers = await ask_workers(engine_client, method, *arguments, seconds=None)
+        except Exception as error:
+            raise _silent(error) from error
+        return await asyncio.to_thread(read, answers)
+
     try:
-        return await ask_workers(engine_client, method, *arguments)
-    except Exception as error:
-        logger.warning("AdaSpark: no traces from the workers: %r", error)
-        raise HTTPException(503, "the workers did not answer: try again in a while") from error
+        return await state.adaspark_turns.take(ask, SECONDS)
+    except TimeoutError as error:
+        raise _silent(error) from error
 
 
-async def _trace(request: Request, trace_id: str, what: str, *arguments: Any) -> list[Any]:
-    """The answers of the ranks that have the trace; with data parallelism those of one engine."""
-    engines = await _ask(request, "adaspark_trace", trace_id, what, *arguments)
-    return next((ranks for ranks in engines if any(ranks)), [])
+def _silent(error: Exception) -> HTTPException:
+    logger.warning("AdaSpark: no traces from the workers: %r", error)
+    return HTTPException(503, "the workers did not answer: try again in a while")
 
 
-def _found(answer: Any, trace_id: str) -> Any:
-    if answer is None:
-        raise HTTPException(404, f"no trace {trace_id}: it may have made room for later ones")
-    return answer
+async def _trace(
+    request: Request,
+    read: Callable[[list[Any]], Any],
+    trace_id: str,
+    what: str,
+    *arguments: Any,
+    missing: str | None = None,
+) -> Any:
+    """What ``read`` makes of the answers of the ranks that have the trace, of one engine.
+
+    Where it is None the answer is a 404 that says what is ``missing``.
+    """
+
+    def of_one(engines: list[list[Any]]) -> Any:
+        return read(next((ranks for ranks in engines if any(ranks)), []))
+
+    found = await _ask(request, of_one, "adaspark_trace", trace_id, what, *arguments)
+    if found is None:
+        raise HTTPException(
+            404, missing or f"no trace {trace_id}: it may have made room for later ones"
+        )
+    return found

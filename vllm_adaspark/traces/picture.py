@@ -1,4 +1,4 @@
-"""One PNG of a trace: some of the video's frames under the heat of their cubes.
+"""One PNG of a trace: the frames attended most, under the heat of their cubes.
 
 For where there is no browser: the demo, ``vllm-adaspark ask --picture`` and ``analyze``.  Pillow
 and NumPy are enough, which vLLM brings.  The viewer shows the rest of a trace.
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..video.order import cube_order, decode_walk
-from .reader import spread
+from .attended import GONE, cube_heat, cubes_of, most_attended
 
 WIDTH, MARGIN, GAP, LINE = 1240, 28, 14, 24
 COLUMNS, WIDEST = 6, 380  # of the frames
@@ -23,7 +22,6 @@ INK, SOFT, GROUND = "#16181d", "#5b6270", "#ffffff"
 ALWAYS = (159, 180, 199)  # tokens in no whole cube
 NEVER = (58, 63, 73)  # cubes after the source
 DROPPED = (236, 238, 242)  # tokens that the language model never saw
-GONE = -2  # their cube
 # The same colours as the viewer's (server/viewer/stage.js): samples of "inferno".
 COLORS = np.array(
     [
@@ -44,16 +42,16 @@ def save_heatmap(
     trace: dict[str, Any],
     path: str | Path,
     source: str = "answer",
-    frames: int = 6,
+    frames: int = 12,
     layer: int | None = None,
 ) -> Path:
-    """Draw a trace.
+    """Draw the frames of a trace that its source attended most.
 
     Args:
         trace: from ``traces.reader.read_offline`` or ``read_http``.
         path: PNG to write.
         source: a key of ``trace["heat"]``: whose attention is shown.
-        frames: how many frames at the most.
+        frames: how many frames at the most; of those whose pictures the trace has, if it has any.
         layer: the layer shown; None for the mean of all.
 
     Returns:
@@ -89,26 +87,6 @@ def save_heatmap(
     path = Path(path)
     sheet.save(path, "PNG", optimize=True)
     return path
-
-
-def cube_heat(rows: list[list[float | None]], layers: list[int], layer: int | None) -> np.ndarray:
-    """``[cubes]`` of one layer or the mean of all; NaN for cubes after the source."""
-    heat = np.array(rows, dtype=float)
-    return heat.mean(0) if layer is None else heat[layers.index(layer)]
-
-
-def cubes_of(trace: dict[str, Any], number: int) -> np.ndarray:
-    """``[t, h, w]``: the cube of each of a video's tokens; -1: in no whole one, -2: dropped."""
-    video, size = trace["videos"][number], trace["block_size"]
-    if video.get("walk") is None:
-        order = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
-    else:
-        order = decode_walk(video["walk"])
-    block = (video["offset"] + np.arange(len(order))) // size
-    cube_of_block = {start // size: nth for nth, start in enumerate(trace["cube_starts"])}
-    cubes = np.full(np.prod(video["grid"]), GONE)
-    cubes[order] = [cube_of_block.get(each, -1) for each in block.tolist()]
-    return cubes.reshape(video["grid"])
 
 
 def colors(heat: np.ndarray, cubes: np.ndarray) -> np.ndarray:
@@ -148,11 +126,9 @@ def _heading(trace: dict[str, Any], source: str, layer: int | None) -> tuple[str
 def _frames(trace: dict[str, Any], heat: np.ndarray, wanted: int) -> list[tuple[Image.Image, str]]:
     """Frames under their heat, and the time of each."""
     places = sorted(trace["jpegs"]) or [
-        (video, n)
-        for video, facts in enumerate(trace["videos"])
-        for n in spread(facts["grid"][0], wanted)
+        (video, n) for video, facts in enumerate(trace["videos"]) for n in range(facts["grid"][0])
     ]
-    places = [places[i] for i in spread(len(places), wanted)]
+    places = most_attended(trace, heat, places, wanted)
     cubes = [cubes_of(trace, number) for number in range(len(trace["videos"]))]
     columns = min(len(places), COLUMNS)
     width = min((WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns, WIDEST)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..accounts.request_ids import search_name, unnumbered
-from ..video.order import cube_order, encode_walk
+from ..video.order import cube_order, encode_order
+from .attended import cube_heat, most_attended
 
 SOURCES = ("question", "answer")
 
@@ -58,7 +59,9 @@ def merge_meta(ranks: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
     for number, video in enumerate(merged["videos"]):
         video["frames"] = max(rank["videos"][number]["frames"] for rank in known)
     counts = _all_or_none(rank["usage"] for rank in known)
-    merged["usage"] = reports.usage(reports.merge_ranks(counts)) if counts else None
+    account = reports.merge_ranks(counts) if counts else None
+    merged["usage"] = reports.usage(account) if account else None
+    merged["means"] = reports.means_by_layer(account) if account else {}
     return merged
 
 
@@ -148,32 +151,33 @@ def _mean(rows: list[list[float | None]]) -> list[float | None]:
 
 
 def complete(meta: dict[str, Any], tokenizer: Any = None) -> dict[str, Any]:
-    """``meta`` with the text of its tokens, and each video's walk through its raster.
+    """``meta`` with the text of its tokens, and each video's token order.
 
-    ``spans[...]["texts"]``: one string per token; ``videos[...]["walk"]``: base64 of little-endian
-    int32, the raster index of the video's i-th token.  A pruned video's is in its trace.
+    ``spans[...]["texts"]``: one string per token; ``videos[...]["token_order"]``: base64 of
+    little-endian int32, the raster index of the video's i-th token.  A pruned video's is in its
+    trace.
     """
     for span in meta["spans"]:
         if "ids" in span and tokenizer is not None:
             span["texts"] = [tokenizer.decode([token]) for token in span["ids"]]
             span["text"] = tokenizer.decode(span["ids"])
     for video in meta["videos"]:
-        if video["walk"] is None:
-            walk = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
-            video["walk"] = encode_walk(walk)
+        if video["token_order"] is None:
+            token_order = cube_order(tuple(video["grid"]), tuple(video["cube"]), video["order"])
+            video["token_order"] = encode_order(token_order)
     return meta
 
 
 # -- a whole trace --------------------------------------------------------------------------------
 
 
-def read_offline(llm: Any, trace_id: str | None = None, frames: int = 6) -> dict[str, Any]:
+def read_offline(llm: Any, trace_id: str | None = None, frames: int = 12) -> dict[str, Any]:
     """A trace of an ``LLM`` in this process: the latest one, or that of ``trace_id``.
 
     Args:
         llm: vLLM's ``LLM``.
         trace_id: from ``collective_rpc("adaspark_traces")``.
-        frames: how many of the frames to fetch, evenly spread.
+        frames: how many frames to fetch for each source: those that it attended most.
 
     Raises:
         LookupError: no such trace, or not on all ranks.
@@ -200,7 +204,7 @@ def read_http(
     request_id: str | None = None,
     *,
     api_key: str | None = None,
-    frames: int = 6,
+    frames: int = 12,
     timeout: float = 60,
 ) -> dict[str, Any]:
     """A trace of a server with the viewer: the latest one, or that of an answer.
@@ -209,7 +213,7 @@ def read_http(
         url: the server's address, without ``/v1``.
         request_id: the ``id`` of the answer the client got.
         api_key: the server's, if it has one.
-        frames: how many of the frames to fetch, evenly spread.
+        frames: how many frames to fetch for each source: those that it attended most.
         timeout: seconds for each request.
 
     Raises:
@@ -245,18 +249,18 @@ def _latest(summaries: list[dict[str, Any]], request_id: str | None) -> dict[str
 
 
 def _whole(meta: dict[str, Any], heat: Callable, frame: Callable, frames: int) -> dict[str, Any]:
-    jpegs = {}
-    for video, facts in enumerate(meta["videos"]):
-        for n in spread(facts["grid"][0], frames):
-            if n < facts["frames"] and (jpeg := frame(video, n)):
-                jpegs[video, n] = jpeg
     heats = {source: heat(source) for source in SOURCES}
     if None in heats.values():
         raise LookupError(f"no trace {meta['id']!r}: it made room for later ones just now")
+    there = [
+        (video, n) for video, facts in enumerate(meta["videos"]) for n in range(facts["frames"])
+    ]
+    wanted = {
+        place
+        for told in heats.values()
+        for place in most_attended(
+            meta, cube_heat(told["heat"], meta["layers"], None), there, frames
+        )
+    }
+    jpegs = {place: jpeg for place in sorted(wanted) if (jpeg := frame(*place))}
     return meta | {"heat": heats, "jpegs": jpegs}
-
-
-def spread(number: int, wanted: int) -> list[int]:
-    """``wanted`` of ``number`` things, or all of them, evenly spread: the middle of equal parts."""
-    wanted = min(number, wanted)
-    return [int((i + 0.5) * number / wanted) for i in range(wanted)]

@@ -22,6 +22,7 @@ class StepTrace:
     def __init__(self) -> None:
         self._kept: dict[int, torch.Tensor] = {}
         self._ran: dict[int, torch.Tensor] = {}
+        self._alive: dict[int, list[tuple[int, torch.Tensor]]] = {}  # by row
         self.failed = False
 
     def cubes(self, layer: int, chosen: torch.Tensor) -> None:
@@ -31,6 +32,20 @@ class StepTrace:
     def tokens(self, layer: int, active: torch.Tensor) -> None:
         """``[cubes, block_size]`` bool."""
         self._keep(self._ran, layer, active)
+
+    def survivors(self, layer: int, row: int, tokens: torch.Tensor) -> None:
+        """``[survivors]`` int64: which of a row's video tokens go on after a layer."""
+        self._alive.setdefault(row, []).append((layer, tokens))
+
+    def lasted(self, row: int, tokens: int, layers: int) -> np.ndarray:
+        """``[tokens]`` uint16: how many of the model's layers saw each video token of a row."""
+        lasted = np.full(tokens, layers, np.uint16)
+        before = np.arange(tokens)
+        for layer, alive in self._alive.get(row, ()):
+            alive = alive.cpu().numpy()
+            lasted[np.setdiff1d(before, alive, assume_unique=True)] = layer + 1
+            before = alive
+        return lasted
 
     def _keep(self, where: dict[int, torch.Tensor], layer: int, bits: torch.Tensor) -> None:
         with observing("recording what a layer chose"):  # out of memory, say

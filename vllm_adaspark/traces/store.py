@@ -18,7 +18,9 @@ import numpy as np
 from ..paged.plan import MAX_TEXT_TILES
 from .trace import Trace
 
+MOST_TRACES = 256  # all steps and all readers look through them
 CHUNK_BYTES = 1024  # of a chunk's Python objects
+TICK = 1e-3  # seconds, at the least, between the starts of two traces
 TILE_BYTES = 8 + 8 + 1  # of a tile's start, length and kind
 
 
@@ -82,11 +84,12 @@ class TraceStore:
 
     A trace that fits beside the running ones takes the place of the oldest finished ones, as many
     as it needs.  One that does not fit takes nobody's place: it stays without what finds no room,
-    and says so.
+    and says so.  There are never more than ``MOST_TRACES``.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self._latest = 0.0  # when the latest trace started
         self.running: dict[str, Trace] = {}  # by request id
         self._finished: dict[str, Trace] = {}  # by trace id, oldest first
 
@@ -107,14 +110,16 @@ class TraceStore:
             expected: bytes its chunks will count by the end of the prompt.
 
         Returns:
-            False if not even its tokens find room; then it is not taken in.
+            False if not even its tokens find room, or too many run; then it is not taken in.
         """
+        if len(self.running) >= MOST_TRACES:
+            return False
         whole = trace.counted + expected
         if self._has_room(trace, whole):
             trace.reserved = whole
         else:
             trace.frames.forget()
-            trace.counted -= trace.frames.room
+            trace.counted -= trace.frames.reserved
             trace.truncated = (
                 f"nothing was recorded: it takes about {whole / 2**20:.1f} MiB, and running "
                 f"requests' traces left {(self.limit - self._of_others(trace)) / 2**20:.1f} MiB "
@@ -122,7 +127,11 @@ class TraceStore:
             )
             if not self._has_room(trace, trace.counted):
                 return False
+        # The system's clock may be set back, and the latest trace is to stay the latest.
+        self._latest = trace.started = max(trace.started, self._latest + TICK)
         self.running[trace.request_id] = trace
+        while self._finished and len(self.running) + len(self._finished) > MOST_TRACES:
+            del self._finished[next(iter(self._finished))]
         return True
 
     def grow(self, trace: Trace, more: int) -> bool:
@@ -151,7 +160,7 @@ class TraceStore:
 
     def finish(self, request_id: str) -> Trace:
         trace = self.running.pop(request_id)
-        trace.finished, trace.reserved = time.time(), 0
+        trace.finished, trace.reserved = max(time.time(), trace.started), 0
         self._finished[trace.id] = trace
         return trace
 

@@ -17,14 +17,14 @@ import torch
 
 from ..video.prune import DIGITS
 
-ROOM = 16 << 20  # bytes: some thousand videos
+LIMIT = 16 << 20  # bytes: some thousand videos
 
 
 class Survivors:
     """The last pruned videos, by the name that the encoder cache has for them."""
 
-    def __init__(self, room: int = ROOM) -> None:
-        self._room, self._bytes = room, 0
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit, self._bytes = limit, 0
         self._digits: OrderedDict[str, torch.Tensor] = OrderedDict()  # [kept, DIGITS] uint8
         self._awaited: dict[str, list[str]] = {}  # by request: its videos that are not known yet
 
@@ -47,7 +47,7 @@ class Survivors:
                     self._bytes += self._digits[name].nbytes
             if all(name in self._digits for name in videos):
                 del self._awaited[request_id]
-        while self._bytes > self._room:
+        while self._bytes > self._limit:
             self._bytes -= self._digits.popitem(last=False)[1].nbytes
 
     def get(self, video: str) -> np.ndarray | None:

@@ -9,13 +9,16 @@ NumPy only, so that everything here can be tested, and read, without vLLM.
 from __future__ import annotations
 
 import re
+from array import array
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ..video.order import encode_walk
+from ..video.order import encode_order
+from .dropping import Dropping, attended, pairs_before
 from .frames import Frames
 
 SOURCES = "question, answer, token:N or cube:N"
@@ -113,21 +116,28 @@ class Trace:
     settings: dict[str, Any]
     block_size: int
     layers: range
+    cubes: np.ndarray | None = None  # [cubes] logical KV block of each; None: see cube_blocks
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer
     cached: int = 0  # prompt tokens that came from the prefix cache: they have no tiles here
     finished: float | None = None
     truncated: str | None = None  # why recording stopped early
-    answer_ids: list[int] = field(default_factory=list)
+    answer_ids: MutableSequence[int] = field(default_factory=lambda: array("i"))
     usage: dict[str, Any] | None = None  # the request's counts, once it is finished
     chunks: list[Chunk] = field(default_factory=list)
     survivors: dict[int, np.ndarray] = field(default_factory=dict)  # of pruned videos: [kept]
+    dropping: Dropping | None = None  # where video tokens left between the layers
+    dropping_bytes: int = 0  # bytes it may take
     frames: Frames = field(default_factory=Frames)
     counted: int = 0  # bytes that every rank counts for it, see store.py
     reserved: int = 0  # bytes kept free for it until its request ends, those counted included
+    chunk_bytes: int = 0  # that this rank's chunks hold
 
     def __post_init__(self) -> None:
         kept = sum(self.videos[number].kept for number in self.pruned)
-        self.counted = self.prompt_ids.nbytes + self.frames.room + 4 * kept
+        self.counted = (
+            self.prompt_ids.nbytes + self.frames.reserved + 4 * kept + self.dropping_bytes
+        )
+        self.counted += 4 * len(self.request_id)  # a client may choose it, of any length
 
     @property
     def pruned(self) -> list[int]:
@@ -137,8 +147,9 @@ class Trace:
     @property
     def nbytes(self) -> int:
         """What this rank holds of it."""
-        parts = [*self.chunks, *self.survivors.values()]
-        return self.prompt_ids.nbytes + self.frames.nbytes + sum(part.nbytes for part in parts)
+        kept = sum(each.nbytes for each in self.survivors.values())
+        held = self.prompt_ids.nbytes + self.frames.nbytes + self.chunk_bytes + kept
+        return held + (self.dropping_bytes if self.dropping is not None else 0)
 
     @property
     def end(self) -> int:
@@ -148,7 +159,10 @@ class Trace:
 
     @cached_property
     def cube_blocks(self) -> np.ndarray:
-        """``[cubes]`` logical KV block of each cube: blocks that are video throughout."""
+        """``[cubes]`` logical KV block of each cube: as its method says, or blocks that are video
+        throughout."""
+        if self.cubes is not None:
+            return self.cubes
         size = self.block_size
         blocks = [np.arange(-(-video.offset // size), video.end // size) for video in self.videos]
         return np.concatenate(blocks)
@@ -156,11 +170,14 @@ class Trace:
     def add(self, chunk: Chunk) -> None:
         """Add a step.  Tokens recorded before (the request was preempted) count as it has them."""
         while self.chunks and self.chunks[-1].start >= chunk.start:
-            self.counted -= self.chunks.pop().counted
+            again = self.chunks.pop()
+            self.counted -= again.counted
+            self.chunk_bytes -= again.nbytes
         if self.chunks:
             self.chunks[-1].end = min(self.chunks[-1].end, chunk.start)
         self.chunks.append(chunk)
         self.counted += chunk.counted
+        self.chunk_bytes += chunk.nbytes
 
     def add_answer(self, tokens: list[int]) -> None:
         """Add sampled tokens.  Async scheduling may sample one more after the last: not counted."""
@@ -199,14 +216,15 @@ class Trace:
                     "cube": list(video.cube),
                     "order": video.order,
                     "tokens": video.length,
-                    "walk": encode_walk(self.survivors.get(number)),
+                    "token_order": encode_order(self.survivors.get(number)),
                     "seconds_per_frame": video.seconds,
                     "frames": self.frames.number(number),
                 }
                 for number, video in enumerate(self.videos)
             ],
-            "cube_starts": (self.cube_blocks * size).tolist(),
+            "cube_starts": self._cube_starts.tolist(),
             "spans": self._spans(),
+            "dropping": None if self.dropping is None else self.dropping.facts,
             "density": self._density(),
         }
 
@@ -219,9 +237,14 @@ class Trace:
             ``wanted``: source tokens there are.
         """
         ranges = self._ranges(source)
+        wanted = sum(high - low for low, high in ranges)
+        if self.dropping is not None:
+            where = self._where(ranges)
+            seen, there = attended(self._alive(), self._cube_starts, self.block_size, where)
+            return self._heat(seen, there, int(where.sum()), wanted)
         blocks, size = self.cube_blocks, self.block_size
         seen = np.zeros(len(blocks))
-        attended = np.zeros((len(self.layers), len(blocks)))
+        there = np.zeros((len(self.layers), len(blocks)))
         tokens = 0
         kept, weights = [], []  # of the sparse tiles, over all chunks
         for chunk in self.chunks:
@@ -239,7 +262,7 @@ class Trace:
                     first = np.maximum(blocks * size, max(begin, low))
                     after = np.maximum(min(end, high) - first, 0)  # [cubes] tokens from it on
                     seen += after
-                    attended += after
+                    there += after
         if kept:
             weight = np.concatenate(weights)
             seen += weight.sum(0)
@@ -248,18 +271,25 @@ class Trace:
             together = np.concatenate([np.pad(part, p) for part, p in zip(kept, pad)], axis=1)
             for layer, packed in enumerate(together):
                 bits = unpack_bits(packed, int(blocks[-1]) + 1)[..., blocks]
-                attended[layer] += (bits.mean(1) * weight).sum(0)
-        share = attended / np.maximum(seen, 1)
+                there[layer] += (bits.mean(1) * weight).sum(0)
+        return self._heat(seen, there, tokens, wanted)
+
+    def _heat(
+        self, seen: np.ndarray, there: np.ndarray, tokens: int, wanted: int
+    ) -> dict[str, Any]:
+        """From (KV head, source token) pairs ``[cubes]``, and those that attended."""
+        share = there / np.maximum(seen, 1)
         unseen = seen == 0
         heat = [
             [None if missing else round(float(x), 4) for x, missing in zip(row, unseen)]
             for row in share
         ]
-        wanted = sum(high - low for low, high in ranges)
         return {"layers": list(self.layers), "heat": heat, "tokens": tokens, "wanted": wanted}
 
     def ffn(self) -> dict[str, Any]:
         """Which video tokens ran the FFN, in prompt order over all videos.
+
+        Where tokens left between the layers, these are the ones that a layer saw.
 
         Returns:
             ``ran``: per layer, packed bits, one per video token; ``recorded``: the same for which
@@ -269,6 +299,8 @@ class Trace:
         position = np.concatenate([np.arange(v.offset, v.end) for v in self.videos])
         place[position] = np.arange(len(position))
         ran = np.ones((len(self.layers), len(position)), np.uint8)
+        if self.dropping is not None:
+            ran[:] = self.dropping.alive(self.layers)
         recorded = np.zeros(len(position), bool)
         for chunk in self.chunks:
             recorded |= (position >= chunk.start) & (position < chunk.end)
@@ -285,6 +317,24 @@ class Trace:
         }
 
     # -- helpers ----------------------------------------------------------------------------------
+
+    @property
+    def _cube_starts(self) -> np.ndarray:
+        return self.cube_blocks * self.block_size
+
+    def _where(self, ranges: list[tuple[int, int]]) -> np.ndarray:
+        """``[tokens]`` bool: which recorded tokens lie in ``ranges``."""
+        where = np.zeros(max(chunk.end for chunk in self.chunks), bool)
+        for low, high in ranges:
+            where[low:high] = True
+        return where
+
+    def _alive(self) -> np.ndarray:
+        """``[layers, tokens]`` bool: which recorded tokens a layer saw."""
+        alive = np.ones((len(self.layers), len(self._where([]))), bool)
+        position = np.concatenate([np.arange(v.offset, v.end) for v in self.videos])
+        alive[:, position] = self.dropping.alive(self.layers)
+        return alive
 
     def _spans(self) -> list[dict[str, Any]]:
         """The request's tokens in runs of one kind; text runs with their token ids.
@@ -304,7 +354,7 @@ class Trace:
             spans.append(span)
             position = video.end
         text("question", position, ids[position:])
-        text("answer", len(ids), self.answer_ids)
+        text("answer", len(ids), list(self.answer_ids))
         return spans
 
     def _ranges(self, source: str) -> list[tuple[int, int]]:
@@ -334,6 +384,16 @@ class Trace:
     def _density(self) -> dict[str, list[float | None]]:
         """Per kind of token and layer: the share of the preceding cubes attended; None: no data."""
         kinds = {kind: self._kind(kind) for kind in ("video", "question", "answer")}
+        if self.dropping is not None:
+            alive = self._alive()
+            pairs = {
+                kind: pairs_before(alive, self._cube_starts, self.block_size, self._where(ranges))
+                for kind, ranges in kinds.items()
+            }
+            return self._shares(
+                {kind: seen for kind, (seen, _) in pairs.items()},
+                {kind: kept for kind, (_, kept) in pairs.items()},
+            )
         end = max(self.end, self.videos[-1].end) + 1
         token_block = np.arange(end) // self.block_size
         is_cube = np.zeros(token_block[-1] + 1, bool)
@@ -359,7 +419,13 @@ class Trace:
                     pairs -= before[first]
                 seen[kind] += pairs.sum()
                 kept[kind] += pairs[~chunk.sparse].sum() + number_kept @ tokens[chunk.sparse]
+        return self._shares(seen, kept)
+
+    @staticmethod
+    def _shares(
+        seen: dict[str, float], kept: dict[str, np.ndarray]
+    ) -> dict[str, list[float | None]]:
         return {
             kind: [round(float(x / seen[kind]), 4) if seen[kind] else None for x in kept[kind]]
-            for kind in kinds
+            for kind in kept
         }

@@ -11,6 +11,7 @@ record drops the whole trace, and the others' parts of it then count as gone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,7 @@ from ..paged.plan import StepPlan
 from ..paged.state import StepRows
 from ..requests import settings_of, videos_of
 from ..step import Runtime
+from . import dropping
 from .frames import FrameMaker, Frames
 from .step import StepTrace, chunk_of, counted_bytes
 from .store import Sizes, TraceStore, trace_id
@@ -131,6 +133,11 @@ class Tracer:
                 trace.cached = chunk.start
             if chunk.end > chunk.start and self.store.grow(trace, chunk.counted):
                 trace.add(chunk)
+                facts = None if plan is None else plan.dropping(row)
+                if facts is not None:
+                    tokens = sum(video.length for video in trace.videos)
+                    lasted = step.lasted(row, tokens, self._layers.stop)
+                    trace.dropping = dropping.Dropping(lasted, facts)
 
     def _fill_in_survivors(self, trace: Trace) -> None:
         for number in trace.pruned:
@@ -163,18 +170,20 @@ class Tracer:
             or self._is_traced_search(request.req_id)
         ):
             return
+        known = self._runtime.requests[request.req_id]
+        told = self._runtime.method.told(known)
         trace = Trace(
             id=trace_id(request.req_id),
             request_id=request.req_id,
             started=time.time(),
             prompt_ids=np.array(request.prompt_token_ids, np.int32),
             videos=[self._video(feature) for feature in videos],
-            settings=shown_settings(
-                self._runtime.method.told(self._runtime.requests[request.req_id])
-            ),
+            settings=shown_settings(told),
             block_size=self._sizes.block_size,
             layers=self._layers,
+            cubes=np.flatnonzero(known.is_cube),
             stop_ids=_stop_ids(request.sampling_params),
+            dropping_bytes=self._dropping_bytes(videos, told),
             frames=Frames(
                 [self._pixels(feature) for feature in videos],
                 self._pictures,
@@ -187,6 +196,14 @@ class Tracer:
             logger.warning_once("AdaSpark: no room for another trace, see trace_mb")
         elif trace.frames.number_of_all:
             self._frame_maker.submit(trace.frames)
+
+    def _dropping_bytes(self, videos: list[Any], told: dict[str, Any]) -> int:
+        """What a request keeps of the tokens that leave between its layers."""
+        if "layers" not in told:
+            return 0
+        grids = [self._layout.grid(video) for video in videos]
+        frames, tokens = sum(grid[0] for grid in grids), sum(map(math.prod, grids))
+        return dropping.most_bytes(tokens, frames, len(told["layers"]))
 
     def _is_traced_search(self, request_id: str) -> bool:
         """Whether this is a later request of a beam search, of which the first one is traced."""

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..methods.adaspark.plan import AttentionPlan
 from ..methods.adaspark.score import choose_cubes
-from ..paged.state import BlockSums
+from ..paged.state import KEY_SUMMARIES
 from .packing import Step
 
 NAME = "adaspark"  # as attn_implementation
@@ -136,10 +136,11 @@ def _choose(q: torch.Tensor, k: torch.Tensor, step: Step, layer: int, scale: flo
     """``[sparse, kv_heads, blocks]`` bool: the cubes each tile keeps.  No gradient."""
     size = step.plan.block_size
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        sums = BlockSums(step.num_blocks, k.shape[1], k.shape[2], size, k.device)
-        sums.write(k, step.plan.sum_writes)
+        kept = KEY_SUMMARIES[step.key_summary]
+        kept = kept(step.num_blocks, k.shape[1], k.shape[2], size, k.device, k.dtype)
+        kept.write(k, step.plan.summary_writes)
         by_head = q.unflatten(1, (k.shape[1], -1)).transpose(0, 1)
-        return choose_cubes(by_head, sums, step.plan.attention, scale, layer)
+        return choose_cubes(by_head, kept, step.plan.attention, scale, layer)
 
 
 def _kept_blocks(chosen: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:

@@ -122,7 +122,7 @@ def gated_attention(
             return slc
         before = _Cubes.of(vision[keys], q.shape[2])
         probabilities = before.probabilities(q, k, scale)
-        cmp = F.dropout(probabilities, dropout).to(v) @ before.means(v)[:, None]
+        cmp = F.dropout(probabilities, dropout).to(v) @ before.means(v).to(v)[:, None]
         m, window = q.shape[2], plan.window_size
         reach = min(len(keys), m + window - 1)  # keys that some window holds
         swa = masked_attention(q, k[:, -reach:], v[:, -reach:], None, BLOCK, scale, dropout, window)
@@ -159,15 +159,18 @@ def _choose(q: torch.Tensor, k: torch.Tensor, step: Step, scale: float) -> torch
 
 @dataclass(frozen=True)
 class _Cubes:
-    """The cubes of a sequence, whole blocks that hold vision alone, as its last tokens see them.
+    """The cubes of a sequence, whole blocks that hold vision tokens, as its last tokens see them.
 
     Attributes:
         cubes: ``[cubes]`` int64 blocks.
+        shares: ``[cubes, BLOCK]`` fp32 weights of a block's tokens in its mean: the vision tokens
+            weigh alike, text nothing.
         own: ``[m]`` int64 block of each of the last tokens.
         seen: ``[m]`` int64 how many cubes lie before it.
     """
 
     cubes: torch.Tensor
+    shares: torch.Tensor
     own: torch.Tensor
     seen: torch.Tensor
 
@@ -175,19 +178,23 @@ class _Cubes:
     def of(cls, is_vision: torch.Tensor, queries: int) -> _Cubes:
         """Of a sequence ``is_vision [n]``, whose last ``queries`` tokens ask."""
         blocks = len(is_vision) // BLOCK
-        cubes = is_vision[: blocks * BLOCK].view(blocks, BLOCK).all(1).nonzero().flatten()
+        by_block = is_vision[: blocks * BLOCK].view(blocks, BLOCK)
+        cubes = by_block.any(1).nonzero().flatten()
+        shares = by_block[cubes].float()
         at = torch.arange(len(is_vision) - queries, len(is_vision), device=is_vision.device)
-        return cls(cubes, at // BLOCK, torch.searchsorted(cubes, at // BLOCK))
+        own = at // BLOCK
+        return cls(cubes, shares / shares.sum(1, True), own, torch.searchsorted(cubes, own))
 
     def means(self, states: torch.Tensor) -> torch.Tensor:
-        """``[kv_heads, cubes, d]`` of keys or values ``[kv_heads, n, d]``."""
+        """``[kv_heads, cubes, d]`` fp32 of keys or values ``[kv_heads, n, d]``."""
         blocks = states.shape[1] // BLOCK
-        return states[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))[:, self.cubes].mean(2)
+        of_cubes = states[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))[:, self.cubes]
+        return torch.einsum("hcbd,cb->hcd", of_cubes.float(), self.shares)
 
     def probabilities(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
         """``[kv_heads, group, m, cubes]`` fp32, over the mean keys seen; 0 where there is none."""
         with torch.autocast(q.device.type, enabled=False):
-            logits = q.float() @ self.means(k).float()[:, None].transpose(-1, -2) * scale
+            logits = q.float() @ self.means(k)[:, None].transpose(-1, -2) * scale
             visible = torch.arange(len(self.cubes), device=q.device) < self.seen[:, None]
             logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
             return logits.softmax(-1) * visible

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
-from ..accounts.account import ModelShape
+from ..accounts.flops import ModelShape
 from ..methods.adaspark.budget import prompt_cost
 from ..methods.adaspark.planner import build_plan
 from ..methods.adaspark.request import AdaSparkRequest
@@ -120,6 +120,7 @@ def plan_step(
     step: Step, prompts: list[Prompt], *, text_config: Any, config: AdaSparkConfig
 ) -> StepPlan | None:
     """The served plan of a step: tiles, candidates and FFN cubes; None if there is no video."""
+    step.key_summary = config.key_summary
     return build_plan(
         step.rows,
         [_request(prompt, text_config, config) for prompt in prompts],
@@ -136,7 +137,7 @@ def _request(prompt: Prompt, text_config: Any, config: AdaSparkConfig) -> AdaSpa
         return None
     if config.flops is None:
         return AdaSparkRequest(config, prompt.is_video)
-    shape = ModelShape.of(text_config)
+    shape = ModelShape.of(text_config, summary=config.key_summary)
     cost = prompt_cost(shape, text_config.num_hidden_layers, prompt.is_video, config)
     return AdaSparkRequest(config, prompt.is_video, cost.share(config.flops), cost.least)
 

@@ -32,6 +32,7 @@ class Step:
         put: ``[batch, n]`` which token of the step each token of the batch is; 0 for padding.
         block_size: tokens of a block.
         plan: the method's, see :class:`~.passes.SparsePass`.
+        key_summary: what is kept of a block's keys, as ``Settings.key_summary``.
         cubes: per layer ``[queries, kv_heads, blocks]`` bool, the blocks that were chosen; AdaSpark
             chooses once for a sparse tile of queries, VideoNSA for each token.
         active: per layer ``[cubes, block_size]`` bool, the tokens that ran the FFN.
@@ -48,6 +49,7 @@ class Step:
     num_blocks: int
     block_size: int
     plan: Any = None
+    key_summary: str = "sums"
     cubes: dict[int, torch.Tensor] = field(default_factory=dict)
     active: dict[int, torch.Tensor] = field(default_factory=dict)
 

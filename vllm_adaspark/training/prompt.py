@@ -88,8 +88,8 @@ def read_prompts(
         for medium in media:
             is_vision[medium.start : medium.end] = True
             if medium.is_video:
-                walk = cube_order(medium.grid, config.cube, config.order)
-                order[medium.start : medium.end] = medium.start + walk
+                token_order = cube_order(medium.grid, config.cube, config.order)
+                order[medium.start : medium.end] = medium.start + token_order
                 is_video[medium.start : medium.end] = True
                 places.append((medium.start, medium.end - medium.start))
         prompts.append(Prompt(columns[order], positions[:, order], is_video, is_vision, places))

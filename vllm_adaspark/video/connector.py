@@ -11,17 +11,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
+import requests
+from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from vllm.multimodal.media.video import VideoMediaIO
 
 from .container import VideoError
-from .load import VideoLoader, check_backend
+from .load import VideoLoader, check_backend, check_size
 from .sampling import ONE_FRAME, PAIR, Options, at_constant_rate, refuse
 
 DEFAULT = "http"  # vLLM's name for its own, which VLLM_MEDIA_CONNECTOR may replace by another
+# No server was found, or it did not let us in; not what may pass, as its timeouts and its 500s.
+UNREACHABLE = (aiohttp.ClientConnectorError, requests.exceptions.ConnectionError)
+LONGEST_URL = 200  # characters of it in an error
 LIST_FPS = 1.0  # vLLM's, for a list that comes without
+MOST = 10**9  # frames of such a video, and its seconds
 # What a client may say of the video that its list was taken from, as in vLLM.
 LIST_OPTIONS = ("frames_indices", "total_num_frames", "duration", "do_sample_frames")
 
@@ -42,6 +49,18 @@ class AdaSparkConnector(MediaConnector):
         self._check_backend()
         return await super().fetch_video_async(video_url, **options)
 
+    def load_from_url(self, url: str, *args: Any, **options: Any):
+        try:
+            return super().load_from_url(url, *args, **options)
+        except UNREACHABLE as error:
+            raise _unreachable(url) from error
+
+    async def load_from_url_async(self, url: str, *args: Any, **options: Any):
+        try:
+            return await super().load_from_url_async(url, *args, **options)
+        except UNREACHABLE as error:
+            raise _unreachable(url) from error
+
     def _check_backend(self) -> None:
         check_backend(self.media_io_kwargs.get("video", {}))
 
@@ -57,6 +76,16 @@ class AdaSparkConnector(MediaConnector):
             raise ValueError(f"file://{url_spec.path}: {error.strerror or error}") from None
 
 
+def _unreachable(url: str) -> Exception:
+    """What vLLM says of a URL that its server does not know (HTTP 422), of one without a server.
+
+    vLLM itself tries again some times, and then answers with a 500: as if the fault were the
+    engine's, so that clients ask again and operators are called.
+    """
+    why = "Failed to fetch media from URL: no connection to its server"
+    return VLLMUnprocessableEntityError(why, parameter="url", value=url[:LONGEST_URL])
+
+
 class _VideoMediaIO(MediaIO):
     """Data URLs of videos: lists of JPEGs by our rules, all else by vLLM's class."""
 
@@ -70,15 +99,20 @@ class _VideoMediaIO(MediaIO):
         most = stock.video_loader.most_of_list(stock.num_frames, stock.kwargs)
         parts = data.split(",")
         taken, metadata = _taken(len(parts), most, stock.kwargs)
-        pictures = [np.asarray(_picture(stock.image_io, parts[at], at)) for at in taken]
-        odd = next((at for at, one in enumerate(pictures) if one.shape != pictures[0].shape), None)
-        if odd is not None:
-            height, width = pictures[odd].shape[:2]
-            raise VideoError(
-                f"data:video/jpeg: frame {taken[odd]} is {width}x{height} and the first is "
-                f"{pictures[0].shape[1]}x{pictures[0].shape[0]}; send frames of one size"
-            )
-        return MediaWithBytes((np.stack(pictures), metadata), data.encode())
+        frames = None
+        for nth, at in enumerate(taken):
+            picture = np.asarray(_picture(stock.image_io, parts[at], at))
+            height, width = picture.shape[:2]
+            if frames is None:
+                check_size(len(taken), width, height)
+                frames = np.empty((len(taken), *picture.shape), np.uint8)
+            if picture.shape != frames.shape[1:]:
+                raise VideoError(
+                    f"data:video/jpeg: frame {at} is {width}x{height} and the first is "
+                    f"{frames.shape[2]}x{frames.shape[1]}; send frames of one size"
+                )
+            frames[nth] = picture
+        return MediaWithBytes((frames, metadata), data.encode())
 
     def load_bytes(self, data: bytes):
         return self._stock.load_bytes(data)
@@ -104,12 +138,13 @@ def _taken(sent: int, most: int, options: dict[str, Any]) -> tuple[list[int], di
     if len(indices) != sent:
         refuse("frames_indices", indices, f"expected {sent} numbers, one a frame of the list")
     total = options.get("total_num_frames", max(sent, indices[-1] + 1))
-    if type(total) is not int or total <= indices[-1]:
-        refuse("total_num_frames", total, f"expected a whole number, above {indices[-1]}")
+    if type(total) is not int or not indices[-1] < total <= MOST:
+        why = f"expected a whole number, above {indices[-1]} and at most {MOST}"
+        refuse("total_num_frames", total, why)
     fps = float(options.get("fps", LIST_FPS))
     duration = options.get("duration", total / fps)
-    if type(duration) not in (int, float) or not 0 <= duration < float("inf"):
-        refuse("duration", duration, "expected seconds")
+    if type(duration) not in (int, float) or not 0 <= duration <= MOST:
+        refuse("duration", duration, f"expected seconds, at most {MOST}")
     taken = list(range(sent))
     if sent > most:
         taken = at_constant_rate(sent, max(PAIR, most // PAIR * PAIR))

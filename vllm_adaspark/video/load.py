@@ -14,6 +14,7 @@ which is HTTP 400; so is a video that cannot be used.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from io import BytesIO
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from vllm.multimodal.video_decoders import check_frame_pixel_limit
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from . import decode
-from .container import Contents, scan
+from .container import Contents, VideoError, scan
 from .sampling import EVEN_FRAMES, MAX_FRAMES, Evenly, Options, metadata, refuse
 
 logger = init_logger("vllm.adaspark")
@@ -40,6 +41,24 @@ DECORD_LOADER = "adaspark_decord"
 UNSET_NUM_FRAMES = (inspect.signature(VideoMediaIO.__init__).parameters["num_frames"].default, -1)
 DECORD_SEEKS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")  # FFmpeg's names
 SAME_TIME = 0.4  # of the shortest time between two frames: the same frame, by two clocks
+
+
+MAX_GIB = 8  # of a video's decoded frames: a small file may hold very many large ones
+
+
+def check_size(frames: int, width: int, height: int) -> None:
+    """Refuse frames that are too large, or too large together, before memory is taken for them.
+
+    Raises:
+        ValueError: says what they would take, and what to change.
+    """
+    check_frame_pixel_limit(width, height)
+    gib = frames * width * height * 3 / 2**30
+    if gib > MAX_GIB:
+        raise VideoError(
+            f"{frames} frames of {width}x{height} take {gib:.1f} GiB, and a video may take "
+            f"{MAX_GIB}: take fewer (media_io_kwargs.video.fps or max_frames), or send smaller ones"
+        )
 
 
 class _Unreadable(Exception):
@@ -103,7 +122,8 @@ class VideoLoader(StockLoader):
         cls, data: bytes, contents: Contents, numbers: list[int]
     ) -> tuple[np.ndarray, list[int], str]:
         """(frames, their numbers, the decoder's name)."""
-        frames, read = decode.read(data, contents, numbers, check_size=check_frame_pixel_limit)
+        check = partial(check_size, len(numbers))
+        frames, read = decode.read(data, contents, numbers, check_size=check)
         return frames, read, VideoLoader.decoder
 
 
@@ -162,7 +182,7 @@ class OpenCVVideoLoader(_OtherDecoder):
         size = [
             int(reader.get(side)) for side in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)
         ]
-        check_frame_pixel_limit(size[1], size[0])
+        check_size(len(numbers), size[1], size[0])
         frames, at, told = np.empty((len(numbers), *size, 3), np.uint8), 0, []
         for number in range(numbers[-1] + 1):
             if not reader.grab():
@@ -197,7 +217,7 @@ class DecordVideoLoader(_OtherDecoder):
             reader = decord.VideoReader(BytesIO(data))
             if len(reader) != contents.frames:
                 raise _Unreadable(f"it counts {len(reader)} frames of {contents.frames}")
-            check_frame_pixel_limit(*reader[0].shape[1::-1])
+            check_size(len(numbers), *reader[0].shape[1::-1])
             starts = reader.get_frame_timestamp(distinct)[:, 0]
             _same_times(contents, list(zip(distinct, starts)))
             frames = reader.get_batch(distinct).asnumpy()

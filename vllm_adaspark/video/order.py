@@ -1,15 +1,15 @@
 """Geometry: in which order a video's tokens enter the prompt, so that a KV block is a compact cube.
 
 A video is a grid of T x H x W merged tokens; stock Qwen2.5-VL feeds it frame by frame ("raster"),
-so 64 consecutive tokens are a thin strip of one frame.  Here the grid is walked cube by cube:
+so 64 consecutive tokens are a thin strip of one frame.  Here it is fed cube by cube:
 
 * the video is cut into slabs of near-equal length, ``t`` frames each if they divide it;
 * a slab is cut into strips of near-equal height, ``h`` rows each if they divide it;
-* a strip is walked column by column, all (row, frame) pairs of a column together; alternate strips
+* a strip is fed column by column, all (row, frame) pairs of a column together; alternate strips
   run the other way and alternate slabs are reversed, so neighbours in the sequence are neighbours
   in the video.
 
-vLLM cuts this walk into KV blocks every B tokens wherever the video happens to start.  With an
+vLLM cuts this order into KV blocks every B tokens wherever the video happens to start.  With an
 aligned start and a grid that divides, a block is an exact t x h x w box; otherwise it is still
 compact.  An ideal 4x4x4 box has a mean squared spread of 3.75.  Grids of 4 or more frames, rows and
 columns mostly have 4.2 to 5.3 (half of them below 4.5, one in ten above 5.05, none of 3,000 above
@@ -29,11 +29,11 @@ from itertools import pairwise
 import numpy as np
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)  # of a megabyte each for a long video; clients choose grids and cubes
 def cube_order(
     grid: tuple[int, int, int], cube: tuple[int, int, int], order: str = "cube"
 ) -> np.ndarray:
-    """The walk through a video's tokens.
+    """In which order a video's tokens enter the prompt.
 
     Args:
         grid: (T, H, W) merged tokens.
@@ -41,7 +41,7 @@ def cube_order(
         order: ``"cube"``, or ``"raster"`` for stock order.
 
     Returns:
-        ``[T * H * W]`` int64, read-only: the i-th token of the walk is raster token ``result[i]``.
+        ``[T * H * W]`` int64, read-only: the i-th token is raster token ``result[i]``.
 
     Example:
         >>> cube_order((1, 2, 4), (1, 2, 2)).tolist()
@@ -49,7 +49,7 @@ def cube_order(
     """
     T, H, W = grid
     if order == "raster":
-        walk = np.arange(T * H * W)
+        token_order = np.arange(T * H * W)
     elif order == "cube":
         raster = np.arange(T * H * W).reshape(T, H, W)
         strips_per_slab = max(1, round(H / cube[1]))
@@ -61,12 +61,12 @@ def cube_order(
                 strips.append((columns[::-1] if strip % 2 else columns).reshape(-1))
             slab = np.concatenate(strips)
             slabs.append(slab[::-1] if index % 2 else slab)
-        walk = np.concatenate(slabs)
+        token_order = np.concatenate(slabs)
     else:
         raise ValueError(f"order={order!r}: expected 'cube' or 'raster'")
-    walk = walk.astype(np.int64)
-    walk.flags.writeable = False
-    return walk
+    token_order = token_order.astype(np.int64)
+    token_order.flags.writeable = False
+    return token_order
 
 
 def block_spread(
@@ -81,8 +81,8 @@ def block_spread(
 
     ``phase`` is the number of video tokens before the first block edge.  An ideal 4x4x4 box: 3.75.
     """
-    walk = cube_order(grid, cube, order)[phase:]
-    whole = walk[: len(walk) // block * block]
+    token_order = cube_order(grid, cube, order)[phase:]
+    whole = token_order[: len(token_order) // block * block]
     at = np.stack(np.unravel_index(whole, grid), axis=-1).reshape(-1, block, 3).astype(float)
     return float(((at - at.mean(1, keepdims=True)) ** 2).sum(-1).mean())
 
@@ -90,7 +90,7 @@ def block_spread(
 def spread_tokens(volume: int, count: int) -> np.ndarray:
     """Some tokens of a cube that stand for all of it: one or more of every frame, row and column.
 
-    They lie on a diagonal of the walk: every n-th token alone would all be of one frame.
+    They lie on a diagonal of the cube: every n-th token alone would all be of one frame.
 
     Args:
         volume: tokens of a cube, a power of two.
@@ -108,13 +108,13 @@ def spread_tokens(volume: int, count: int) -> np.ndarray:
     return nth * step + (nth + nth // step) % step
 
 
-def encode_walk(walk: np.ndarray | None) -> str | None:
-    """A walk, or a part of one, as text: base64 of little-endian int32; None for None."""
-    return None if walk is None else base64.b64encode(walk.astype("<i4").tobytes()).decode()
+def encode_order(order: np.ndarray | None) -> str | None:
+    """A token order, or a part of one, as text: base64 of little-endian int32; None for None."""
+    return None if order is None else base64.b64encode(order.astype("<i4").tobytes()).decode()
 
 
-def decode_walk(text: str) -> np.ndarray:
-    """Undo :func:`encode_walk`."""
+def decode_order(text: str) -> np.ndarray:
+    """Undo :func:`encode_order`."""
     return np.frombuffer(base64.b64decode(text), "<i4")
 
 

@@ -7,7 +7,7 @@ a setting of a request (``prune``).
 
 How *many* tokens stay follows from the video's grid, so the prompt is made before the video is
 encoded.  *Which* ones is known only once it is: :func:`survivors`.  They are put in the order of
-the video's walk (order.py), so that a KV block of them is still a compact piece of video.
+the video's token order (order.py), so that a KV block of them is still a compact piece of video.
 
 A survivor keeps its position, that of its place in the whole video.  As positions are made before
 anyone knows the survivors, a request's positions give all tokens of a pruned video that of its
@@ -52,9 +52,9 @@ def kept_tokens(grid: tuple[int, int, int], prune: float) -> int:
 
 
 def survivors(
-    video: torch.Tensor, grid: tuple[int, int, int], prune: float, walk: np.ndarray
+    video: torch.Tensor, grid: tuple[int, int, int], prune: float, token_order: np.ndarray
 ) -> torch.Tensor:
-    """Which tokens of a video stay, in the order of its walk.
+    """Which tokens of a video stay, in its token order.
 
     Distances are computed in float32 whatever the dtype, and of equal ones the earlier token stays.
     Waits for no device: how many stay is known.
@@ -63,7 +63,7 @@ def survivors(
         video: ``[T * H * W, hidden]`` embeddings, in raster order.
         grid: (T, H, W) merged tokens.
         prune: the share to drop.
-        walk: ``[T * H * W]`` the raster token at each place of the walk.
+        token_order: ``[T * H * W]`` the raster token at each place of the order.
 
     Returns:
         ``[kept]`` int64 raster tokens, on the video's device.
@@ -76,10 +76,10 @@ def survivors(
         earlier = frames[start - 1 : start - 1 + len(later)].float()
         novelty.append(1 - F.cosine_similarity(later, earlier, dim=-1))
     order = torch.cat(novelty).flatten().argsort(descending=True, stable=True)
-    nth = np.empty(len(walk), np.int64)
-    nth[walk] = np.arange(len(walk))  # each raster token's place in the walk
-    nth, walk = (torch.from_numpy(x.copy()).to(video.device) for x in (nth, walk))
-    return walk[nth[order[: kept_tokens(grid, prune)]].sort().values]
+    nth = np.empty(len(token_order), np.int64)
+    nth[token_order] = np.arange(len(token_order))  # each raster token's place in the order
+    nth, token_order = (torch.from_numpy(x.copy()).to(video.device) for x in (nth, token_order))
+    return token_order[nth[order[: kept_tokens(grid, prune)]].sort().values]
 
 
 def with_places(

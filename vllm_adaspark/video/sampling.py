@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..settings import shown
 from .container import Contents, VideoError
 
 PAIR = 2  # frames that Qwen2.5-VL merges into one
@@ -143,7 +144,7 @@ def _refuse_unknown(options: dict[str, Any], known: tuple[str, ...]) -> None:
 
 def refuse(name: str, value: Any, why: str) -> None:
     """Raise a ValueError about an option."""
-    raise ValueError(f"media_io_kwargs.video.{name}={value!r}: {why}")
+    raise ValueError(f"media_io_kwargs.video.{str(name)[:80]}={shown(value)}: {why}")
 
 
 def number_of_frames(frames: int, fps: float, most: int | None, options: Options) -> int:
@@ -211,4 +212,4 @@ def metadata(contents: Contents, taken: Sample, read: list[int], backend: str) -
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

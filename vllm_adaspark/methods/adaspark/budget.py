@@ -18,13 +18,14 @@ run, come on top.  Pure NumPy; no vLLM.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...accounts.account import ModelShape
+from ...accounts.flops import Forecast, ModelShape
 from ...paged.plan import MAX_TEXT_TILES
 from ...settings import SHARE_STEPS
+from .request import choosing_text
 from .settings import AdaSparkConfig
 
 # Below this share of what may be left out, choosing has no room: an FFN cube keeps one token of 64.
@@ -114,31 +115,51 @@ def prompt_cost(
     before = np.cumsum(is_cube) - is_cube  # [blocks] cubes before each block
     chooses = before >= max(config.dense_below, 1)
 
-    text = np.bincount(np.arange(tokens)[~is_video] // size, minlength=len(is_cube)) * chooses
+    text = choosing_text(is_video, config)
     if config.text_queries == "dense" or text.sum() > MAX_TEXT_TILES:
         text[:] = 0
     video_blocks, text_blocks = np.flatnonzero(is_cube & chooses), np.flatnonzero(text)
     block = np.concatenate([video_blocks, text_blocks])  # [groups]
     text = text[text_blocks]
     queries = np.concatenate([np.full(len(video_blocks), size), text])
-    asked = np.concatenate([np.full(len(video_blocks), min(config.cube_queries, size)), text])
-    asked *= config.selection != "uniform"  # which looks at no score
-
-    def densely(tokens: int) -> float:
-        projections = tokens * (shape.qkvo_flops_per_token + shape.ffn_flops_per_token)
-        return layers * (projections + tokens * (tokens + 1) / 2 * shape.attention_flops_per_pair)
+    scored = np.concatenate([np.full(len(video_blocks), min(config.cube_queries, size)), text])
+    scored *= config.selection != "uniform"  # which looks at no score
 
     number = int(is_cube.sum())
     sparse = max(0, layers - config.dense_layers)
     of_a_cube = sparse * shape.ffn_flops_per_token * (config.compensation == "centroid")
     return PromptCost(
-        whole=densely(tokens + dropped),
-        dense=densely(tokens),
+        whole=layers * shape.layer_flops(tokens + dropped),
+        dense=layers * shape.layer_flops(tokens),
         cubes=before[block],
         at_least=np.minimum(before[block], config.min_cubes),
         flops_per_cube=sparse * size * shape.attention_flops_per_pair * queries,
-        scores=sparse * float((before[block] * asked).sum()) * shape.score_flops_per_pair,
+        scores=sparse * float((before[block] * scored).sum()) * shape.score_flops_per_pair,
         ffn=sparse * number * size * float(shape.ffn_flops_per_token),
         ffn_at_least=1 / size,
         centroids=float(number * of_a_cube),
     )
+
+
+def forecast(
+    config: AdaSparkConfig, shape: ModelShape, layers: int, is_video: np.ndarray, dropped: int
+) -> Forecast:
+    """See ``Settings.forecast``.
+
+    What is spent depends on the video, so without a budget it is an estimate that takes a density
+    of p: attention keeps ``p_attn`` of the preceding cubes, the FFN ``p_ffn`` of the tokens.  Where
+    attention is concentrated, fewer cubes hold that mass.
+    """
+    cost = prompt_cost(shape, layers, is_video, config, dropped)
+    told = Forecast(cost.whole, cost.dense, cost.least)
+    if not config.enabled:
+        return told
+    if config.flops is not None:
+        share = cost.share(config.flops)
+        return replace(told, spent=cost.spent(share, share), note=told.of_budget(config.flops))
+    share, note = (
+        (config.p_attn, f": an estimate that takes a density of p, {config.p_attn:g} and ")
+        if config.selection == "top_p"
+        else (config.keep, f": cubes {config.keep:g}, an estimate for the FFN of p_ffn, ")
+    )
+    return replace(told, spent=cost.spent(share, config.p_ffn), note=f"{note}{config.p_ffn:g}")

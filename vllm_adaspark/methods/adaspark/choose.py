@@ -15,6 +15,7 @@ from ...kernels import use_triton
 from ...settings import SHARE_STEPS
 from .settings import SELECTIONS
 
+NOT_THERE = -1.0  # in place of a probability: sorts behind all entries there are
 TOP_P, TOP_K, UNIFORM = range(len(SELECTIONS))
 BUDGET = len(SELECTIONS)  # the rule of a request with a FLOPs budget, see under_budget
 
@@ -25,7 +26,7 @@ def top_p(
     """The smallest set, in order of falling probability, whose mass reaches ``share``.
 
     Args:
-        probs: ``[..., n]`` non-negative; the valid entries of a row sum to 1.
+        probs: ``[..., n]`` non-negative; the valid entries of a row sum to about 1.
         valid: ``[..., n]`` bool, the entries there are.
         share: ``[...]`` or broadcastable, in (0, 1].  At 1 every valid entry is kept.
         min_keep: ``[...]`` or broadcastable, entries kept at the least.
@@ -38,22 +39,22 @@ def top_p(
 
         if nucleus.takes(probs):
             return nucleus.top_p(probs, valid, share, min_keep)
-    # Entries that are not there sort last, so they never count towards min_keep or the mass.
-    falling, index = torch.where(valid, probs, -1.0).sort(dim=-1, descending=True, stable=True)
-    before = falling.cumsum(-1) - falling  # mass of all entries ranked higher
-    rank = torch.arange(probs.shape[-1], device=probs.device)
-    kept = (before < share.unsqueeze(-1)) | (rank < min_keep.unsqueeze(-1))
+    there = torch.where(valid, probs, NOT_THERE)
+    falling = _falling(there)
+    mass = falling.clamp(min=0).cumsum(-1)
     # Rounding may let the cumulated mass reach 1 early; a share of 1 means all.
-    kept |= share.unsqueeze(-1) >= 1
-    return torch.empty_like(kept).scatter_(-1, index, kept) & valid
+    reached = share.masked_fill(share >= 1, torch.inf).to(mass.dtype).expand(probs.shape[:-1])
+    # As many as lie below the share, and the one that reaches it.
+    count = torch.searchsorted(mass, reached.unsqueeze(-1).contiguous()).squeeze(-1) + 1
+    return _largest(there, falling, torch.maximum(count, min_keep))
 
 
 def top_k(
     probs: torch.Tensor, valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor
 ) -> torch.Tensor:
     """The ``ceil(share * n_valid)`` most probable entries of each row.  Shapes as in ``top_p``."""
-    rank = _rank(torch.where(valid, probs, -1.0))
-    return valid & (rank < _count(valid, share, min_keep).unsqueeze(-1))
+    there = torch.where(valid, probs, NOT_THERE)
+    return _largest(there, _falling(there), _count(valid, share, min_keep))
 
 
 def uniform(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) -> torch.Tensor:
@@ -157,11 +158,39 @@ def select(
     return kept
 
 
-def _rank(values: torch.Tensor) -> torch.Tensor:
-    """0 for a row's largest entry, 1 for the next, ...; ties go to the earlier entry."""
-    index = values.sort(dim=-1, descending=True, stable=True).indices
-    ranks = torch.arange(values.shape[-1], device=values.device).expand_as(index)
-    return torch.empty_like(index).scatter_(-1, index, ranks)
+def _falling(there: torch.Tensor) -> torch.Tensor:
+    """Each row of ``there [..., n]`` sorted from the largest to the smallest, and a last entry,
+    smaller than any, that stands for what comes behind all of them."""
+    there = torch.nn.functional.pad(there.detach(), (0, 1), value=2 * NOT_THERE)
+    if there.device.type != "cpu":
+        return there.sort(dim=-1, descending=True).values
+    # NumPy sorts numbers alone with vector instructions; torch takes their places along, which
+    # takes ten times as long.
+    there.neg_().numpy().sort(axis=-1)
+    return there.neg_()
+
+
+def _largest(there: torch.Tensor, falling: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The ``count [...]`` largest entries of each row, or all there are; ties go to the earlier.
+
+    Args:
+        there: ``[..., n]``, NOT_THERE where there is no entry.
+        falling: ``[..., n + 1]``, see :func:`_falling`.
+        count: ``[...]``.
+
+    Returns:
+        ``[..., n]`` bool.
+    """
+    count = count.clamp(1, there.shape[-1]).unsqueeze(-1)
+    least = falling.gather(-1, count - 1).clamp_(min=0)
+    kept = there >= least
+    tied = falling.gather(-1, count) == least
+    if there.device.type == "cpu" and not tied.any():  # reading it costs nothing there
+        return kept
+    above = there > least
+    room = count - above.sum(-1, keepdim=True)
+    ties = kept & ~above
+    return torch.where(tied, above | (ties & (ties.cumsum(-1) <= room)), kept)
 
 
 def _count(valid: torch.Tensor, share: torch.Tensor, min_keep: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ Gradients flow through what ran and what compensates: training computes the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -57,7 +58,7 @@ def active_tokens(
     for other in plan.importances[1:]:
         measured = torch.where((plan.importance == other)[:, None], measures[other](), measured)
     total = measured.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    importance = measured / total
+    importance = (measured / total).nan_to_num_(0)  # of what has overflowed, all tokens run
     everywhere = torch.ones_like(importance, dtype=torch.bool)
     least = torch.ones_like(plan.dense_layers)
     active = selection.top_p(importance, everywhere, plan.share, least)
@@ -101,6 +102,7 @@ def sparse_ffn(
     ffn: Callable[[torch.Tensor], torch.Tensor],
     active: torch.Tensor,
     plan: FFNPlan,
+    mapped: Callable[[torch.Tensor], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
     """Run ``ffn`` on the active tokens and all tokens outside the plan's cubes.
 
@@ -109,6 +111,8 @@ def sparse_ffn(
         ffn: maps ``[n, hidden]`` to ``[n, hidden]``, token by token.
         active: ``[cubes, block_size]`` bool, from :func:`active_tokens`.
         plan: the step's FFN plan.
+        mapped: a context for calling ``ffn``, made from the tokens ``[n]`` that its inputs stand
+            for: a centroid stands for its cube's first.
     """
     runs = torch.ones(len(x), dtype=torch.bool, device=x.device)
     runs[plan.tokens] = active
@@ -117,11 +121,13 @@ def sparse_ffn(
     # The two sizes that depend on the data; on a GPU this is the one wait for them.
     number, centroids = torch.stack([runs.sum(), has_centroid.sum()]).tolist()
     index = torch.nonzero_static(runs, size=number).squeeze(1)
-    inputs = x[index]
+    inputs, stand_for = x[index], index
     if centroids:
         cubes = torch.nonzero_static(has_centroid, size=centroids).squeeze(1)
         inputs = torch.cat([inputs, _means(x[plan.tokens[cubes]], ~active[cubes])])
-    outputs = ffn(inputs)
+        stand_for = torch.cat([index, plan.tokens[cubes, 0]])
+    with mapped(stand_for):
+        outputs = ffn(inputs)
 
     # One gather makes the result: a token's row is its own output, or what its cube's tokens get.
     row = runs.cumsum(0) - 1

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from ...accounts.account import ModelShape
 from ...paged.plan import StepPlan
 from ...paged.state import StepRows
 from ...requests import Prompt
 from ...settings import SERVER_KEY, SettingsError
-from ..base import AttentionCall, FFNCall, Method
+from ..base import SCHEDULER, AttentionCall, FFNCall, Method
 from .budget import PromptCost, prompt_cost
 from .ffn import active_tokens, sparse_ffn
 from .planner import build_plan
 from .request import AdaSparkRequest
 from .score import choose_cubes
 from .settings import AdaSparkConfig
+
+logger = logging.getLogger("vllm.adaspark")  # a child of "vllm", so it is shown
 
 
 class AdaSpark(Method):
@@ -29,8 +32,29 @@ class AdaSpark(Method):
 
     def __init__(self, settings: AdaSparkConfig, text_config: Any, device_type: str) -> None:
         super().__init__(settings, text_config, device_type)
-        self._shape = ModelShape.of(text_config, device_type)
         self._layers = text_config.num_hidden_layers
+
+    @classmethod
+    def check_server(cls, settings: AdaSparkConfig, vllm_config: Any) -> None:
+        """Let our scheduler end chunks at the edges of cubes, unless the user chose another."""
+        scheduler = vllm_config.scheduler_config
+        if scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = SCHEDULER
+        elif scheduler.scheduler_cls != SCHEDULER:
+            logger.warning(
+                "AdaSpark: --scheduler-cls %s may end chunks inside cubes, which then run dense: a "
+                "choice may depend on what shares the step; leave it out, or derive the class "
+                "from vllm_adaspark.scheduler.ChunkRulesMixin",
+                scheduler.scheduler_cls,
+            )
+
+    @classmethod
+    def uncut_blocks(cls, settings: AdaSparkConfig, prompt: Prompt) -> np.ndarray | None:
+        """Cubes, if anything may be left out: a cut one would run dense."""
+        request = AdaSparkRequest(settings, prompt.of(cls.media))
+        shares = request.settings.attention_share, request.settings.ffn_share
+        budget = settings.enabled and settings.flops is not None
+        return request.is_cube if budget or min(shares) < 1 else None
 
     def refuse(self, settings: AdaSparkConfig, named: Any, prompt: Prompt) -> None:
         """Refuse a budget that the request itself names and that its prompt cannot keep."""
@@ -57,7 +81,7 @@ class AdaSpark(Method):
 
     def _cost(self, settings: AdaSparkConfig, prompt: Prompt) -> PromptCost:
         is_video = prompt.of(self.media)
-        return prompt_cost(self._shape, self._layers, is_video, settings, prompt.dropped)
+        return prompt_cost(self.shape, self._layers, is_video, settings, prompt.dropped)
 
     def told(self, request: AdaSparkRequest) -> dict[str, Any]:
         """Its settings under the names that users know.
@@ -104,11 +128,11 @@ class AdaSpark(Method):
 
     def attend(self, plan: StepPlan, call: AttentionCall) -> None:
         """Score the cubes, choose, attend (score.py, choose.py)."""
-        assert call.key_sums is not None, "cubes to choose from, but no keys were written"
+        assert call.key_summaries is not None, "cubes to choose from, but no keys were written"
         with plan.selection.running(call.query.device):
             by_head = call.query.unflatten(1, (call.kv_heads, -1)).transpose(0, 1)
             chosen = choose_cubes(
-                by_head, call.key_sums, plan.attention, call.scale, call.layer, call.head_ranks
+                by_head, call.key_summaries, plan.attention, call.scale, call.layer, call.head_ranks
             )
             tables = call.choose(chosen)
         call.run(tables)
@@ -124,4 +148,4 @@ class AdaSpark(Method):
             plan.trace.tokens(call.layer, active)
         if call.fused is not None:
             return call.fused(call.x, active, cubes)
-        return sparse_ffn(call.x, call.dense, active, cubes)
+        return sparse_ffn(call.x, call.dense, active, cubes, call.mapped)

@@ -2,13 +2,13 @@
 
 Made once per step by planner.py, then used by every layer.  The tiles are those of paged/tiles.py:
 
-* ``VIDEO``: a cube.  Its tokens choose cubes together: some of them, spread over it, are asked
+* ``VIDEO``: a cube.  Its tokens choose cubes together: some of them, spread over it, are scored
   (settings.cube_queries), all of them attend to what these choose.
 * ``TEXT``: a text token chooses for itself, so its choice does not depend on which text shares its
-  step (chunked prefill, preemption, prefix hits), save that a request's text runs dense in a chunk
-  with more than MAX_TEXT_TILES of them.
-* ``DENSE``: tokens before or without cubes, of requests with p >= 1, and video tokens whose cube is
-  not whole in this step.
+  step (chunked prefill, preemption, prefix hits).
+* ``DENSE``: tokens before or without cubes, of requests with p >= 1, the text of a prompt in which
+  more than MAX_TEXT_TILES text tokens could choose, and video tokens whose cube is not whole in
+  this step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ScoreJob:
     """Queries scored together: the same number of tokens from each of some rows.
 
     ``tile_of[i, j]`` indexes the sparse tiles (not all tiles): per token in a TEXT job; per tile,
-    ``[rows, tokens / asked]``, in a VIDEO job, where a tile's tokens stand together.
+    ``[rows, tokens / scored]``, in a VIDEO job, where a tile's tokens stand together.
     """
 
     kind: int
@@ -36,7 +36,7 @@ class ScoreJob:
     tile_of: torch.Tensor  # [rows, tokens] or [rows, tiles] int64
     own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below it
     limit: torch.Tensor  # the same on the device, int32
-    asked: int  # tokens of a tile
+    scored: int  # tokens of a tile
     gap_blocks: list[int]  # of a VIDEO job's row: blocks that are no cubes, rising; else empty
     gaps: torch.Tensor  # [gaps] int64, the same on the device
 

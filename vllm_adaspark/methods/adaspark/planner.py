@@ -21,7 +21,7 @@ from ...paged.tiles import (
     Tokens,
     cubes_of,
     cut_tiles,
-    sum_writes,
+    summary_writes,
     tile_fields,
 )
 from ...video.order import spread_tokens
@@ -42,6 +42,9 @@ def build_plan(
 ) -> StepPlan | None:
     """The plan of a step, or None when no request with video is in it.
 
+    Requests that leave nothing out are counted, and otherwise no concern of the plan: a step of
+    such requests runs as in stock vLLM.
+
     Args:
         rows: the step's requests, with their block table.
         requests: ``[rows]`` what is known of each; None for one without video, and for padding.
@@ -50,33 +53,36 @@ def build_plan(
         cube_queries: tokens of a VIDEO tile whose probabilities decide.
         device: where the layers run.
     """
-    requests = [
-        request if length else None
-        for request, length in zip(requests, rows.query_lens, strict=True)
-    ]
-    if all(request is None for request in requests):
+    spans = list(zip(requests, rows.computed.tolist(), rows.seq_lens.tolist(), strict=True))
+    if not any(request is not None and stop > start for request, start, stop in spans):
         return None
     size = block_size
+    counted = dict(
+        video_tokens=np.array([0 if r is None else r.video_among(a, b) for r, a, b in spans]),
+        cubes_seen=np.array([0 if r is None else r.cubes_seen(a, b) for r, a, b in spans]),
+        block_size=size,
+    )
+    requests = [r if r is not None and b > a and r.leaves_out else None for r, a, b in spans]
+    if all(request is None for request in requests):
+        return StepPlan(attention=None, ffn=None, summary_writes=None, **counted)
     row_cubes, in_prompt = cubes_of(rows, requests, size)
     table = rows.block_table[:, : row_cubes.shape[1]]
     settings = RowSettings.of_rows(requests)
 
     tokens = Tokens.of(rows, requests, row_cubes, in_prompt, size)
     may_choose = _may_choose(tokens, settings, dense_below)
-    text, too_long = _text_that_chooses(tokens, settings, may_choose, len(row_cubes))
-    asking = spread_tokens(size, cube_queries)
-    asked = np.where(settings.rule == UNIFORM, 0, len(asking))  # it looks at no score
-    tiles = cut_tiles(tokens, row_cubes, may_choose, text, size, asked)
+    text, too_long = _text_that_chooses(tokens, requests, settings, may_choose)
+    offsets = spread_tokens(size, cube_queries)  # of the tokens of a cube that are scored
+    scored = np.where(settings.rule == UNIFORM, 0, len(offsets))  # it looks at no score
+    tiles = cut_tiles(tokens, row_cubes, may_choose, text, size, scored)
     number = len(requests)
     return StepPlan(
         attention=_attention_plan(
-            rows, tokens, tiles, table, row_cubes, settings, may_choose, asking, size, device
+            rows, tokens, tiles, table, row_cubes, settings, may_choose, offsets, size, device
         ),
         ffn=_ffn_plan(tokens, settings, size, device),
-        sum_writes=sum_writes(tokens, settings.attention_share < 1, table, size, device),
-        video_tokens=np.bincount(tokens.row[tokens.is_video], minlength=number),
-        cubes_seen=np.bincount(tokens.row, tokens.cubes_before, minlength=number),
-        block_size=size,
+        summary_writes=summary_writes(tokens, settings.attention_share < 1, table, size, device),
+        **counted,
         fallback_tokens=_fallbacks(tokens, settings, may_choose, too_long, number),
     )
 
@@ -105,13 +111,24 @@ def _may_choose(tokens: Tokens, settings: RowSettings, dense_below: int) -> np.n
 
 
 def _text_that_chooses(
-    tokens: Tokens, settings: RowSettings, may_choose: np.ndarray, num_rows: int
+    tokens: Tokens,
+    requests: Sequence[AdaSparkRequest | None],
+    settings: RowSettings,
+    may_choose: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Text tokens that choose for themselves, and those that are too many to, ``[tokens]``."""
+    """Text tokens that choose for themselves, and those that are too many to, ``[tokens]``.
+
+    A prompt's text chooses or not whatever part of it is in the step.  Of an answer there are many
+    tokens in a step only when it is computed again, after a preemption.
+    """
     row = tokens.row
+    prompt = np.array([0 if r is None else len(r.is_video) for r in requests])
+    is_long = np.array([r is not None and r.is_long_text for r in requests])
     text = may_choose & ~tokens.is_video & settings.sparse_text[row]
-    few = (np.bincount(row[text], minlength=num_rows) <= MAX_TEXT_TILES)[row]
-    return text & few, text & ~few
+    of_answer = text & (tokens.position >= prompt[row])
+    answers = np.bincount(row[of_answer], minlength=len(requests))
+    too_many = np.where(of_answer, (answers > MAX_TEXT_TILES)[row], is_long[row])
+    return text & ~too_many, text & too_many
 
 
 def _attention_plan(
@@ -122,7 +139,7 @@ def _attention_plan(
     row_cubes: np.ndarray,
     settings: RowSettings,
     may_choose: np.ndarray,
-    asking: np.ndarray,
+    offsets: np.ndarray,
     size: int,
     device: torch.device,
 ) -> AttentionPlan | None:
@@ -138,7 +155,7 @@ def _attention_plan(
     return AttentionPlan(
         **tile_fields(rows, tiles, table, device),
         first_layer=int(dense_layers.min()),
-        jobs=_score_jobs(tiles, sparse, row_cubes, asking, device),
+        jobs=_score_jobs(tiles, sparse, row_cubes, offsets, device),
         row_blocks=to(table, torch.int64),
         row_cubes=to(row_cubes, torch.bool),
         share=to(settings.attention_share[sparse_row], torch.float32),
@@ -175,12 +192,11 @@ def _attention_budget(
     cut = np.flatnonzero(tokens.cut & may_choose)
     too_many = tokens.cubes_before[cut] * (1 - settings.attention_share[tokens.row[cut]]) / size
     groups = []
-    for r in np.unique(row[budgeted]):
+    for r in np.unique(row[budgeted & (kind == VIDEO)]):
         video = np.flatnonzero((row == r) & (kind == VIDEO))
-        if len(video):
-            left = keep[video].sum() - too_many[tokens.row[cut] == r].sum()
-            left = np.maximum(left, least[video].sum(keepdims=True))
-            groups.append(BudgetGroups.of(video[None], left, device))
+        left = keep[video].sum() - too_many[tokens.row[cut] == r].sum()
+        left = np.maximum(left, least[video].sum(keepdims=True))
+        groups.append(BudgetGroups.of(video[None], left, device))
     text = np.flatnonzero(budgeted & (kind == TEXT))
     if len(text):
         groups.append(BudgetGroups.of(text[:, None], keep[text], device))
@@ -191,33 +207,30 @@ def _score_jobs(
     tiles: Tiles,
     sparse: np.ndarray,
     row_cubes: np.ndarray,
-    asking: np.ndarray,
+    offsets: np.ndarray,
     device: torch.device,
 ) -> list[ScoreJob]:
     """Group the tokens of sparse tiles so that each job is a few dense matrix products.
 
-    Tiles that ask no token have none.  One job per row and kind; rows with a single text token
-    (decode) share one job.  ``asking`` are the tokens of a VIDEO tile that are asked, as offsets in
-    its block.
+    Tiles that score no token have none.  One job per row and kind; rows with a single text token
+    (decode) share one job.  ``offsets``, in its block, are those of a VIDEO tile's scored tokens.
     """
     jobs: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     row = tiles.row[sparse]
-    kind = np.where(tiles.asked[sparse] > 0, tiles.kind[sparse], DENSE)
-    singles = []
-    for r in np.unique(row):
+    kind = np.where(tiles.scored[sparse] > 0, tiles.kind[sparse], DENSE)
+    start = tiles.start[sparse]
+    alone = (kind == TEXT) & (np.bincount(row[kind == TEXT], minlength=len(row_cubes))[row] == 1)
+    for r in np.unique(row[(kind != DENSE) & ~alone]):
         video = np.flatnonzero((row == r) & (kind == VIDEO))
-        text = np.flatnonzero((row == r) & (kind == TEXT))
+        text = np.flatnonzero((row == r) & (kind == TEXT) & ~alone)
         if len(video):
-            tokens = tiles.start[sparse[video], None] + asking
+            tokens = start[video, None] + offsets
             jobs.append((VIDEO, np.array([r]), tokens.reshape(1, -1), video[None]))
-        tokens = tiles.start[sparse[text]]
-        if len(text) == 1:
-            singles.append((r, tokens[0], text[0]))
-        elif len(text):
-            jobs.append((TEXT, np.array([r]), tokens[None], text[None]))
-    if singles:
-        single_rows, tokens, tile = (np.array(column) for column in zip(*singles, strict=True))
-        jobs.append((TEXT, single_rows, tokens[:, None], tile[:, None]))
+        if len(text):
+            jobs.append((TEXT, np.array([r]), start[text][None], text[None]))
+    if alone.any():
+        tile = np.flatnonzero(alone)
+        jobs.append((TEXT, row[tile], start[tile][:, None], tile[:, None]))
     made = []
     for job_kind, job_rows, tokens, tile_of in jobs:
         gaps = np.flatnonzero(~row_cubes[job_rows[0]]) if job_kind == VIDEO else np.empty(0, int)
@@ -226,7 +239,7 @@ def _score_jobs(
                 kind=job_kind,
                 row=torch.as_tensor(job_rows).to(device),
                 tokens=torch.as_tensor(tokens).to(device),
-                asked=tokens.shape[1] // tile_of.shape[1],
+                scored=tokens.shape[1] // tile_of.shape[1],
                 tile_of=torch.as_tensor(tile_of).to(device),
                 own_block=tiles.block[sparse[tile_of]],
                 limit=torch.as_tensor(tiles.block[sparse[tile_of]]).to(device, torch.int32),

@@ -86,8 +86,8 @@ def paper_attention(
         always = (cube_of == -1) | (cube_of == cube_of[rows, None])  # [m, n] text and own cube
         for head in range(heads):
             visible = (always | kept[rows, head][:, cube_of]) & (at <= rows[:, None])
-            keys, values = k[:, head // group], v[:, head // group]
-            out[rows, head] = _attend(q[rows, head], keys, values, visible, scale)
+            keys, values, here = k[:, head // group], v[:, head // group], slice(head, head + 1)
+            out[rows, here] = _attend(q[rows, here], keys, values, visible, scale)
     return out, kept
 
 
@@ -144,9 +144,12 @@ def tile_attention(
 
     * ``"video"``: a cube wholly in the chunk.  ``config.cube_queries`` of its tokens, spread over
       it, and the heads of a GQA group average their probabilities and choose once per KV head.  Its
-      logits, and the scaled mean keys in them, are rounded to the inputs' dtype.
+      logits, and the scaled keys in them, are rounded to the inputs' dtype.
     * ``"text"``: one token that is not video.  The heads of a GQA group average and choose once.
     * ``"cut"``: the video tokens of any other block.  They attend to everything.
+
+    A logit is that of the cube's mean key, or with ``config.score="bounds"`` that of the largest
+    product that a key can have whose every dimension lies between the cube's smallest and largest.
 
     A tile attends to the cubes it kept, to all anchor blocks before it and to its own block
     causally.
@@ -175,9 +178,10 @@ def tile_attention(
         for block, at in enumerate(_by_block((0, end), block_size))
         if _is_cube(is_video, at, block_size)
     }
-    mean_keys = {b: k[at.start : at.stop].mean(0) for b, at in cubes.items()}  # [kv_heads, d]
+    scored_by = _mean if config.score == "mean" else _bounds
+    of_cube = {b: scored_by(k[at.start : at.stop]) for b, at in cubes.items()}
 
-    asked = []  # (block, tokens, kind, dense, candidates, probs [kv_heads, candidates] or None)
+    found = []  # (block, tokens, kind, dense, candidates, probs [kv_heads, candidates] or None)
     for block, tokens, kind in _in_tiles(is_video, chunk, block_size):
         rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
         candidates = [b for b in cubes if b < block]
@@ -190,28 +194,29 @@ def tile_attention(
         )
         probs = None
         if not dense and candidates:
-            means = scale * torch.stack([mean_keys[b] for b in candidates])
+            keys = scale * torch.stack([of_cube[b] for b in candidates])
             if kind == "video":  # products in the inputs' dtype, see score.py
-                asking = q[rows][spread_tokens(block_size, config.cube_queries)]
-                logits = _logits(asking, means.to(dtype).to(q.dtype)).to(dtype).to(q.dtype)
+                queries = q[rows][spread_tokens(block_size, config.cube_queries)]
+                keys = keys.to(dtype).to(q.dtype)
+                logits = _largest_logits(queries, keys).to(dtype).to(q.dtype)
             else:
-                logits = _logits(q[rows], means)
+                logits = _largest_logits(q[rows], keys)
             probs = logits.softmax(-1)  # [m, heads, candidates]
             probs = probs.unflatten(1, (kv_heads, group)).mean(2)  # [m, kv_heads, candidates]
             probs = probs.mean(0)  # over the tile's tokens; a text tile has one
-        asked.append((block, tokens, kind, dense, candidates, probs))
+        found.append((block, tokens, kind, dense, candidates, probs))
 
     out = torch.empty_like(q)
     tiles = []
     owed = 0.0  # cubes that the tokens of cut cubes attend above their share, per KV head
-    for block, tokens, kind, _, candidates, _ in asked:
+    for block, tokens, kind, _, candidates, _ in found:
         whole = range(block * block_size, (block + 1) * block_size)
         cut = kind == "cut" and _is_cube(is_video, whole, block_size)
         if cut and config.flops is not None and len(candidates) >= max(config.dense_below, 1):
             owed += len(tokens) * len(candidates) * (1 - config.flops) / block_size
-    probs = [(kind, probs) for *_, kind, _, _, probs in asked]
+    probs = [(kind, probs) for *_, kind, _, _, probs in found]
     choices = _choose_in_tiles(probs, config, owed * kv_heads)
-    for (block, tokens, kind, dense, candidates, _), choice in zip(asked, choices, strict=True):
+    for (block, tokens, kind, dense, candidates, _), choice in zip(found, choices, strict=True):
         rows = slice(tokens.start - start, tokens.stop - start)
         kept, margin = torch.ones(kv_heads, len(candidates), dtype=torch.bool), math.inf
         if choice is not None:
@@ -222,15 +227,15 @@ def tile_attention(
             for b, keep in zip(candidates, kept[kv_head].tolist(), strict=True):
                 if not keep:
                     visible[:, cubes[b].start : cubes[b].stop] = False
+            of_group = slice(kv_head * group, (kv_head + 1) * group)
             keys, values = k[:, kv_head], v[:, kv_head]
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                out[rows, head] = _attend(q[rows, head], keys, values, visible, scale)
+            out[rows, of_group] = _attend(q[rows, of_group], keys, values, visible, scale)
         tiles.append(Tile(block, tokens, kind, dense, candidates, kept, margin))
     return out, tiles
 
 
 def _choose_in_tiles(
-    asked: list[tuple[str, torch.Tensor | None]], config: AdaSparkConfig, owed: float
+    found: list[tuple[str, torch.Tensor | None]], config: AdaSparkConfig, owed: float
 ) -> list[tuple[torch.Tensor, float] | None]:
     """Kept cubes ``[kv_heads, candidates]`` and margin of each (kind, probabilities) of a chunk.
 
@@ -238,21 +243,21 @@ def _choose_in_tiles(
     video tiles save what the tokens of cut cubes attended above their share (``owed``).
     """
     if config.flops is None:
-        groups = [[i] for i in range(len(asked))]
+        groups = [[i] for i in range(len(found))]
     else:
-        groups = [[i for i, (kind, probs) in enumerate(asked) if kind == "video"]]
-        groups += [[i] for i, (kind, probs) in enumerate(asked) if kind == "text"]
-    result: list[tuple[torch.Tensor, float] | None] = [None] * len(asked)
+        groups = [[i for i, (kind, probs) in enumerate(found) if kind == "video"]]
+        groups += [[i] for i, (kind, probs) in enumerate(found) if kind == "text"]
+    result: list[tuple[torch.Tensor, float] | None] = [None] * len(found)
     for group in groups:
-        group = [i for i in group if asked[i][1] is not None]
-        rows = [(i, head) for i in group for head in range(len(asked[i][1]))]
+        group = [i for i in group if found[i][1] is not None]
+        rows = [(i, head) for i in group for head in range(len(found[i][1]))]
         if not rows:
             continue
-        probs = [asked[i][1][head] for i, head in rows]
+        probs = [found[i][1][head] for i, head in rows]
         if config.flops is None:
             kept, margins = zip(*(choose(row, config) for row in probs), strict=True)
         else:
-            of_cut = owed if asked[group[0]][0] == "video" else 0.0
+            of_cut = owed if found[group[0]][0] == "video" else 0.0
             kept, margin = choose_under_budget(probs, config.flops, config.min_cubes, of_cut)
             margins = [margin]
         for i in group:
@@ -345,6 +350,27 @@ def _is_cube(is_video: torch.Tensor, tokens: range, block_size: int) -> bool:
     return len(tokens) == block_size and bool(is_video[tokens.start : tokens.stop].all())
 
 
+def _mean(keys: torch.Tensor) -> torch.Tensor:
+    """``[1, kv_heads, d]`` of a cube's keys ``[m, kv_heads, d]``."""
+    return keys.mean(0, keepdim=True)
+
+
+def _bounds(keys: torch.Tensor) -> torch.Tensor:
+    """``[2, kv_heads, d]``, the smallest and largest of each dimension, likewise."""
+    return torch.stack([keys.amin(0), keys.amax(0)])
+
+
+def _largest_logits(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """``[m, heads, cubes]`` of queries ``[m, heads, d]`` and ``[cubes, n, kv_heads, d]``: in each
+    dimension the vector counts whose product is larger."""
+    group = q.shape[1] // keys.shape[2]
+    each = keys.repeat_interleave(group, dim=2)  # [cubes, n, heads, d]
+    if each.shape[1] == 1:
+        return _logits(q, keys[:, 0])
+    products = q[:, None, None] * each  # [m, cubes, n, heads, d]
+    return products.amax(2).sum(-1).transpose(1, 2)
+
+
 def _logits(q: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:
     """``[m, heads, d]`` x ``[cubes, kv_heads, d]`` to ``[m, heads, cubes]``."""
     group = q.shape[1] // mean_keys.shape[1]
@@ -354,9 +380,9 @@ def _logits(q: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One head's attention of ``[m, d]`` queries to the ``visible [m, n]`` of ``[n, d]`` keys."""
+    """Attention of ``[m, heads, d]`` queries to the ``visible [m, n]`` of ``[n, d]`` keys."""
     seen = visible.any(0)  # a key no query sees is never touched: 0 * NaN would be NaN
-    logits = (q @ k[seen].T * scale).masked_fill(~visible[:, seen], -math.inf)
+    logits = (q @ k[seen].T * scale).masked_fill(~visible[:, None, seen], -math.inf)
     return logits.softmax(-1) @ v[seen]
 
 

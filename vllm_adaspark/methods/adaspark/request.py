@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...paged.plan import MAX_TEXT_TILES
 from ...requests import Request
 from .choose import BUDGET
 from .settings import COMPENSATIONS, IMPORTANCES, SELECTIONS, AdaSparkConfig
@@ -49,6 +50,32 @@ class AdaSparkRequest(Request):
             min_cubes=config.min_cubes,
             dense_layers=config.dense_layers,
         )
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether its settings let anything be left out."""
+        return min(self.settings.attention_share, self.settings.ffn_share) < 1
+
+    @cached_property
+    def is_long_text(self) -> bool:
+        """Whether too many text tokens of the prompt could choose, so that all attend densely."""
+        return int(choosing_text(self.is_video, self.config).sum()) > MAX_TEXT_TILES
+
+
+def choosing_text(is_video: np.ndarray, config: AdaSparkConfig) -> np.ndarray:
+    """``[blocks]``: how many text tokens of each block of a prompt have enough cubes before them.
+
+    Args:
+        is_video: ``[tokens]`` bool, of the prompt.
+        config: the request's settings; ``text_queries`` is not heeded.
+    """
+    tokens, size = len(is_video), config.cube_volume
+    whole = tokens // size
+    is_cube = np.zeros(-(-tokens // size), bool)  # [blocks]
+    is_cube[:whole] = is_video[: whole * size].reshape(whole, size).all(axis=1)
+    before = np.cumsum(is_cube) - is_cube
+    text = np.bincount(np.flatnonzero(~is_video) // size, minlength=len(is_cube))
+    return text * (before >= max(config.dense_below, 1))
 
 
 class RowSettings(NamedTuple):

@@ -1,11 +1,15 @@
 """Which cubes a tile keeps, once per layer.
 
 The score is the paper's: ``P = softmax_j(q . mean_key_j / sqrt(d))`` over the candidate cubes, per
-token and head, averaged over the heads of a GQA group.  A VIDEO tile also averages P over some of
-its tokens (settings.cube_queries); every tile chooses once per KV head.  A VIDEO tile's logits are
-matrix products in the model's dtype, as in attention itself: rounding averages out over many
-queries, and bf16 products are four times as fast.  A TEXT tile's logits are fp32; probabilities
-always are.
+token and head, averaged over the heads of a GQA group.  Or, if the server's ``score`` is
+``"bounds"``, the same with the largest product that the bounds of a cube's keys allow in place of
+``q . mean_key_j``: a single token that matters is not averaged away.  Either way a logit is one
+product of what a query asks with what is kept of a block (paged/state.py).
+
+A VIDEO tile also averages P over some of its tokens (settings.cube_queries); every tile chooses
+once per KV head.  A VIDEO tile's logits are matrix products in the model's dtype, as in attention
+itself: rounding averages out over many queries, and bf16 products are four times as fast.  A TEXT
+tile's logits are fp32; probabilities always are.
 
 Under tensor parallelism a rank scores with the query heads it holds; what others must contribute to
 its choice comes from them (heads.py), so that the choice does not depend on how many ranks there
@@ -24,7 +28,7 @@ import torch
 from ...kernels import scores_heads_of, use_triton
 from ...paged.heads import HeadRanks
 from ...paged.scratch import Scratch
-from ...paged.state import BlockSums
+from ...paged.state import BlockSummaries
 from ...paged.tiles import VIDEO
 from . import choose as selection
 from .plan import AttentionPlan, ScoreJob
@@ -36,7 +40,7 @@ SLAB_LOGITS = 1 << 21
 
 def choose_cubes(
     query: torch.Tensor,
-    key_sums: BlockSums,
+    key_summaries: BlockSummaries,
     plan: AttentionPlan,
     scale: float,
     layer: int,
@@ -46,7 +50,7 @@ def choose_cubes(
 
     Args:
         query: ``[kv_heads, tokens, group, head_size]``, any strides.
-        key_sums: this layer's key sums.
+        key_summaries: this layer's.
         plan: the step's plan.
         scale: softmax scale, 1 / sqrt(head_size).
         layer: layer index; rows whose first ``dense_layers`` include it keep every candidate.
@@ -58,35 +62,34 @@ def choose_cubes(
     kv_heads, _, group, head_size = query.shape
     sparse, blocks = plan.candidates.shape
     probs = torch.zeros(sparse, kv_heads, blocks, device=query.device)
-    fused = use_triton(query) and scores_heads_of(head_size)
+    fused = use_triton(query) and scores_heads_of(head_size * key_summaries.number)
+    factor = scale / key_summaries.divisor  # from a product with a cube's summary to its logit
     for job in plan.jobs:
         if fused:
-            _score_fused(probs, query, key_sums, plan, job, scale)
+            _score_fused(probs, query, key_summaries, plan, job, scale)
             continue
         score = _score_together if job.kind == VIDEO else _score_each
         row_slabs, item_slabs = _slabs(job, kv_heads * group)
         for rows in row_slabs:
             row, width = job.row[rows], int(job.own_block[rows].max())
-            # The scale goes into the means: there are far fewer of them than of queries.  Those of
-            # blocks that are no cubes are stale, and their logits overwritten.
-            means = key_sums.of(plan.row_blocks[row, :width]).mul_(scale / key_sums.block_size)
-            means, asking = means.transpose(1, 2), query  # [rows, kv_heads, blocks, d]
-            if job.kind == VIDEO:
-                means = means.to(_product_dtype(query)).contiguous()
-                asking = _queries(query, job.tokens[0], plan.scratch).to(means.dtype)
+            # What is kept of blocks that are no cubes is stale, and their logits overwritten.
+            keys = key_summaries.of(plan.row_blocks[row, :width]).transpose(1, 2)
+            if job.kind == VIDEO:  # scaled here: there are fewer cubes than queries
+                keys = keys.mul_(factor).to(_product_dtype(query)).contiguous()
+                queries = _queries(query, job.tokens[0], plan.scratch).to(keys.dtype)
+            else:
+                queries = query[:, job.tokens[rows]].float().mul_(factor)
+            queries = key_summaries.asking(queries)
             for items in item_slabs:
                 width = int(job.own_block[rows, items].max())
-                score(probs, asking, means[:, :, :width], plan, job, rows, items)
+                score(probs, queries, keys[:, :, :width], plan, job, rows, items)
 
     own = slice(None)
     if ranks is not None:
         # A budget's p is one for all KV heads of the model.
         probs, own = ranks.complete(probs, all_heads=bool(plan.budget))
     candidates = plan.candidates.unsqueeze(1).expand_as(probs)
-    rule, share, least = (
-        setting.unsqueeze(1).expand(probs.shape[:2])
-        for setting in (plan.rule, plan.share, plan.min_cubes)
-    )
+    rule, share, least = (each.unsqueeze(1) for each in (plan.rule, plan.share, plan.min_cubes))
     chosen = selection.select(probs, candidates, rule, share, least, plan.rules, plan.budget)
     chosen, candidates = chosen[:, own], candidates[:, own]
     if layer < plan.most_dense_layers:
@@ -107,41 +110,43 @@ def _slabs(job: ScoreJob, heads: int) -> tuple[list[slice], list[slice]]:
 
 
 def cube_logits(
-    query: torch.Tensor, mean_key: torch.Tensor, out: torch.Tensor | None = None
+    query: torch.Tensor, key: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How well each cube matches each query: ``q . mean_key``.
+    """How well each cube matches each query, times the softmax scale.
 
     Args:
-        query: ``[..., queries, head_size]``.
-        mean_key: ``[..., cubes, head_size]`` of the same dtype, already times the softmax scale.
+        query: ``[..., queries, n]``: what each query asks (``BlockSummaries.asking``).
+        key: ``[..., cubes, n]`` of the same dtype: what is kept of each cube.  One of the two is
+            already times the scale and through ``BlockSummaries.divisor``.
         out: where to put the result.
 
     Returns:
         ``[..., queries, cubes]``.
     """
-    return torch.matmul(query, mean_key.transpose(-1, -2), out=out)
+    return torch.matmul(query, key.transpose(-1, -2), out=out)
 
 
 def _score_together(
     probs: torch.Tensor,
     query: torch.Tensor,
-    means: torch.Tensor,
+    keys: torch.Tensor,
     plan: AttentionPlan,
     job: ScoreJob,
     rows: slice,
     tiles: slice,
 ) -> None:
-    """VIDEO tiles of one row: the probabilities of the tokens asked are averaged.
+    """VIDEO tiles of one row: the probabilities of the tokens scored are averaged.
 
-    ``query [kv_heads, tiles * asked * group, head_size]`` are those of the job.
+    ``query [kv_heads, tiles * scored * group, n]`` and ``keys [1, kv_heads, cubes, n]`` are those
+    of the job, see :func:`cube_logits`.
     """
     tile = job.tile_of[0, tiles]
-    kv_heads, width = means.shape[1:3]
+    kv_heads, width = keys.shape[1:3]
     per_tile = query.shape[1] // job.tile_of.shape[1]
     some = query[:, tiles.start * per_tile : tiles.stop * per_tile]
     shape, device = (kv_heads, some.shape[1], width), query.device
     products = cube_logits(
-        some, means[0], out=plan.scratch.take("products", shape, query.dtype, device)
+        some, keys[0], out=plan.scratch.take("products", shape, query.dtype, device)
     )
     logits = plan.scratch.take("logits", shape, torch.float32, device).copy_(products)
     logits = logits.unflatten(1, (len(tile), per_tile))
@@ -169,15 +174,15 @@ def _queries(query: torch.Tensor, tokens: torch.Tensor, scratch: Scratch) -> tor
     # Whole rows in one pass: a view of the model's own queries takes many times as long otherwise.
     head = torch.arange(kv_heads * group, device=query.device).view(kv_heads, 1, group)
     row = (tokens[:, None] * (kv_heads * group) + head).flatten()  # of [kv_heads, tokens, group]
-    asking = scratch.take("asking", (len(row), head_size), query.dtype, query.device)
-    torch.index_select(by_token.flatten(0, 2), 0, row, out=asking)
-    return asking.view(kv_heads, -1, head_size)
+    queries = scratch.take("queries", (len(row), head_size), query.dtype, query.device)
+    torch.index_select(by_token.flatten(0, 2), 0, row, out=queries)
+    return queries.view(kv_heads, -1, head_size)
 
 
 def _score_fused(
     probs: torch.Tensor,
     query: torch.Tensor,
-    key_sums: BlockSums,
+    key_summaries: BlockSummaries,
     plan: AttentionPlan,
     job: ScoreJob,
     scale: float,
@@ -186,19 +191,22 @@ def _score_fused(
     from ...kernels import score
 
     # The kernels take the queries of a job together, and no others.
-    asking = query[:, job.tokens.flatten()].to(_product_dtype(query)).contiguous()
+    queries = query[:, job.tokens.flatten()].to(_product_dtype(query))
+    queries = key_summaries.asking(queries).contiguous()
     tokens = torch.arange(job.tokens.numel(), device=query.device)
     if job.kind != VIDEO:
         score.token_probabilities(
-            probs, asking, key_sums.sums, plan.row_blocks, plan.candidates, job.row, job.tile_of,
-            tokens.view_as(job.tokens), job.limit, key_sums.block_size, scale,
+            probs, queries, key_summaries.vectors, plan.row_blocks, plan.candidates, job.row,
+            job.tile_of, tokens.view_as(job.tokens), job.limit, key_summaries.divisor, scale,
         )  # fmt: skip
         return
     width = int(job.own_block.max())
     blocks, is_cube = plan.row_blocks[job.row[0], :width], plan.row_cubes[job.row[0], :width]
-    means = score.cube_means(key_sums.sums, blocks, is_cube, key_sums.block_size, asking.dtype)
+    keys = score.cube_keys(
+        key_summaries.vectors, blocks, is_cube, key_summaries.divisor, queries.dtype
+    )
     score.pool_probabilities(
-        probs, asking, means, plan.candidates, job.tile_of[0], tokens, job.limit[0], job.asked,
+        probs, queries, keys, plan.candidates, job.tile_of[0], tokens, job.limit[0], job.scored,
         scale,
     )  # fmt: skip
 
@@ -206,17 +214,21 @@ def _score_fused(
 def _score_each(
     probs: torch.Tensor,
     query: torch.Tensor,
-    means: torch.Tensor,
+    keys: torch.Tensor,
     plan: AttentionPlan,
     job: ScoreJob,
     rows: slice,
     items: slice,
 ) -> None:
-    """TEXT tiles, of one token each."""
+    """TEXT tiles, of one token each.
+
+    ``query [kv_heads, rows, tokens, group, n]`` and ``keys [rows, kv_heads, cubes, n]`` are those
+    of the job's rows, see :func:`cube_logits`.
+    """
     tile_of = job.tile_of[rows, items]  # [rows, tokens]
-    width = means.shape[2]
-    q = query[:, job.tokens[rows, items]].float().transpose(0, 1)  # [rows, kv, tokens, group, d]
-    logits = cube_logits(q.flatten(2, 3), means).view(*q.shape[:4], width)
+    width = keys.shape[2]
+    q = query[:, :, items].transpose(0, 1)  # [rows, kv_heads, tokens, group, d]
+    logits = cube_logits(q.flatten(2, 3), keys).view(*q.shape[:4], width)
     valid = plan.candidates[tile_of, :width]  # [rows, tokens, blocks]
     logits.masked_fill_(~valid[:, None, :, None, :], float("-inf"))
     pooled = logits.softmax(-1).mean(3).transpose(1, 2)  # [rows, tokens, kv_heads, blocks]

@@ -1,7 +1,8 @@
 """AdaSpark's own settings: how cubes are chosen and which tokens run the FFN.
 
 ``{"paper": true}``, or ``"paper"`` for the whole object, is short for the paper's own rules where
-ours differ.  A checkpoint may also set ``dense_below`` and ``cube_queries``, which training fixes.
+ours differ.  A checkpoint may also set ``score``, ``dense_below`` and ``cube_queries``, which
+training fixes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...settings import Settings, SettingsError, setting
+from ...settings import Settings, SettingsError, setting, shown
 
 SELECTIONS = ("top_p", "top_k", "uniform")
 IMPORTANCES = ("deviation", "norm")
 COMPENSATIONS = ("centroid", "mean", "bypass")
 TEXT_QUERIES = ("sparse", "dense")
+SCORES = ("mean", "bounds")
 
 PAPER = "paper"
 REPLACED_BY_FLOPS = ("p_attn", "p_ffn", "keep")
@@ -38,7 +40,13 @@ class AdaSparkConfig(Settings):
     """
 
     words: ClassVar[dict[str, dict[str, Any]]] = Settings.words | {
-        PAPER: {"selection": "top_p", "min_cubes": 1, "importance": "norm", "compensation": "mean"}
+        PAPER: {
+            "selection": "top_p",
+            "score": "mean",
+            "min_cubes": 1,
+            "importance": "norm",
+            "compensation": "mean",
+        }
     }
 
     p_attn: float = setting(
@@ -77,6 +85,13 @@ class AdaSparkConfig(Settings):
         "the active tokens' FFN, or nothing",
         choices=COMPENSATIONS,
     )
+    score: str = setting(
+        "mean",
+        "what a query scores a cube by: the mean of its keys, or a bound on its largest product "
+        "with any of them",
+        request=False,
+        choices=SCORES,
+    )
     dense_below: int = setting(
         8,
         "a query with fewer preceding cubes attends to all",
@@ -86,7 +101,7 @@ class AdaSparkConfig(Settings):
     )
     cube_queries: int = setting(
         8,
-        "tokens of a video cube that are asked which cubes it keeps, spread over it",
+        "tokens of a video cube that are scored to choose its cubes, spread over it",
         request=False,
         low=1,
         high=128,
@@ -124,6 +139,17 @@ class AdaSparkConfig(Settings):
         share = self.p_ffn if self.flops is None else self.flops
         return self.enabled and share < 1.0
 
+    @property
+    def key_summary(self) -> str:
+        """What the score is made of."""
+        return {"mean": "sums", "bounds": "bounds"}[self.score]
+
+    def forecast(self, shape: Any, layers: int, is_video: Any, dropped: int = 0) -> Any:
+        """By a budget, or else an estimate: see budget.py."""
+        from .budget import forecast
+
+        return forecast(self, shape, layers, is_video, dropped)
+
     @classmethod
     def spelt_out(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings`` with short words spelt out, and what they rule out of a lower source's."""
@@ -131,8 +157,8 @@ class AdaSparkConfig(Settings):
         replaced = [key for key in REPLACED_BY_FLOPS if key in plain]
         if replaced and plain.get("flops") is not None:
             raise SettingsError(
-                f"flops={plain['flops']!r} and {replaced[0]}={plain[replaced[0]]!r}: a budget "
-                f"chooses {replaced[0]} itself; leave one of them out"
+                f"flops={shown(plain['flops'])} and {replaced[0]}={shown(plain[replaced[0]])}: "
+                f"a budget chooses {replaced[0]} itself; leave one of them out"
             )
         if plain.get("flops") is not None:
             plain.setdefault("selection", "top_p")

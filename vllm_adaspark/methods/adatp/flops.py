@@ -1,18 +1,18 @@
 """What a prompt costs whose video tokens are dropped on the way, and the schedule of a budget.
 
 Layers up to the first event's see all tokens, those after an event only the survivors and the text.
-From the sizes of a layer (accounts/account.py) follows the cost; a budget is solved for the one
+From the sizes of a layer (accounts/flops.py) follows the cost; a budget is solved for the one
 share that every event keeps (a geometric schedule, which is this project's proposal: the paper's
 ratios are not known).  Pure NumPy; no vLLM.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...accounts.account import ModelShape
+from ...accounts.flops import Forecast, ModelShape
 from .settings import AdaTPSettings
 
 EVENTS = 4  # if a server or request names no layers
@@ -44,19 +44,6 @@ def event_layers(settings: AdaTPSettings, num_layers: int) -> tuple[int, ...]:
     return tuple(layer - 1 for layer in layers)
 
 
-def layer_flops(shape: ModelShape, tokens: np.ndarray, *, causal: bool = True) -> np.ndarray:
-    """FLOPs of a layer's matrix products for a prompt of ``tokens [...]``.
-
-    Args:
-        shape: sizes of a layer.
-        tokens: of the prompt in the layer.
-        causal: count each query with the keys up to its own; else with all keys, as papers do.
-    """
-    pairs = tokens * (tokens + 1) / 2 if causal else tokens * tokens
-    per_token = shape.qkvo_flops_per_token + shape.ffn_flops_per_token
-    return tokens * per_token + pairs * shape.attention_flops_per_pair
-
-
 @dataclass(frozen=True)
 class PromptCost:
     """A prompt whose video tokens are dropped after some layers.
@@ -76,16 +63,40 @@ class PromptCost:
     video: int
     queries: int
 
+    @classmethod
+    def of(
+        cls,
+        settings: AdaTPSettings,
+        shape: ModelShape,
+        num_layers: int,
+        tokens: int,
+        video: int,
+        behind: int,
+    ) -> PromptCost:
+        """Of a prompt of ``tokens``, ``video`` of them of videos and ``behind`` after the last.
+
+        Raises:
+            ValueError: see :func:`event_layers`.
+        """
+        return cls(
+            shape,
+            num_layers,
+            event_layers(settings, num_layers),
+            text=tokens - video,
+            video=video,
+            queries=min(behind, 1) if settings.queries == "last" else behind,
+        )
+
     @property
     def dense(self) -> float:
         """FLOPs if nothing is dropped."""
-        return self.num_layers * float(layer_flops(self.shape, self.text + self.video))
+        return self.num_layers * float(self.shape.layer_flops(self.text + self.video))
 
     def spent(self, shares: np.ndarray, *, causal: bool = True) -> float:
         """FLOPs if ``shares [events]`` of the video tokens are left after each event."""
         edges = np.diff([0, *(layer + 1 for layer in self.events), self.num_layers])
         tokens = self.text + self.video * np.array([1.0, *shares])  # [depths]
-        layers = edges * layer_flops(self.shape, tokens, causal=causal)
+        layers = edges * self.shape.layer_flops(tokens, causal=causal)
         scores = self.queries * tokens[:-1] * self.shape.attention_flops_per_pair / 2
         return float(layers.sum() + scores.sum())
 
@@ -125,3 +136,18 @@ class PromptCost:
 def geometric(last: float, events: int) -> np.ndarray:
     """``[events]`` cumulative shares that fall evenly to ``last``."""
     return last ** (np.arange(1, events + 1) / events)
+
+
+def forecast(
+    config: AdaTPSettings, shape: ModelShape, layers: int, is_video: np.ndarray
+) -> Forecast:
+    """See ``Settings.forecast``; what is spent is the most, since alike frames leave fewer tokens.
+
+    Raises:
+        ValueError: see :func:`event_layers`.
+    """
+    behind = len(is_video) - 1 - int(np.flatnonzero(is_video)[-1])
+    cost = PromptCost.of(config, shape, layers, len(is_video), int(is_video.sum()), behind)
+    told = Forecast(cost.dense, cost.spent(cost.shares(config)), cost.least)
+    note = ", or less: where frames are alike, fewer tokens go on"
+    return replace(told, note=note + (told.of_budget(config.flops) if config.flops else ""))

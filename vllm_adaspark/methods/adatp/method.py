@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...accounts.account import ModelShape
 from ...paged.heads import HeadRanks
 from ...paged.state import StepRows
 from ...requests import Prompt, Video
@@ -19,6 +18,7 @@ from .encoder import SiglipEncoder
 from .flops import PromptCost, event_layers
 from .plan import AdaTPPlan, make_depths
 from .request import AdaTPRequest, Look
+from .score import SLAB
 from .segments import adjacent_similarity, frame_means, text_similarity
 from .settings import AdaTPSettings
 from .state import PromptState
@@ -32,7 +32,6 @@ class AdaTP(Method):
 
     def __init__(self, settings: AdaTPSettings, text_config: Any, device_type: str) -> None:
         super().__init__(settings, text_config, device_type)
-        self._shape = ModelShape.of(text_config, device_type)
         self._layers = text_config.num_hidden_layers
 
     # -- when the server starts, and before a request runs ---------------------------------------
@@ -44,8 +43,9 @@ class AdaTP(Method):
 
         check_server(settings, vllm_config)
 
-    def needs_one_step(self, settings: AdaTPSettings) -> bool:
-        return settings.enabled
+    def step_bytes(self, tokens: int, heads: int, kv_heads: int, head_size: int, item: int) -> int:
+        """Scoring a prompt: its keys in fp32, and a slab of logits and probabilities."""
+        return tokens * kv_heads * head_size * 4 + 3 * 4 * max(SLAB, heads * tokens)
 
     def refuse(self, settings: AdaTPSettings, named: Any, prompt: Prompt) -> None:
         """Refuse layers that are not there, a prompt no step can hold, and a hopeless budget."""
@@ -64,7 +64,8 @@ class AdaTP(Method):
                 f"this prompt has {prompt.tokens} tokens, of which {int(is_video.sum())} are "
                 f"video, and this server runs {self.step_tokens} tokens in a step, while AdaTP "
                 "must see a prompt with video at once: start the server with a larger "
-                "--max-num-batched-tokens, send fewer or smaller frames, or turn AdaTP off for "
+                "--max-num-batched-tokens (and --max-num-scheduled-tokens, if it is set), send "
+                "fewer or smaller frames, or turn AdaTP off for "
                 f'this request ({source}="off")'
             )
         if not isinstance(named, Mapping) or named.get("flops") is None:
@@ -100,15 +101,8 @@ class AdaTP(Method):
 
     def _cost(self, settings: AdaTPSettings, prompt: Prompt) -> PromptCost:
         video = int(prompt.of(self.media).sum())
-        after = prompt.tokens - _text_from(prompt)
-        return PromptCost(
-            self._shape,
-            self._layers,
-            event_layers(settings, self._layers),
-            text=prompt.tokens - video,
-            video=video,
-            queries=min(after, 1) if settings.queries == "last" else after,
-        )
+        behind = prompt.tokens - _text_from(prompt)
+        return PromptCost.of(settings, self.shape, self._layers, prompt.tokens, video, behind)
 
     def told(self, request: AdaTPRequest) -> dict[str, Any]:
         """Its settings under the names that users know, with the schedule spelt out.
@@ -209,6 +203,8 @@ class AdaTP(Method):
                 before, after = prompt.survivors(layer)
                 keep[int(start[prompt.row]) + before] = False
                 keep[int(start[prompt.row]) + after] = True
+                if plan.trace is not None:
+                    plan.trace.survivors(layer, prompt.row, prompt.alive)
         return keep
 
 

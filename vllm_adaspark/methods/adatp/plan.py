@@ -47,7 +47,7 @@ class AdaTPPlan(StepPlan):
         plan = cls(
             attention=None,
             ffn=None,
-            sum_writes=None,
+            summary_writes=None,
             video_tokens=video,
             cubes_seen=np.zeros(number),
             block_size=block_size,
@@ -64,6 +64,10 @@ class AdaTPPlan(StepPlan):
                 for nth, layer in enumerate(depths.events):
                     plan.scored[nth, prompt.row] = prompt.scored_pairs(layer)
         return plan
+
+    def dropping(self, row: int) -> dict[str, Any] | None:
+        """See StepPlan."""
+        return next((p.request.dropping() for p in self.prompts if p.row == row), None)
 
     def host_part(self) -> Self:
         """See StepPlan."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ...requests import Request, Video
 from .flops import PromptCost
 from .prune import kept_per_segment
-from .relevance import relevant_segments, segment_shares
+from .relevance import relevant_segments, segment_relevance, segment_shares
 from .segments import segment_frames
 from .settings import AdaTPSettings
 
@@ -36,6 +37,7 @@ class Pruning:
     Attributes:
         segment: ``[frames]`` the segment of each frame.
         relevant: ``[segments]`` bool.
+        relevance: ``[segments]`` cosine with the question; None if unknown.
         sizes: ``[segments]`` tokens before the first event.
         kept: ``[events, segments]`` tokens after each event.
         dedups: ``[events]`` bool, whether the event deduplicates.
@@ -43,6 +45,7 @@ class Pruning:
 
     segment: np.ndarray
     relevant: np.ndarray
+    relevance: np.ndarray | None
     sizes: np.ndarray
     kept: np.ndarray
     dedups: np.ndarray
@@ -140,4 +143,31 @@ class AdaTPRequest(Request):
         )
         places = self.frame_places[np.flatnonzero(np.diff(segment, prepend=-1))]
         kept, dedups = kept_per_segment(shares, sizes, places, config)
-        return Pruning(segment, relevant, sizes, kept, dedups)
+        relevance = None
+        if seen.relevance is not None:
+            relevance = segment_relevance(seen.relevance, segment)
+        return Pruning(segment, relevant, relevance, sizes, kept, dedups)
+
+    def dropping(self) -> dict[str, Any] | None:
+        """What its prompt loses, for its trace (``StepPlan.dropping``)."""
+        pruning = self.progress.pruning
+        if pruning is None:
+            return None
+        first = np.cumsum([0] + [video.grid[0] for video in self.videos])  # frame of each video
+        starts = np.flatnonzero(np.diff(pruning.segment, prepend=-1))
+        ends = [*starts[1:], len(pruning.segment)]
+        segments = []
+        for nth, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            video = int(np.searchsorted(first, start, side="right")) - 1
+            relevance = None if pruning.relevance is None else float(pruning.relevance[nth])
+            segments.append(
+                {
+                    "video": video,
+                    "frames": [int(start - first[video]), int(end - first[video])],
+                    "tokens": int(pruning.sizes[nth]),
+                    "kept": pruning.kept[:, nth].tolist(),
+                    "relevant": bool(pruning.relevant[nth]),
+                    "relevance": relevance,
+                }
+            )
+        return {"layers": list(self.cost.events), "segments": segments}

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...settings import SHARE_STEPS, Settings, SettingsError, setting
+from ...settings import SHARE_STEPS, Settings, SettingsError, setting, shown
 
 DEDUPS = ("first", "all", "off")
 QUERIES = ("all", "last")
 FASTV = "fastv"
+MOST_LAYERS = 1024
 MOST_EVENTS = 64  # there is no model with more layers to drop tokens between
 
 
@@ -36,8 +37,8 @@ def _layers(problem: str, value: Any) -> tuple[int, ...] | None:
     """Layers counted from 1, rising; None lets the model's depth decide."""
     if value is None:
         return None
-    layers = list(value) if isinstance(value, list | tuple) else []
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in layers)
+    layers = list(value) if isinstance(value, list | tuple) else [value]
+    whole = all(type(n) is int and 1 <= n <= MOST_LAYERS for n in layers)
     if not 1 <= len(layers) <= MOST_EVENTS or not whole or sorted(set(layers)) != layers:
         raise SettingsError(
             f"{problem}: expected a list of layers, counted from 1 and rising, "
@@ -70,6 +71,8 @@ class AdaTPSettings(Settings):
     Raises:
         SettingsError: a value has the wrong type or is out of range.
     """
+
+    summaries_per_block: ClassVar[int] = 0
 
     words: ClassVar[dict[str, dict[str, Any]]] = Settings.words | {
         FASTV: {
@@ -145,6 +148,19 @@ class AdaTPSettings(Settings):
                 f"layers={list(self.layers)}: give one share for each layer, or one for all"
             )
 
+    @property
+    def one_step(self) -> bool:
+        """Its text decides which tokens stay, and later layers write these into the front slots."""
+        return self.enabled
+
+    def forecast(self, shape: Any, layers: int, is_video: Any, dropped: int = 0) -> Any:
+        """Each layer's own length: see flops.py."""
+        from .flops import forecast
+
+        if not self.enabled:
+            return super().forecast(shape, layers, is_video, dropped)
+        return forecast(self, shape, layers, is_video)
+
     @classmethod
     def spelt_out(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings`` with short words spelt out, and what they rule out of a lower source's."""
@@ -154,8 +170,8 @@ class AdaTPSettings(Settings):
         budget, keep = plain.get("flops"), plain.get("keep")
         if budget is not None and keep is not None:
             raise SettingsError(
-                f"flops={budget!r} and keep={keep!r}: a budget chooses keep itself; leave one of "
-                "them out"
+                f"flops={shown(budget)} and keep={shown(keep)}: a budget chooses keep itself; "
+                "leave one of them out"
             )
         if keep is not None:
             plain["flops"] = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...settings import SettingsError
-from ..base import ONE_STEP_SCHEDULER
+from ...startup import LOOKED_UP
+from ..base import SCHEDULER
 from .encoder import check_encoder
 from .flops import event_layers
 from .settings import AdaTPSettings
@@ -18,7 +19,7 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
         SettingsError: names the option, and what to do.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
+    scheduler, drafts = vllm_config.scheduler_config, vllm_config.speculative_config
     try:
         event_layers(settings, model.hf_text_config.num_hidden_layers)
     except ValueError as error:
@@ -27,12 +28,22 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
         check_encoder(settings.encoder)
     refused = [
         (
+            drafts is not None and drafts.method != LOOKED_UP,
+            f"--speculative-config method {getattr(drafts, 'method', '')}: a draft model reads the "
+            f"hidden states of tokens that are dropped; use method {LOOKED_UP}",
+        ),
+        (
+            settings.encoder is not None and model.enable_sleep_mode,
+            f"encoder={settings.encoder} with --enable-sleep-mode: its weights would be gone after "
+            "a sleep of level 2; leave one of them out",
+        ),
+        (
             parallel.pipeline_parallel_size > 1,
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}: a pipeline stage expects "
             "as many tokens as the first got; use --tensor-parallel-size",
         ),
         (
-            scheduler.scheduler_cls not in (None, ONE_STEP_SCHEDULER),
+            scheduler.scheduler_cls not in (None, SCHEDULER),
             f"--scheduler-cls {scheduler.scheduler_cls}: a prompt must run in one step and in "
             "blocks of its own, which our scheduler sees to; leave it out",
         ),
@@ -45,4 +56,4 @@ def check_server(settings: AdaTPSettings, vllm_config: Any) -> None:
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"AdaTP does not support {what}")
-    scheduler.scheduler_cls = ONE_STEP_SCHEDULER
+    scheduler.scheduler_cls = SCHEDULER

@@ -18,6 +18,8 @@ from .score import text_scores
 class PromptState:
     """A row of the step whose prompt loses video tokens in this step.
 
+    ``alive``: ``[alive]`` int64, which of its video tokens are left.
+
     Args:
         row: in the step.
         request: whose prompt it is.
@@ -37,6 +39,7 @@ class PromptState:
             return torch.as_tensor(array.astype(np.int64)).to(device)
 
         self._segment, self._place = to(of_frame), to(request.token_place)  # [alive video tokens]
+        self.alive = torch.arange(len(video), device=device)  # which video tokens are left
         self._text_before = to(video - np.arange(len(video)))  # [alive] text tokens before each
         self._counts = to(np.vstack([pruning.sizes, pruning.kept]))  # [events + 1, segments]
         self._score: torch.Tensor | None = None
@@ -100,6 +103,6 @@ class PromptState:
             int(self.pruning.kept[event].sum()),
         )
         self._segment, self._place = self._segment[chosen], self._place[chosen]
-        self._text_before = self._text_before[chosen]
+        self._text_before, self.alive = self._text_before[chosen], self.alive[chosen]
         self._score = None
         return before, before[chosen]

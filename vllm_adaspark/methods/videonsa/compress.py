@@ -46,7 +46,8 @@ def compress(
         ``[kv_heads, vision, group, head_size]`` fp32; 0 where a token has no cube before it.
     """
     number, kv_heads, group, size = query.shape
-    output = query.new_zeros(kv_heads, number, group, size, dtype=torch.float32)
+    like = query.new_empty(0, dtype=torch.float32)
+    output = plan.buffer("compressed", (kv_heads, number, group, size), like).zero_()
     table = plan.selection(kv_heads).block_table.view(kv_heads, number, -1)
     head = torch.arange(kv_heads, device=query.device)[:, None]
     for row in plan.rows:
@@ -70,8 +71,9 @@ def compress(
 
 
 def _means(sums: BlockSums, row: RowCubes, factor: float) -> torch.Tensor:
-    """``[kv_heads, cubes, head_size]`` fp32: mean keys or values, times ``factor``."""
-    return sums.of(row.cubes).mul_(factor / sums.block_size).transpose(0, 1).contiguous()
+    """``[kv_heads, cubes, head_size]`` fp32: mean keys or values of a cube's vision tokens, times
+    ``factor``."""
+    return sums.of(row.cubes).mul_((factor / row.sizes)[:, None, None]).transpose(0, 1).contiguous()
 
 
 def _compress_row(

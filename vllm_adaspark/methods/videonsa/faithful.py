@@ -99,8 +99,8 @@ def plan_prompt(
     vision = np.flatnonzero(is_vision)
     edges = np.flatnonzero(np.diff(is_vision.astype(np.int8), prepend=0, append=0))
     first, end = edges.reshape(-1, 2).T
-    places = places_of(block_counts)
     blocks = -(-len(is_vision) // BLOCK)
+    places = places_of(min(block_counts, max(1, blocks)))  # more would stay empty
 
     def to(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.as_tensor(array).to(device, dtype)

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ...accounts.account import ModelShape
+from ...accounts.flops import ModelShape
 from ...paged.plan import Told
 from ...paged.state import StepRows
 from ...paged.tables import Sequences
@@ -127,7 +127,7 @@ def build_plan(
             cut=lambda: vision_tiles(tokens, any_block),
         ),
         ffn=None,
-        sum_writes=None,
+        summary_writes=None,
         video_tokens=np.bincount(row, minlength=len(on)),
         cubes_seen=by_row(row, own),
         block_size=BLOCK,
@@ -143,7 +143,8 @@ def attend(step: FaithfulStep, call: AttentionCall) -> None:
     sums, traced = torch.zeros(len(step.tokens), len(gates.BRANCHES)), []
     sums = sums.to(call.output.device)
     for row, tokens, prompt in plan.prompts:
-        of_prompt = gates.gates_of(call.hidden[tokens], call.modules)
+        with call.mapped(tokens):
+            of_prompt = gates.gates_of(call.hidden[tokens], call.modules)
         sums[row] = of_prompt[prompt.vision].mean(1).sum(0)
         query, key, value = (x[tokens] for x in (call.query, call.key, call.value))
         pages = KernelPages(call)

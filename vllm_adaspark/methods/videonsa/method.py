@@ -11,14 +11,16 @@ from ... import VIDEONSA_ARCHITECTURE
 from ...paged.state import StepRows
 from ...requests import Prompt
 from ...settings import SettingsError
-from ..base import ONE_STEP_SCHEDULER, AttentionCall, Method
+from ..base import SCHEDULER, AttentionCall, Method
 from . import faithful, faithful_step
 from .attend import attend
 from .compress import SLAB
 from .gates import gate_modules
 from .plan import VideoNSAPlan, build_plan
 from .request import VideoNSARequest
-from .settings import VideoNSASettings
+from .settings import BLOCK, VideoNSASettings
+
+MOST_BLOCKS = 32  # that a request may ask for whatever the server's setting: those of the release
 
 
 def _check_faithful(vllm_config: Any) -> None:
@@ -37,6 +39,10 @@ def _check_faithful(vllm_config: Any) -> None:
             "add --no-enable-prefix-caching",
         ),
         (
+            vllm_config.speculative_config is not None,
+            "--speculative-config, which nobody has tried with it; leave it out",
+        ),
+        (
             parallel.tensor_parallel_size > 1,
             f"--tensor-parallel-size {parallel.tensor_parallel_size}, because its query rows see "
             "KV heads of other ranks; leave it out",
@@ -51,7 +57,7 @@ def _check_faithful(vllm_config: Any) -> None:
             "prompt must run in one step; leave it out",
         ),
         (
-            scheduler.scheduler_cls not in (None, ONE_STEP_SCHEDULER),
+            scheduler.scheduler_cls not in (None, SCHEDULER),
             f"--scheduler-cls {scheduler.scheduler_cls}, because a prompt must run in one step, "
             "which our scheduler sees to; leave it out",
         ),
@@ -59,7 +65,7 @@ def _check_faithful(vllm_config: Any) -> None:
     for unsupported, what in refused:
         if unsupported:
             raise SettingsError(f"mode=faithful does not support {what}")
-    scheduler.scheduler_cls = ONE_STEP_SCHEDULER
+    scheduler.scheduler_cls = SCHEDULER
 
 
 class VideoNSA(Method):
@@ -67,13 +73,13 @@ class VideoNSA(Method):
 
     settings_class = VideoNSASettings
     media = ("video", "image")
-    sums_values = True
     wants_hidden = True
     tokens_choose = True
 
     def __init__(self, settings: VideoNSASettings, text_config: Any, device_type: str) -> None:
         super().__init__(settings, text_config, device_type)
         self._hidden = text_config.hidden_size
+        self._most_blocks = max(settings.block_counts, MOST_BLOCKS)
 
     @classmethod
     def check_server(cls, settings: VideoNSASettings, vllm_config: Any) -> None:
@@ -101,15 +107,22 @@ class VideoNSA(Method):
             heads = kv_heads * faithful.rows_per_group(heads, kv_heads)
         numbers = heads * head_size * (3 * torch.float32.itemsize + 3 * item)
         numbers += 2 * self._hidden * item  # the gates' inputs
-        places = kv_heads * self.settings.block_counts * (2 * torch.int64.itemsize)
+        places = kv_heads * self._most_blocks * (2 * torch.int64.itemsize)
         return tokens * (numbers + places) + 2 * SLAB * torch.int64.itemsize
 
     def refuse(self, settings: VideoNSASettings, named: Any, prompt: Prompt) -> None:
-        """Refuse, in faithful mode, a prompt that no step can hold."""
+        """Refuse more blocks than there is memory for, and faithfully a prompt in several steps."""
+        blocks = min(settings.block_counts, -(-prompt.tokens // BLOCK))
+        if blocks > self._most_blocks:
+            raise SettingsError(
+                f"block_counts={settings.block_counts}: this server has memory for "
+                f"{self._most_blocks} blocks a token; ask for no more, or start the server with a "
+                "larger block_counts"
+            )
         limit = self.step_tokens
         if limit is None or prompt.tokens <= limit or not prompt.of(self.media).any():
             return
-        if self.needs_one_step(settings):
+        if settings.one_step:
             raise SettingsError(
                 f"the prompt has {prompt.tokens} tokens, and this server runs {limit} in a step, "
                 "while VideoNSA's faithful mode needs a prompt in one: send a shorter video, or "
@@ -140,10 +153,6 @@ class VideoNSA(Method):
         """See plan.build_plan, and faithful_step.build_plan."""
         build = faithful_step.build_plan if self.settings.mode == "faithful" else build_plan
         return build(rows, requests, device)
-
-    def needs_one_step(self, settings: VideoNSASettings) -> bool:
-        """In faithful mode: a vision token sees the means of later blocks."""
-        return settings.mode == "faithful" and settings.enabled
 
     def attend(self, plan: VideoNSAPlan, call: AttentionCall) -> None:
         """See attend.attend, and faithful_step.attend."""

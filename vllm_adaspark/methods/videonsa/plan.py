@@ -10,8 +10,9 @@ selects is left for the layers.  How many it selects is known: as many as there 
 * For the selection, each vision token and KV head is a sequence of one query, whose table a layer
   fills in.
 
-A *cube* is a KV block that holds nothing but vision tokens.  Only cubes are compressed and
-selected; a vision token's own block is attended in any case.
+A *cube* is a KV block that holds vision tokens, some or all of them.  Only cubes are compressed
+and selected, by the means of their vision tokens; a vision token's own block is attended in any
+case.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ...accounts.account import ModelShape
+from ...accounts.flops import ModelShape
 from ...paged.plan import StepPlan, Told
+from ...paged.scratch import Scratch
 from ...paged.state import StepRows
 from ...paged.tables import Sequences
-from ...paged.tiles import DENSE, VIDEO, Tiles, Tokens, cubes_of, sum_writes
+from ...paged.tiles import DENSE, VIDEO, Tiles, Tokens, cubes_of, summary_writes
 from . import gates
 from .request import VideoNSARequest
-from .settings import BLOCK, VideoNSASettings
+from .settings import BLOCK
 
 Index = torch.Tensor | slice  # of tokens; a slice where they are consecutive, which saves a copy
 
@@ -43,6 +45,7 @@ class RowCubes:
     tokens: slice  # of the step's vision tokens
     cubes: torch.Tensor  # [cubes] int64 physical blocks, in the request's order
     logical: torch.Tensor  # [cubes] int64 the same in the request
+    sizes: torch.Tensor  # [cubes] fp32 vision tokens in each
     seen: np.ndarray  # [tokens] cubes before a token's own block; never falls
     seen_there: torch.Tensor  # the same on the device, int64
     most: int  # block_counts - 1
@@ -81,6 +84,17 @@ class BranchPlan:
     cut: Callable[[], Tiles] | None  # see ``tiles``
     first_layer: int = 0
     shared: Sequences | None = None
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def buffer(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Uninitialised, of the dtype and on the device of ``like``.
+
+        On a CPU a name is the same memory in all layers of a step: faults of fresh pages take a
+        tenth of a layer there.
+        """
+        if like.device.type == "cpu":
+            return self.scratch.take(name, shape, like.dtype, like.device)
+        return like.new_empty(shape)
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -203,7 +217,7 @@ def build_plan(
         vision=index_of(vision, device),
         vision_row=to(row),
         number=len(vision),
-        rows=_rows(row, seen, row_cubes, table, most, device),
+        rows=_rows(on, row, seen, row_cubes, table, device),
         windows=_windows(runs, row, window, table, device),
         own_block=to(table[row, tokens.block[vision]]),
         places=to(places),
@@ -220,7 +234,7 @@ def build_plan(
     return VideoNSAPlan(
         attention=branches,
         ffn=None,
-        sum_writes=sum_writes(tokens, np.ones(len(on), bool), table, BLOCK, device),
+        summary_writes=summary_writes(tokens, np.ones(len(on), bool), table, BLOCK, device),
         video_tokens=np.bincount(row, minlength=len(on)),
         cubes_seen=by_row(row, seen),
         block_size=BLOCK,
@@ -272,11 +286,11 @@ class Runs:
 
 
 def _rows(
+    requests: Sequence[VideoNSARequest | None],
     row: np.ndarray,
     seen: np.ndarray,
     row_cubes: np.ndarray,
     table: np.ndarray,
-    most: np.ndarray,
     device: torch.device,
 ) -> tuple[RowCubes, ...]:
     """The cubes of each row with vision tokens; ``row`` and ``seen`` of these tokens."""
@@ -285,15 +299,17 @@ def _rows(
         first, last = np.searchsorted(row, [r, r + 1])
         of_row = seen[first:last]
         logical = np.flatnonzero(row_cubes[r])[: int(of_row.max())]
+        sizes = requests[r].video_in_block[logical]
         made.append(
             RowCubes(
                 row=int(r),
                 tokens=slice(int(first), int(last)),
                 cubes=torch.as_tensor(table[r][logical]).to(device, torch.int64),
                 logical=torch.as_tensor(logical).to(device, torch.int64),
+                sizes=torch.as_tensor(sizes).to(device, torch.float32),
                 seen=of_row,
                 seen_there=torch.as_tensor(of_row).to(device, torch.int64),
-                most=int(most[r]),
+                most=requests[r].config.block_counts - 1,
             )
         )
     return tuple(made)
@@ -326,7 +342,7 @@ def vision_tiles(tokens: Tokens, row_cubes: np.ndarray) -> Tiles:
         length=length,
         block=block,
         kind=np.where(vision, VIDEO, DENSE),
-        asked=vision.astype(int),
+        scored=vision.astype(int),
         tail_gap=(block + 1) * BLOCK - tokens.position[last] - 1,
         candidates=candidates & vision[:, None],
     )
@@ -336,26 +352,6 @@ def index_of(tokens: np.ndarray, device: torch.device) -> Index:
     if len(tokens) == tokens[-1] - tokens[0] + 1:
         return slice(int(tokens[0]), int(tokens[-1]) + 1)
     return torch.as_tensor(tokens).to(device, torch.int64)
-
-
-def prompt_flops(
-    settings: VideoNSASettings, shape: ModelShape, layers: int, is_vision: np.ndarray
-) -> float:
-    """FLOPs of a prompt's layers, computed in one step; as the accounts count them."""
-    tokens, blocks = len(is_vision), -(-len(is_vision) // BLOCK)
-    rows = StepRows(
-        query_start=np.array([0, tokens]),
-        seq_lens=np.array([tokens]),
-        block_table=np.arange(blocks)[None],
-    )
-    request = VideoNSARequest(settings, is_vision)
-    plan = build_plan(rows, [request], torch.device("cpu"))
-    if plan is None:
-        pairs = tokens * (tokens + 1) // 2 * shape.attention_flops_per_pair
-        per_token = shape.qkvo_flops_per_token + shape.ffn_flops_per_token
-        return float(layers * (pairs + tokens * per_token))
-    told = plan.tell(shape, range(1))
-    return float(layers * sum(flops.sum() for flops in told.flops.values()))
 
 
 def take(tensor: torch.Tensor, tokens: Index) -> torch.Tensor:

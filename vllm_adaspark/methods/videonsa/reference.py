@@ -1,12 +1,13 @@
 """The slow twin of one layer's attention in paper mode: token by token, to be trusted by reading.
 
-A *cube* is a block of 64 positions of the request, all of them vision tokens.  Text tokens attend
-densely and causally.  A vision token at position t, in block b = t // 64, has three branches:
+A *cube* is a block of 64 positions of the request with vision tokens among them; its mean key and
+mean value are those of its vision tokens.  Text tokens attend densely and causally.  A vision token
+at position t, in block b = t // 64, has three branches:
 
 * cmp: a softmax over the mean keys of the cubes before b, times their mean values; 0 without any;
-* slc: a softmax over the tokens up to t of the selected cubes and of b, whatever b holds.  Selected
-  are the ``block_counts - 1`` cubes before b with the most cmp probability, summed over the query
-  heads of a KV head's group; of equal ones the earlier;
+* slc: a softmax over the tokens up to t of the selected cubes and of b, whatever they hold.
+  Selected are the ``block_counts - 1`` cubes before b with the most cmp probability, summed over
+  the query heads of a KV head's group; of equal ones the earlier;
 * swa: a softmax over the last ``window_size`` positions, t among them.
 
 Its output is the sum of gate times branch, head by head.  Sources: the paper's section 2.2 and
@@ -72,6 +73,7 @@ def attention(
     group = query.shape[1] // kv_heads
     result = Result(torch.zeros_like(query))
     cubes = cubes_of(is_vision)
+    means = {cube: [_mean(x, is_vision, cube) for x in (key, value)] for cube in cubes}
     for t in range(len(query)) if tokens is None else tokens:
         for kv_head in range(kv_heads):
             heads = slice(kv_head * group, (kv_head + 1) * group)
@@ -79,8 +81,8 @@ def attention(
             if not is_vision[t]:
                 result.output[t, heads] = _attend(q, k[: t + 1], v[: t + 1], scale)[0]
                 continue
-            before = [cube for cube in cubes if cube < t // BLOCK]
-            compressed, selection = _compress(q, k, v, before, block_counts - 1, scale)
+            before = {cube: mean for cube, mean in means.items() if cube < t // BLOCK}
+            compressed, selection = _compress(q, before, kv_head, block_counts - 1, scale)
             result.selected[t, kv_head] = selection
             seen = _tokens_of(selection.cubes, t)
             window = slice(max(0, t + 1 - window_size), t + 1)
@@ -97,30 +99,32 @@ def attention(
 
 
 def cubes_of(is_vision: torch.Tensor) -> list[int]:
-    """The blocks that are whole and hold nothing but vision tokens."""
+    """The blocks that are whole and hold vision tokens."""
     blocks = range(len(is_vision) // BLOCK)
-    return [b for b in blocks if bool(is_vision[b * BLOCK : (b + 1) * BLOCK].all())]
+    return [b for b in blocks if bool(is_vision[b * BLOCK : (b + 1) * BLOCK].any())]
+
+
+def _mean(states: torch.Tensor, is_vision: torch.Tensor, cube: int) -> torch.Tensor:
+    """``[kv_heads, d]``: of keys or values ``[tokens, kv_heads, d]``, a cube's mean over vision."""
+    block = slice(cube * BLOCK, (cube + 1) * BLOCK)
+    return states[block][is_vision[block]].mean(0)
 
 
 def _compress(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    before: list[int],
-    number: int,
-    scale: float,
+    q: torch.Tensor, before: dict[int, list[torch.Tensor]], kv_head: int, number: int, scale: float
 ) -> tuple[torch.Tensor, Selection]:
+    """The compressed branch and the selection, of the cubes ``before`` and their means."""
     if not before:
         return torch.zeros_like(q), Selection([], float("inf"))
-    means = [torch.stack([x[c * BLOCK : (c + 1) * BLOCK].mean(0) for c in before]) for x in (k, v)]
-    output, probs = _attend(q, *means, scale)
-    importance = probs.sum(0).tolist()
-    ranked = sorted(range(len(before)), key=lambda i: (-importance[i], i))
+    keys, values = (torch.stack(means)[:, kv_head] for means in zip(*before.values(), strict=True))
+    output, probs = _attend(q, keys, values, scale)
+    importance, cubes = probs.sum(0).tolist(), list(before)
+    ranked = sorted(range(len(cubes)), key=lambda i: (-importance[i], i))
     kept, left = ranked[:number], ranked[number:]
     margin = float("inf")
     if kept and left:
         margin = importance[kept[-1]] - importance[left[0]]
-    return output, Selection(sorted(before[i] for i in kept), margin)
+    return output, Selection(sorted(cubes[i] for i in kept), margin)
 
 
 def _tokens_of(selected: list[int], t: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from ...requests import Request
 from .settings import VideoNSASettings
 
@@ -14,6 +16,11 @@ class VideoNSARequest(Request):
     """A request with vision tokens, of videos or images: ``is_video`` has both."""
 
     config: VideoNSASettings
+
+    @cached_property
+    def is_cube(self) -> np.ndarray:
+        """``[blocks]`` bool: which whole KV blocks of the prompt hold vision tokens."""
+        return self.video_in_block > 0
 
     @cached_property
     def vision_end(self) -> int:

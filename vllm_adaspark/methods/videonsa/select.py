@@ -22,8 +22,9 @@ def select(call: AttentionCall, plan: BranchPlan, query: torch.Tensor) -> torch.
     # A CPU's cache has another layout, also under Triton's interpreter.
     if query.is_cuda and use_triton(query) and _taken(call):
         return by_kernel(call, plan, query)
-    asking = query.unflatten(1, (call.kv_heads, -1)).transpose(0, 1).contiguous()
-    selected = torch.empty_like(asking, dtype=call.output.dtype)
+    by_head = query.unflatten(1, (call.kv_heads, -1)).transpose(0, 1)
+    asking = plan.buffer("asking", by_head.shape, query).copy_(by_head)
+    selected = plan.buffer("selected", by_head.shape, call.output)
     call.run_sequences(
         asking.flatten(0, 1),
         plan.selection(call.kv_heads),

@@ -41,6 +41,7 @@ class VideoNSASettings(Settings):
         "flops": "what VideoNSA spends follows from block_counts and window_size, which its "
         "weights were trained with, so there is no budget to choose them by; set these instead"
     }
+    summaries_per_block: ClassVar[int] = 2
 
     cube: tuple[int, int, int] = setting(
         (4, 4, 4), "a block's 64 tokens; fixed", request=False, checkpoint=False
@@ -79,6 +80,20 @@ class VideoNSASettings(Settings):
                 f"cube={list(self.cube)}: VideoNSA's blocks are {BLOCK} tokens in a row, whatever "
                 "a video's shape; leave cube out"
             )
+
+    @property
+    def one_step(self) -> bool:
+        """In faithful mode: a vision token sees the means of later blocks."""
+        return self.mode == "faithful" and self.enabled
+
+    def forecast(self, shape: Any, layers: int, is_video: Any, dropped: int = 0) -> Any:
+        """Exact, branch by branch: see flops.py."""
+        from ...accounts.flops import Forecast
+        from .flops import prompt_flops
+
+        parts = prompt_flops(self, shape, layers, is_video)
+        dense = super().forecast(shape, layers, is_video, dropped).dense
+        return Forecast(dense, sum(parts.values()), by_part=parts)
 
     @classmethod
     def of_checkpoint(cls, config: Mapping[str, Any]) -> Mapping[str, Any] | str | None:

@@ -1,7 +1,8 @@
-// The curve by layer: share of cubes attended, by kind of token, and share of tokens in the FFN.
+// The curve by layer: share of cubes attended, by kind of token, share of tokens in the FFN, and
+// what else a method tells of each layer (VideoNSA: its gates).
 
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [520, 220, 42, 10, 30, 34];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [520, 234, 42, 10, 44, 34];
 
 function add(parent, name, attributes, text) {
   const element = document.createElementNS(SVG, name);
@@ -38,7 +39,7 @@ export function drawChart(parent, layers, series, now, choose) {
   if (now >= 0) {
     add(svg, "line", { class: "now", x1: x(now), x2: x(now), y1: TOP, y2: HEIGHT - BOTTOM });
   }
-  let place = LEFT;
+  let [place, line] = [LEFT, 12]; // of the legend
   for (const [name, { label, values }] of Object.entries(series)) {
     if (values.every((value) => value === null)) continue;
     const points = values.map((v, i) => (v === null ? null : `${x(i)},${y(v)}`)).filter(Boolean);
@@ -46,9 +47,11 @@ export function drawChart(parent, layers, series, now, choose) {
     values.forEach((value, i) => {
       if (value !== null) add(svg, "circle", { class: `dot ${name}`, cx: x(i), cy: y(value), r: 2.5 });
     });
-    add(svg, "line", { class: `series ${name}`, x1: place, x2: place + 22, y1: 12, y2: 12 });
-    add(svg, "text", { x: place + 27, y: 16 }, label);
-    place += 40 + 6.4 * label.length;
+    const room = 40 + 6.4 * label.length;
+    if (place + room > WIDTH) [place, line] = [LEFT, line + 16];
+    add(svg, "line", { class: `series ${name}`, x1: place, x2: place + 22, y1: line, y2: line });
+    add(svg, "text", { x: place + 27, y: line + 4 }, label);
+    place += room;
   }
   layers.forEach((layer, i) => {
     const column = add(svg, "rect", {

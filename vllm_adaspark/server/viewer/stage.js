@@ -27,14 +27,14 @@ export class Geometry {
     [this.frames, this.rows, this.columns] = video.grid;
     this.offset = video.offset;
     this.tokensBefore = tokensBefore; // video tokens of the videos before this one
-    const raw = Uint8Array.from(atob(video.walk), (char) => char.charCodeAt(0));
-    const walk = new DataView(raw.buffer);
+    const raw = Uint8Array.from(atob(video.token_order), (char) => char.charCodeAt(0));
+    const order = new DataView(raw.buffer);
     const cubes = new Map(meta.cube_starts.map((start, nth) => [start / meta.block_size, nth]));
     const count = this.frames * this.rows * this.columns;
-    this.nth = new Int32Array(count).fill(-1); // by raster cell: its place in the walk, if any
+    this.nth = new Int32Array(count).fill(-1); // by raster cell: its place in the token order, if any
     this.cube = new Int32Array(count).fill(GONE);
     for (let nth = 0; nth < video.tokens; nth++) {
-      const cell = walk.getInt32(4 * nth, true);
+      const cell = order.getInt32(4 * nth, true);
       this.nth[cell] = nth;
       const block = Math.floor((video.offset + nth) / meta.block_size);
       this.cube[cell] = cubes.get(block) ?? NO_CUBE;
@@ -64,7 +64,8 @@ function hatch(context, x, y, w, h) {
 
 /**
  * One frame onto a canvas.
- * view: {geometry, frame, image, heat (per cube, null: later), ran (cell => share or null),
+ * view: {geometry, frame, image, heat (cell => share; null: comes later, undefined: no whole cube),
+ *        ran (cell => share or null),
  *        showHeat, showFfn, showOrder, opacity, chosen (cube or -1)}
  */
 export function drawStage(canvas, view) {
@@ -114,10 +115,10 @@ function drawHeat(context, view, cells) {
   const { rows, columns } = view.geometry;
   const small = new OffscreenCanvas(columns, rows);
   const pixels = new ImageData(columns, rows);
-  for (const { cube, row, column } of cells) {
-    const share = cube < 0 ? undefined : view.heat[cube];
+  for (const { cell, cube, row, column } of cells) {
+    const share = view.heat(cell);
     const rgb = cube === GONE ? DROPPED
-      : cube < 0 ? ALWAYS : share === null ? [0, 0, 0] : color(share);
+      : share === undefined ? ALWAYS : share === null ? [0, 0, 0] : color(share);
     pixels.data.set([...rgb, 255], 4 * (row * columns + column));
   }
   small.getContext("2d").putImageData(pixels, 0, 0);
@@ -126,8 +127,8 @@ function drawHeat(context, view, cells) {
   context.drawImage(small, 0, 0, context.canvas.width, context.canvas.height);
   context.imageSmoothingEnabled = true;
   context.globalAlpha = 1;
-  for (const { cube, box } of cells) {
-    if (cube >= 0 && view.heat[cube] === null) hatch(context, ...box);
+  for (const { cell, box } of cells) {
+    if (view.heat(cell) === null) hatch(context, ...box);
   }
 }
 
@@ -146,24 +147,24 @@ function drawFfn(context, view, cells, scale) {
   }
 }
 
-/** The walk through this frame, early tokens blue, late ones yellow, and the edges of KV blocks. */
+/** The token order in this frame, early tokens blue, late ones yellow, and the edges of KV blocks. */
 function drawOrder(context, view, cells, scale) {
   const { geometry: g, frame } = view;
   const differ = (a, b) => g.cube[a] !== g.cube[b];
   borders(context, g, frame, cells, differ, () => true, "rgba(0, 0, 0, .8)", 3 * scale);
   borders(context, g, frame, cells, differ, () => true, "rgba(255, 255, 255, .9)", 1 * scale);
-  const walk = cells.filter(({ cell }) => g.nth[cell] >= 0)
+  const order = cells.filter(({ cell }) => g.nth[cell] >= 0)
     .sort((a, b) => g.nth[a.cell] - g.nth[b.cell]);
   const middle = ({ box }) => [box[0] + box[2] / 2, box[1] + box[3] / 2];
-  for (let i = 1; i < walk.length; i++) {
-    const adjacent = Math.abs(walk[i].row - walk[i - 1].row) <= 1
-      && Math.abs(walk[i].column - walk[i - 1].column) <= 1;
-    context.strokeStyle = `hsl(${230 - (180 * i) / walk.length} 95% 60%)`;
+  for (let i = 1; i < order.length; i++) {
+    const adjacent = Math.abs(order[i].row - order[i - 1].row) <= 1
+      && Math.abs(order[i].column - order[i - 1].column) <= 1;
+    context.strokeStyle = `hsl(${230 - (180 * i) / order.length} 95% 60%)`;
     context.lineWidth = (adjacent ? 2.5 : 1) * scale;
     context.setLineDash(adjacent ? [] : [4 * scale, 4 * scale]);
     context.beginPath();
-    context.moveTo(...middle(walk[i - 1]));
-    context.lineTo(...middle(walk[i]));
+    context.moveTo(...middle(order[i - 1]));
+    context.lineTo(...middle(order[i]));
     context.stroke();
   }
   context.setLineDash([]);
@@ -188,7 +189,7 @@ function borders(context, g, frame, cells, differ, wanted, style, lineWidth) {
   context.stroke();
 }
 
-/** Mean heat of every frame, one column each; the current frame marked. */
+/** Mean heat of every frame, one column each; the current frame marked.  heat: as drawStage's. */
 export function drawStrip(canvas, geometry, heat, frame) {
   const width = (canvas.width = canvas.clientWidth || 640);
   const height = canvas.height;
@@ -199,20 +200,49 @@ export function drawStrip(canvas, geometry, heat, frame) {
     let sum = 0;
     let count = 0;
     for (let i = f * per; i < (f + 1) * per; i++) {
-      const share = geometry.cube[i] < 0 ? null : heat[geometry.cube[i]];
-      if (share === null) continue;
+      const share = heat(i);
+      if (share === null || share === undefined) continue;
       sum += share;
       count += 1;
     }
     context.fillStyle = count ? `rgb(${color(sum / count)})` : "#3a3f49";
     context.fillRect(f * column, 0, column + 0.5, height);
   }
-  context.strokeStyle = "#000";
-  context.lineWidth = 4;
-  context.strokeRect(frame * column + 1, 1, Math.max(column - 2, 2), height - 2);
-  context.strokeStyle = "#fff";
-  context.lineWidth = 2;
-  context.strokeRect(frame * column + 1, 1, Math.max(column - 2, 2), height - 2);
+  mark(context, frame * column, column, height);
+}
+
+function mark(context, x, width, height) {
+  for (const [style, lineWidth] of [["#000", 4], ["#fff", 2]]) {
+    context.strokeStyle = style;
+    context.lineWidth = lineWidth;
+    context.strokeRect(x + 1, 1, Math.max(width - 2, 2), height - 2);
+  }
+}
+
+/**
+ * A ribbon of segments over the frames, as bright as they are relevant to the question, those that
+ * count as relevant with a bar below; in two greys where nobody knows.
+ */
+export function drawSegments(canvas, geometry, segments, frame) {
+  const width = (canvas.width = canvas.clientWidth || 640);
+  const height = canvas.height;
+  const context = canvas.getContext("2d");
+  const column = width / geometry.frames;
+  const known = segments.map(({ relevance }) => relevance).filter((r) => r !== null);
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  segments.forEach(({ frames: [first, end], relevance, relevant }, nth) => {
+    const [x, wide] = [first * column, (end - first) * column];
+    context.fillStyle = relevance === null ? ["#6d7686", "#98a1b0"][nth % 2]
+      : `rgb(${color(high > low ? (relevance - low) / (high - low) : 0.5)})`;
+    context.fillRect(x, 0, wide, height);
+    if (relevant) {
+      context.fillStyle = "#3ddc84";
+      context.fillRect(x, height - 5, wide, 5);
+    }
+    context.fillStyle = "#fff"; // where the video was cut
+    if (nth) context.fillRect(x - 1, 0, 2, height);
+  });
+  mark(context, frame * column, column, height);
 }
 
 export function drawScale(canvas) {

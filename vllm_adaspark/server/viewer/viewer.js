@@ -2,7 +2,9 @@
 
 import * as api from "./api.js";
 import { drawChart } from "./chart.js";
-import { GONE, Geometry, bit, drawScale, drawStage, drawStrip } from "./stage.js";
+import {
+  GONE, Geometry, bit, drawScale, drawSegments, drawStage, drawStrip,
+} from "./stage.js";
 
 const $ = (id) => document.getElementById(id);
 const PLAY_MS = 400;
@@ -83,6 +85,10 @@ async function choose(id) {
   Object.assign(state, { meta, ffn, ...fresh });
   history.replaceState(null, "", `#${id}`);
   $("view").hidden = false;
+  for (const part of document.querySelectorAll(".dropping")) part.hidden = meta.dropping === null;
+  for (const part of document.querySelectorAll(".choosing")) part.hidden = meta.dropping !== null;
+  for (const part of document.querySelectorAll(".skipping")) part.hidden = !skipsFfn();
+  $("show-ffn").checked &&= skipsFfn();
   const options = meta.layers.map((layer, i) => new Option(`${layer}`, i));
   $("layer").replaceChildren(new Option("mean of all", -1), ...options);
   $("video").replaceChildren(...meta.videos.map((_, i) => new Option(i + 1, i)));
@@ -91,8 +97,25 @@ async function choose(id) {
   $("token").max = Math.max(...meta.spans.map((span) => span.end)) - 1;
   showText();
   showFacts();
-  const answered = meta.density.answer.some((share) => share !== null);
-  await Promise.all([setVideo(0), setSource(answered ? "answer" : "question")]);
+  await Promise.all([setVideo(0), setSource(firstSource())]);
+}
+
+/** Whether the method may leave tokens out of the FFN. */
+const skipsFfn = () => "p_ffn" in state.meta.settings;
+
+/** VideoNSA's gates: pairs of a label and the means of each layer. */
+const gates = () => Object.entries(state.meta.means)
+  .filter(([name]) => name.startsWith("gate_"))
+  .map(([name, values]) => [name.replace("_", " "), values]);
+
+/** The answer, else the question; the last cube where the method has text attend to everything. */
+function firstSource() {
+  const { density, cube_starts: cubes, dropping } = state.meta;
+  const shares = [...density.question, ...density.answer].filter((share) => share !== null);
+  const dense = shares.every((share) => share === 1);
+  const leaves = density.video.some((share) => share !== null && share < 1);
+  if (dropping === null && dense && leaves) return `cube:${cubes.length - 1}`;
+  return density.answer.some((share) => share !== null) ? "answer" : "question";
 }
 
 function setVideo(number) {
@@ -155,6 +178,16 @@ function heatNow() {
     first === null ? null : rows.reduce((sum, row) => sum + row[cube], 0) / rows.length);
 }
 
+/** By raster cell: its cube's heat; where tokens were dropped between layers, how many saw it. */
+function heatOf(cell, heat) {
+  if (state.meta.dropping !== null) return ranNow(cell);
+  const cube = state.geometry.cube[cell];
+  return cube < 0 ? undefined : heat[cube];
+}
+
+/** The segments of the video that is shown. */
+const segments = () => state.meta.dropping.segments.filter(({ video }) => video === state.video);
+
 /** By raster cell: the share of the shown layers in which it ran the FFN; null: not recorded. */
 function ranNow(cell) {
   const { ffn, geometry, layer } = state;
@@ -167,7 +200,8 @@ function ranNow(cell) {
 
 function draw() {
   if (!state.heat || !state.geometry) return;
-  const heat = heatNow();
+  const cubes = heatNow();
+  const heat = (cell) => heatOf(cell, cubes);
   const [kind, number] = state.source.split(":");
   drawStage($("stage"), {
     geometry: state.geometry,
@@ -182,17 +216,22 @@ function draw() {
     chosen: kind === "cube" ? Number(number) : -1,
   });
   drawStrip($("strip"), state.geometry, heat, state.frame);
-  const { density } = state.meta;
-  const series = {
+  const { density, dropping } = state.meta;
+  if (dropping !== null) drawSegments($("segments"), state.geometry, segments(), state.frame);
+  const series = dropping !== null ? {
+    ffn: { label: "video tokens alive", values: state.ffn.share },
+  } : {
     video: { label: "video", values: density.video },
     question: { label: "question", values: density.question },
     answer: { label: "answer", values: density.answer },
-    ffn: { label: "FFN, video tokens", values: state.ffn.share },
   };
+  if (skipsFfn()) series.ffn = { label: "FFN, video tokens", values: state.ffn.share };
+  for (const [label, values] of gates()) series[label.replace(" ", "_")] = { label, values };
   drawChart($("chart"), state.meta.layers, series, state.layer, setLayer);
   const layer = state.layer < 0 ? "all layers" : `layer ${state.meta.layers[state.layer]}`;
-  const of = kind === "answer" || kind === "question" ? `the ${kind}` : `${kind} ${number}`;
-  $("stage").setAttribute("aria-label", `Frame ${state.frame + 1}, attended by ${of}, ${layer}`);
+  const by = kind === "answer" || kind === "question" ? `the ${kind}` : `${kind} ${number}`;
+  const what = dropping !== null ? "tokens alive" : `attended by ${by}`;
+  $("stage").setAttribute("aria-label", `Frame ${state.frame + 1}, ${what}, ${layer}`);
 }
 
 // -- text and facts -------------------------------------------------------------------------------
@@ -226,6 +265,36 @@ const flops = (value) => {
   return `${(value / factor).toPrecision(3)} ${unit}FLOPs`;
 };
 
+/** How many segments there are, and how many tokens are left from which layer on. */
+function showDropping(row) {
+  const { layers, segments: all } = state.meta.dropping;
+  const relevant = all.filter((segment) => segment.relevant).length;
+  const known = all.some(({ relevance }) => relevance !== null);
+  row("segments", `${all.length}` + (known ? `, of them ${relevant} relevant` : ""));
+  const left = layers.map((layer, event) => {
+    const kept = all.reduce((sum, segment) => sum + segment.kept[event], 0);
+    return `${kept.toLocaleString()} from layer ${layer + 1} on`;
+  });
+  row("video tokens", `${state.meta.video_tokens.toLocaleString()}, then ${left.join(", ")}`);
+  $("ribbon").textContent = known
+    ? "Bright ones are closest to the question; those with a green bar keep more."
+    : "Which of them the question is about is not known: this server has no encoder.";
+}
+
+/** What the ribbon says where the pointer is. */
+function pointSegment(event) {
+  const box = $("segments").getBoundingClientRect();
+  const frame = Math.floor(((event.clientX - box.left) / box.width) * state.geometry.frames);
+  const nth = segments().findIndex(({ frames: [first, end] }) => first <= frame && frame < end);
+  if (nth < 0) return;
+  const { frames: [first, end], tokens, kept, relevance, relevant } = segments()[nth];
+  const about = relevance === null ? ""
+    : ` · relevance ${relevance.toFixed(3)}${relevant ? " (relevant)" : ""}`;
+  const left = kept.map((n, i) => `${n} from layer ${state.meta.dropping.layers[i] + 1} on`);
+  $("pointed").textContent = `segment ${nth + 1} · frames ${first + 1} to ${end}${about} · ` +
+    `${tokens} tokens, ${left.join(", ")}`;
+}
+
 function showFacts() {
   const { meta, ffn } = state;
   const rows = [];
@@ -244,9 +313,11 @@ function showFacts() {
       row("dropped", `${dropped.toLocaleString()} of these tokens, before the language model`);
     }
   });
-  row("cubes", `${meta.cube_starts.length} whole ones of ${meta.block_size} tokens`);
+  if (meta.dropping !== null) showDropping(row);
+  else row("cubes", `${meta.cube_starts.length} of ${meta.block_size} tokens`);
   const settings = Object.entries(meta.settings).filter(([k, v]) => v !== null && k !== "trace");
-  row("settings", settings.map(([k, v]) => `${k} ${[v].flat().join("×")}`).join(", "));
+  row("settings", settings.map(([k, v]) =>
+    `${k} ${[v].flat().join(k === "cube" ? "×" : "/")}`).join(", "));
   const { usage } = meta;
   if (usage?.flops_ratio !== undefined) {
     const cost = usage.flops ? `: ${flops(usage.flops.executed.total)} of ` +
@@ -255,8 +326,12 @@ function showFacts() {
   } else {
     row("FLOPs", "counted when the request ends");
   }
-  const mean = ffn.share.reduce((a, b) => a + b, 0) / ffn.share.length;
-  row("FFN", `${(100 * mean).toFixed(1)} % of the recorded video tokens, mean of all layers`);
+  const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+  if (skipsFfn() || meta.dropping !== null) {
+    row(meta.dropping === null ? "FFN" : "alive",
+      `${(100 * mean(ffn.share)).toFixed(1)} % of the recorded video tokens, mean of all layers`);
+  }
+  for (const [name, values] of gates()) row(name, `${mean(values).toFixed(3)}, mean of all layers`);
   if (meta.cached_tokens) {
     row("cached", `${meta.cached_tokens.toLocaleString()} prompt tokens came from the prefix ` +
       "cache and have no trace; send a cache_salt to have all", true);
@@ -293,15 +368,23 @@ function point(event) {
       `row ${at.row}, column ${at.column} · dropped before the language model`;
     return;
   }
+  const token = g.offset + g.nth[at.cell];
+  if (state.meta.dropping !== null) {
+    const ran = state.ffn.ran.filter((row) => bit(row, g.tokensBefore + g.nth[at.cell])).length;
+    const all = state.meta.layers.length;
+    $("pointed").textContent = `token ${token} · row ${at.row}, column ${at.column} · ` +
+      (ran < all ? `seen by the first ${ran} of ${all} layers` : "seen by all layers");
+    return;
+  }
   const share = cube < 0 ? null : heatNow()[cube];
   const heat = cube < 0 ? "in no whole cube, always attended"
     : share === null ? "after the source" : `attended ${(100 * share).toFixed(1)} %`;
   const ran = ranNow(at.cell);
-  const ffn = ran === null ? "FFN not recorded" : `FFN in ${(100 * ran).toFixed(0)} % of layers shown`;
-  const token = g.offset + g.nth[at.cell];
+  const ffn = !skipsFfn() ? "" : ran === null ? " · FFN not recorded"
+    : ` · FFN in ${(100 * ran).toFixed(0)} % of layers shown`;
   const name = cube < 0 ? "" : `cube ${cube} · `;
   $("pointed").textContent =
-    `${name}token ${token} · row ${at.row}, column ${at.column} · ${heat} · ${ffn}`;
+    `${name}token ${token} · row ${at.row}, column ${at.column} · ${heat}${ffn}`;
 }
 
 function stop() {
@@ -370,12 +453,13 @@ for (const kind of ["token", "cube"]) {
 }
 $("text").addEventListener("click", ({ target }) => {
   const { token } = target.dataset;
-  if (token !== undefined) attempt(() => setSource(`token:${token}`));
+  if (token !== undefined && !state.meta.dropping) attempt(() => setSource(`token:${token}`));
 });
 $("stage").addEventListener("pointermove", point);
+$("segments").addEventListener("pointermove", pointSegment);
 $("stage").addEventListener("click", (event) => {
   const cube = state.geometry.cube[cellAt(event)?.cell] ?? -1;
-  if (cube >= 0) attempt(() => setSource(`cube:${cube}`));
+  if (cube >= 0 && !state.meta.dropping) attempt(() => setSource(`cube:${cube}`));
 });
 $("strip").addEventListener("click", (event) => {
   const box = $("strip").getBoundingClientRect();

@@ -1,0 +1,81 @@
+"""A few seconds of fuzzing in every run of the tests, and whether it would find anything."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_adaspark.methods.adaspark import method as adaspark
+from vllm_adaspark.methods.adatp import state
+from vllm_adaspark.methods.videonsa import compress
+
+from . import families, pruning
+
+SECONDS = 3
+SEED = int(os.environ.get("FUZZ_SEED", time.time()))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_some_seconds(family: str) -> None:
+    end, number = time.time() + SECONDS, 0
+    while number < 3 or time.time() < end:
+        case = families.random_case(family, SEED, number)
+        try:
+            families.check(case)
+        except Exception as error:
+            print(families.found(case, f"{family}_{SEED}_{number}", error))
+            raise AssertionError(f"FUZZ_SEED={SEED}, case {number} of {family}") from error
+        number += 1
+    print(f"FUZZ_SEED={SEED}: {number} cases of {family}")
+
+
+def one_less(choose: Callable) -> Callable:
+    """A choice that leaves out the last of what it should keep."""
+
+    def wrong(*args: Any) -> torch.Tensor:
+        chosen = choose(*args)
+        last = chosen.shape[-1] - 1 - chosen.flip(-1).int().argmax(-1, keepdim=True)
+        is_last = torch.arange(chosen.shape[-1]) == last
+        return chosen & ~(is_last & (chosen.sum(-1, keepdim=True) > 1))
+
+    return wrong
+
+
+def least_first(choose: Callable) -> Callable:
+    return lambda score, *args: choose(-score, *args)
+
+
+@pytest.mark.parametrize(
+    ("family", "where", "name", "mistake"),
+    [
+        ("adaspark", adaspark, "choose_cubes", one_less),
+        ("adaspark", adaspark, "active_tokens", one_less),
+        ("videonsa", compress, "most_important", least_first),
+        ("adatp", state, "choose", least_first),
+        ("prune", pruning, "survivors", lambda survivors: lambda *args: survivors(*args).flip(0)),
+    ],
+)
+def test_a_mistake_is_found_and_printed_as_a_test(
+    family: str, where: Any, name: str, mistake: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, mistake(getattr(where, name)))
+    for number in range(60):
+        case = families.random_case(family, 0, number)
+        try:
+            families.check(case)
+        except AssertionError as error:
+            text = families.found(case, "it", error, tries=12)
+            break
+    else:
+        raise AssertionError("60 cases, and nothing found")
+    scope: dict[str, Any] = {}
+    exec(text, scope)
+    with pytest.raises(AssertionError):
+        scope["test_it"]()
+    monkeypatch.undo()
+    scope["test_it"]()
