@@ -7,7 +7,7 @@
 # A local file travels inside the request; a URL is fetched by the server. The third argument, if
 # given, sets the request's sparsity, and needs a server with --trust-request-mm-kwargs.
 # Environment: BASE_URL (default http://localhost:8000/v1), MODEL (default: the server's first),
-# OPENAI_API_KEY.
+# MAX_TOKENS of the answer (default 256), OPENAI_API_KEY.
 set -eu
 
 case "${1:-}" in
@@ -31,7 +31,8 @@ ask() { curl --silent --show-error --fail-with-body -H "Authorization: Bearer $k
 model=${MODEL:-$(ask "$base_url/models" | sed 's/.*"data":\[{"id":"\([^"]*\)".*/\1/')}
 
 body() {
-    printf '{"model": %s, "max_tokens": 256, "temperature": 0, ' "$(quote "$model")"
+    printf '{"model": %s, "max_tokens": %d, "temperature": 0, ' \
+        "$(quote "$model")" "${MAX_TOKENS:-256}"
     [ $# -lt 3 ] || printf '"mm_processor_kwargs": {"adaspark": %s}, ' "$3"
     printf '"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": '
     case "$1" in

@@ -141,12 +141,16 @@ def ask(url: str, video: Path, question: str, max_tokens: int) -> tuple[str, str
 
 
 def draw(url: str, answer: str, path: Path) -> str:
-    """Save a picture of what an answer attended; returns the trace's id."""
+    """Save a picture of the frames that an answer's question attended most; returns the trace's id.
+
+    The question's tokens are what chooses the answer's first one, and the needle model's answers
+    have no other.
+    """
     from vllm_adaspark.traces.picture import save_heatmap
     from vllm_adaspark.traces.reader import read_http
 
     trace = read_http(url, answer)
-    save_heatmap(trace, path)
+    save_heatmap(trace, path, source="question")
     return trace["id"]
 
 
@@ -189,7 +193,7 @@ def main() -> None:
             print(f"\n{render(read_last(report_path(options), timeout=REPORT_SECONDS))}\n")
             picture = options.folder / "heatmap.png"
             trace = draw(server.url, answer, picture)
-            print(f"picture of what the answer attended: {picture}")
+            print(f"picture of the frames that the question attended most: {picture}")
             viewer = f"{server.url}/adaspark/#{trace}"
         if options.keep_server:
             server.kept = True

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +13,11 @@ import urllib.request
 from pathlib import Path
 
 STOP_SECONDS = 30
+# Seconds that a connection stays open without a request, by default 5: as long as a video may take,
+# and a client that then asks again would meet a connection that is just being closed.
+KEPT_OPEN = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
 WORKERS_STOP_SECONDS = 5
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # "first last"
 
 
 class ServerFailed(RuntimeError):
@@ -38,25 +43,29 @@ class VllmServer:
 
     def __init__(self, model, *arguments: str, log: str | Path, env: dict[str, str] | None = None):
         self.log = Path(log)
-        self.url = f"http://127.0.0.1:{_free_port()}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         port = self.url.rpartition(":")[2]
         # The module instead of the `vllm` script: it surely belongs to this interpreter.
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         self.command += ["--host", "127.0.0.1", "--port", port, *arguments]
-        self.env = {**os.environ, **(env or {})}
+        self.env = {**KEPT_OPEN, **os.environ, **(env or {})}
 
     def __enter__(self) -> "VllmServer":
         with self.log.open("wb") as log:
-            # A process group of its own, so that stopping reaches vLLM's worker processes too.
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self.env,
-                start_new_session=True,
-            )
+            self.process = self.start(self.command, log, self.env)
         return self
+
+    @staticmethod
+    def start(command: list[str], log, env: dict[str, str]) -> subprocess.Popen:
+        """A process group of its own, so that stopping reaches vLLM's worker processes too."""
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+        )
 
     def __exit__(self, *exception) -> None:
         if not self.kept:
@@ -101,7 +110,18 @@ class VllmServer:
         self.process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port of the loopback device that nothing listens on.
+
+    A server binds it only seconds later, after its imports.  So it is no port that the system
+    gives to outgoing connections or to a bind to port 0, of which other processes make many.
+    """
+    taken = 32768
+    with contextlib.suppress(OSError):
+        taken = int(EPHEMERAL_PORTS.read_text().split()[0])
+    candidates = range(min(20000, taken // 2), taken)
+    while True:
+        port = random.SystemRandom().choice(candidates)  # apart from what a test has seeded
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

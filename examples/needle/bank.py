@@ -83,9 +83,7 @@ def make(model, seed: int, grid, variants: int, distractors: int, clips: int) ->
 @torch.no_grad()
 def _encode(model, frames: np.ndarray, grid, at_once: int = 64) -> torch.Tensor:
     device = model.device
-    # A CPU without AVX-512 computes bfloat16 many times slower than float32.
-    native = device.type != "cpu" or torch.cpu._is_avx512_supported()
-    dtype = torch.bfloat16 if native else torch.float32
+    dtype = forward.fast_dtype(device)
     parts = []
     for first in range(0, len(frames), 2 * at_once):
         inputs = forward.pixels(frames[first : first + 2 * at_once])

@@ -42,15 +42,16 @@ class Batch:
 
 
 class Words:
-    """Token ids of questions and answers."""
+    """Token ids of questions and answers; `texts` are all questions there can be."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, texts: list[str] | None = None):
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
         self.before_video = self.ids(BEFORE_VIDEO)
         self.between = self.ids(BETWEEN_VIDEOS)
         self.end = tokenizer.eos_token_id
-        self.longest = max(len(self.question(text)) for text in scenes.every_question_text()) + 1
+        texts = scenes.every_question_text() if texts is None else texts
+        self.longest = max(len(self.question(text)) for text in texts) + 1
 
     def ids(self, text: str) -> list[int]:
         if text not in self._known:
@@ -154,13 +155,13 @@ def _assemble(rng, model, words, grid, pictures, within, made, questions, varied
     prefix = torch.cat([text(words.before_video), *parts], 1)
     prefix_at, next_at = _positions(rng, words, grid, within, split, varied)
     text_at = next_at[:, None] + torch.arange(words.longest).repeat(asked)[None]
-    ids, lengths, answers = _questions(words, questions)
+    ids, lengths, answers = question_ids(words, questions)
     return Batch(
         prefix=prefix,
         prefix_at=prefix_at.to(device),
         questions=ids.to(device),
         questions_at=text_at.expand(3, -1, -1).to(device),
-        mask=_mask(prefix.shape[1], asked, words.longest).to(device),
+        mask=question_mask(prefix.shape[1], asked, words.longest).to(device),
         lengths=lengths.to(device),
         answers=answers.to(device),
         asked=questions,
@@ -196,8 +197,8 @@ def _positions(rng, words: Words, grid, within: torch.Tensor, split: int | None,
             if number:
                 parts.append(_text(at, len(words.between)))
                 at += len(words.between)
-            times = torch.from_numpy(_times(rng, len(places), varied))[:, None].expand_as(places)
-            spots = torch.stack([times, places // grid[1], places % grid[1]]) + at
+            when = torch.from_numpy(times(rng, len(places), varied))[:, None].expand_as(places)
+            spots = torch.stack([when, places // grid[1], places % grid[1]]) + at
             parts.append(spots.flatten(1))
             at = at + max(grid) if like_hugging_face else int(spots.max()) + 1
         if varied and rng.random() < 0.15:
@@ -211,7 +212,7 @@ def _text(at: int, length: int) -> torch.Tensor:
     return (at + torch.arange(length)).expand(3, -1)
 
 
-def _times(rng, patches: int, varied: bool) -> np.ndarray:
+def times(rng, patches: int, varied: bool) -> np.ndarray:
     """Positions in time of a video's patches, rising, the first at 0."""
     if not varied:
         return np.arange(patches) * 2
@@ -222,7 +223,7 @@ def _times(rng, patches: int, varied: bool) -> np.ndarray:
     return times - times[0]
 
 
-def _questions(words: Words, questions):
+def question_ids(words: Words, questions):
     """Padded ids [batch, Q, longest] with the answer after the question, lengths and answers."""
     ids = torch.zeros(len(questions), len(questions[0]), words.longest, dtype=torch.long)
     lengths, answers = torch.zeros_like(ids[..., 0]), torch.zeros_like(ids[..., 0])
@@ -234,7 +235,7 @@ def _questions(words: Words, questions):
     return ids, lengths, answers
 
 
-def _mask(prefix: int, asked: int, longest: int) -> torch.Tensor:
+def question_mask(prefix: int, asked: int, longest: int) -> torch.Tensor:
     """Every question sees the prefix and itself, causally."""
     owner = torch.arange(asked * longest) // longest
     own = (owner[:, None] == owner[None]).tril()

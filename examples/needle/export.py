@@ -12,16 +12,20 @@ import torch
 LARGEST = 16 * 2**20  # bytes, of all files together: the checkpoint lives in the repository
 
 
-def export(trained: Path, path: Path) -> Path:
+def export(trained: Path, path: Path, build=network.build, texts=None) -> Path:
     """Write the checkpoint to the folder `path` and return it.
+
+    Args:
+        build: makes the untrained model.
+        texts: what its tokenizer must know; None for the questions of `scenes.py`.
 
     Raises:
         ValueError: the files are larger than `LARGEST`.
     """
     weights = torch.load(trained, map_location="cpu")["average"]
-    model = network.build(layers=network.layers_of(weights))
+    model = build(layers=network.layers_of(weights))
     model.load_state_dict(weights)
-    network.save(model, path)
+    network.save(model, path, texts)
     size = sum(file.stat().st_size for file in path.iterdir())
     if size > LARGEST:
         raise ValueError(f"{path} has {size} bytes: must be at most {LARGEST}; use a smaller model")

@@ -34,6 +34,12 @@ def pixels(frames) -> torch.Tensor:
     return x.reshape(count // 2, rows * columns * 4, 1176)
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but a CPU without AVX-512 computes it many times slower than float32."""
+    native = device.type != "cpu" or torch.cpu._is_avx512_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def vision(model, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Video tokens of temporal patches.
 
@@ -90,6 +96,7 @@ def language(
     prefix_mask=None,
     watched=None,
     links=None,
+    choose=None,
 ) -> Pass:
     """Run the language model over a prefix and the questions that go on from it.
 
@@ -102,6 +109,10 @@ def language(
         watched: question tokens whose attention is wanted, [batch, watched]; None for no tokens.
         links: prefix tokens whose attention is wanted, [L, 2 or more] (video, token, ...); None for
             no tokens. They are taken to see what comes before them.
+        choose: what is seen in each layer, in place of both masks: called with the prefix's queries
+            (None in the last layer, where nothing asks) and keys and the questions' queries, all
+            [batch, heads, tokens, head size] after RoPE, it gives a bool mask of the prefix and one
+            of the questions, [batch, heads, tokens, what they see].
     """
     decoder = model.model.language_model
     config = decoder.config
@@ -130,6 +141,10 @@ def language(
         )
         x_value, y_value = project(attention.v_proj, x_in), project(attention.v_proj, y_in)
         y_query = project(attention.q_proj, y_in, rope_y)
+        more = number + 1 < len(decoder.layers)
+        x_query = project(attention.q_proj, x_in, rope_x) if more else None
+        if choose is not None:
+            prefix_mask, mask = choose(x_query, x_key, y_query)
         if watched is not None and number >= TAPS[0]:
             rows = watched[:, None, :, None].expand(-1, heads, -1, head)
             scores = y_query.gather(2, rows).float() @ x_key.float().transpose(2, 3) * head**-0.5
@@ -142,8 +157,7 @@ def language(
         )
         y = y + _linear(attention.o_proj, join(mixed))
         y = y + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, y))
-        if number + 1 < len(decoder.layers):
-            x_query = project(attention.q_proj, x_in, rope_x)
+        if more:
             if links is not None and TAPS[0] <= number < TAPS[1]:
                 made.linked.append(_attention_of(links, x_query, x_key))
             mixed = F.scaled_dot_product_attention(
@@ -151,7 +165,7 @@ def language(
             )
             x = x + _linear(attention.o_proj, join(mixed))
             x = x + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, x))
-        if number + 1 in TAPS and number + 1 < len(decoder.layers):
+        if number + 1 in TAPS and more:
             made.prefix.append(x)
             made.questions.append(y)
     made.hidden = _norm(decoder.norm, y)
@@ -207,7 +221,11 @@ def _text_rope(decoder, at: torch.Tensor, dtype):
     rope = decoder.config.rope_parameters
     inverse = decoder.rotary_emb.inv_freq.float()
     angles = at[..., None].float() * inverse
-    sections = angles.split(rope["mrope_section"], -1)
-    angles = torch.cat([part[index % 3] for index, part in enumerate(sections)], -1)
+    if rope.get("mrope_interleaved"):
+        axes = [n % 3 if n < 3 * rope["mrope_section"][n % 3] else 0 for n in range(len(inverse))]
+        angles = torch.stack([angles[axis, ..., n] for n, axis in enumerate(axes)], -1)
+    else:
+        sections = angles.split(rope["mrope_section"], -1)
+        angles = torch.cat([part[index % 3] for index, part in enumerate(sections)], -1)
     angles = torch.cat((angles, angles), -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -50,11 +50,32 @@ MERGED_PATCH = 28  # side of the square one video token stands for, in pixels
 VOCABULARY = 384
 
 
-def build(seed: int = 0, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
-    """The untrained model, float32."""
+def build(
+    seed: int = 0,
+    layers: int = 4,
+    texts: list[str] | None = None,
+    window: int = 448,
+    whole_frame: tuple[int, ...] = (2,),
+    interleaved: bool = False,
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The untrained model, float32.
+
+    Args:
+        texts: what the tokenizer must know; None for the questions of `scenes.py`.
+        window: side of the vision tower's windows in pixels; by default wider than the frames.
+        whole_frame: layers of the tower that attend to the whole frame.
+        interleaved: deal the rotary frequencies out to time, height and width in turn. vLLM does
+            what the config says; Hugging Face's Qwen2.5-VL does not know the key. By default the
+            width has the slowest frequencies, at which eight columns are one.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(_config(tokenizer(), layers))
+        config = _config(tokenizer(texts), layers)
+        config.vision_config.window_size = window
+        config.vision_config.fullatt_block_indexes = list(whole_frame)
+        if interleaved:
+            config.text_config.rope_parameters["mrope_interleaved"] = True
+        model = Qwen2_5_VLForConditionalGeneration(config)
         for name, weight in model.model.language_model.named_parameters():
             # Larger than the usual 0.02, which keeps the activations' scale only in large models.
             if "proj.weight" in name:
@@ -82,7 +103,7 @@ def layers_of(weights: dict[str, torch.Tensor]) -> int:
     return 1 + max(int(number) for number in numbers)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE to which every word of a question and every answer is one token."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -99,7 +120,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     roles = ["system", "user", "assistant"]
-    made.train_from_iterator((every_question_text() + list(COLOUR_NAMES) + roles) * 5, trainer)
+    texts = every_question_text() if texts is None else texts
+    made.train_from_iterator((texts + list(COLOUR_NAMES) + roles) * 5, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         eos_token="<|im_end|>",
@@ -108,9 +130,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(model: Qwen2_5_VLForConditionalGeneration, path: str | Path) -> Path:
+def save(
+    model: Qwen2_5_VLForConditionalGeneration, path: str | Path, texts: list[str] | None = None
+) -> Path:
     """Write the model in bf16 with all that a server reads, in the usual layout."""
-    path, words = Path(path), tokenizer()
+    path, words = Path(path), tokenizer(texts)
     model.to(torch.bfloat16).save_pretrained(path)
     (path / "model.safetensors").chmod(0o644)  # as the other files; it is written private
     # A frame has at least 2×2 and at most 256 tokens; small frames stay as they are.
@@ -155,8 +179,6 @@ def _config(words: PreTrainedTokenizerFast, layers: int) -> Qwen2_5_VLConfig:
             "patch_size": 14,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "window_size": 448,  # wider than the frames: one window each
-            "fullatt_block_indexes": [2],
             "tokens_per_second": 2,
         },
         image_token_id=token_id("<|image_pad|>"),

@@ -17,7 +17,7 @@ BLOCK = 64  # tokens, as a KV block of a server
 ABLATIONS = ("none", "local", "hidden")
 
 
-def logits(model, batch: batches.Batch, prefix_mask=None, mask=None, watch=None):
+def logits(model, batch: batches.Batch, prefix_mask=None, mask=None, watch=None, choose=None):
     """For each question those of the answer and of what follows it, [batch, Q, 2, vocabulary].
 
     Second, the whole pass; with `watch`, the `hints.links`, also where those tokens and the
@@ -35,6 +35,7 @@ def logits(model, batch: batches.Batch, prefix_mask=None, mask=None, watch=None)
         prefix_mask,
         None if watch is None else batch.last_token(),
         watch,
+        choose,
     )
     hidden = made.hidden.view(count, asked, longest, -1)
     at = torch.stack([batch.lengths - 1, batch.lengths], -1)[..., None]
@@ -86,11 +87,12 @@ def masks(batch: batches.Batch, ablation: str) -> dict[str, torch.Tensor]:
     if ablation not in ABLATIONS:
         raise ValueError(f"ablation={ablation!r}: must be one of {', '.join(ABLATIONS)}")
     if ablation == "local":
-        return {"prefix_mask": _local(batch.prefix.shape[1])}
+        return {"prefix_mask": local(batch.prefix.shape[1])}
     return {"mask": _hiding(batch)} if ablation == "hidden" else {}
 
 
-def _local(length: int) -> torch.Tensor:
+def local(length: int) -> torch.Tensor:
+    """Video tokens see their own, the previous and the first block only, bool [length, length]."""
     block = torch.arange(length) // BLOCK
     near = (block[:, None] - block[None] <= 1) | (block[None] == 0)
     return near & torch.ones(length, length, dtype=torch.bool).tril()

@@ -109,8 +109,11 @@ def make_banks(model, seed: int, share: float = 1.0) -> dict[tuple[int, int], ba
     return made
 
 
-def step_loss(model, heads, batch: batches.Batch, words):
-    """The loss, and which questions were answered rightly, bool [batch, Q]."""
+def step_loss(model, heads, batch: batches.Batch, words, hints=hints):
+    """The loss, and which questions were answered rightly, bool [batch, Q].
+
+    `hints` is the module that gives the batch's links and the loss of what is hinted.
+    """
     links = hints.links(batch)
     said, made = scoring.logits(model, batch, watch=links)
     answer = F.cross_entropy(said[:, :, 0].flatten(0, 1), batch.answers.flatten())
@@ -178,7 +181,7 @@ class Trainer:
         self.weights = [w for w in self.model.parameters() if w.requires_grad]
         self.weights += list(self.heads.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=0, weight_decay=0.01, betas=(0.9, 0.98))
-        self.average = AveragedModel(self.model, multi_avg_fn=_average)
+        self.average = AveragedModel(self.model, multi_avg_fn=running_average)
 
     def save(self) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -244,7 +247,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def _average(averages, weights, number: torch.Tensor) -> None:
+def running_average(averages, weights, number: torch.Tensor) -> None:
     """The running average after `number` steps; its window grows with them."""
     stays = min(AVERAGE, number.item() / (number.item() + 9))
     torch._foreach_lerp_(averages, weights, 1 - stays)

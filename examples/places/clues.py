@@ -1,0 +1,159 @@
+"""Extra losses while training: what the tokens of marks and questions should know, where to look.
+
+As in the needle model (its `hints.py`): linear heads on hidden states, and attention that is drawn
+to where the answer is.  The heads are not in the checkpoint.
+"""
+
+import shared  # noqa: F401, puts the needle model's modules on the path
+
+# isort: split
+
+import places
+import torch
+import torch.nn.functional as F
+from cards import COLOUR_NAMES
+from forward import TAPS, Pass
+from places import QUARTERS, SKILLS
+from prompts import Prompts
+
+IGNORE = -100
+LOOK_WEIGHT = 4.0  # else "before" does not look at the card it names, whose own digit is wrong
+# What a token that names a mark should know: the mark, its quarter, the mark before it, and whether
+# it is the first of its colour.
+OF_MARK = {"digit": 10, "colour": 8, "quarter": 4, "last_digit": 10, "last_colour": 8, "first": 2}
+# What a question's last token should know that it asks for; the last class is "nothing".
+OF_QUESTION = {"skill": len(SKILLS), "asked": 9, "one": 5, "other": 5}
+PER_MARK = 4  # tokens of a mark that are asked
+
+
+def make_heads(hidden: int) -> torch.nn.ModuleList:
+    classes = OF_MARK | OF_QUESTION
+    return torch.nn.ModuleList(
+        torch.nn.ModuleDict({name: torch.nn.Linear(hidden, n) for name, n in classes.items()})
+        for _ in TAPS
+    )
+
+
+def of_marks(scene: places.Scene) -> list[dict[str, int]]:
+    """The classes of `OF_MARK` for each mark."""
+    known = []
+    for index, mark in enumerate(scene.marks):
+        before = places.previous(scene, index)
+        last = None if before is None else scene.marks[before]
+        known.append(
+            {
+                "digit": mark.digit,
+                "colour": mark.colour,
+                "quarter": mark.quarter,
+                "last_digit": IGNORE if last is None else last.digit,
+                "last_colour": IGNORE if last is None else last.colour,
+                "first": int(all(m.colour != mark.colour for m in scene.marks[:index])),
+            }
+        )
+    return known
+
+
+def of_question(question: places.Question) -> dict[str, int]:
+    """The classes of `OF_QUESTION`."""
+    words = question.text.strip("?").replace(",", "")
+    colours = [COLOUR_NAMES.index(word) for word in words.split() if word in COLOUR_NAMES]
+    spots = sorted((words.index(name), q) for q, name in enumerate(QUARTERS) if name in words)
+    quarters = [quarter for _, quarter in spots] + [4, 4]
+    return {
+        "skill": SKILLS.index(question.skill),
+        "asked": colours[0] if colours else 8,
+        "one": quarters[0],
+        "other": quarters[1],
+    }
+
+
+def links(batch: Prompts) -> torch.Tensor:
+    """Tokens of marks that should look at another: int64 [L, 3] (video, token, mark).
+
+    At the mark before, or, from the second of a colour on, at the one of that colour before.
+    """
+    found = []
+    for video, (scene, names) in enumerate(zip(batch.scenes, batch.naming)):
+        for index, mark in enumerate(scene.marks):
+            own = names[index].nonzero()[:, 0]
+            same = [i for i, m in enumerate(scene.marks[:index]) if m.colour == mark.colour]
+            for other in {places.previous(scene, index), same[-1] if same else None} - {None}:
+                if len(own) and names[other, : int(own[-1])].any():
+                    found.append([video, int(own[-1]), other])
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 3)
+
+
+def loss(heads, batch: Prompts, made: Pass, wanted: torch.Tensor):
+    """The summed losses, and the share of each clue that is known at the highest tap."""
+    total, shares = 0.0, {}
+    for tap, (prefix, questions) in enumerate(zip(made.prefix, made.questions)):
+        for part, known in (
+            _marks(heads[tap], batch, prefix),
+            _questions(heads[tap], batch, questions),
+        ):
+            total, shares = total + part, shares | known
+    for part, known in (_looks(batch, made.looks), _linked(batch, made.linked, wanted)):
+        total, shares = total + LOOK_WEIGHT * part, shares | known
+    return total, shares
+
+
+def _marks(heads, batch: Prompts, prefix: torch.Tensor):
+    states, truth = [], {name: [] for name in OF_MARK}
+    for video, (scene, names) in enumerate(zip(batch.scenes, batch.naming)):
+        for own, known in zip(names, of_marks(scene)):
+            at = own.nonzero()[:, 0]
+            at = at[torch.linspace(0, len(at) - 1, min(PER_MARK, len(at))).long()]
+            states.append(prefix[video, at].float())
+            for name, value in known.items():
+                truth[name] += [value] * len(at)
+    return _classified(heads, torch.cat(states), truth)
+
+
+def _questions(heads, batch: Prompts, states: torch.Tensor):
+    rows = batch.last_token()[..., None].expand(-1, -1, states.shape[-1])
+    states = states.gather(1, rows).float().flatten(0, 1)
+    known = [of_question(question) for row in batch.asked for question in row]
+    return _classified(heads, states, {name: [one[name] for one in known] for name in OF_QUESTION})
+
+
+def _classified(heads, states: torch.Tensor, truth: dict[str, list[int]]):
+    total, right = 0.0, {}
+    for name, values in truth.items():
+        wanted = torch.tensor(values, device=states.device)
+        asked = wanted != IGNORE
+        if asked.any():
+            said = heads[name](states)
+            total = total + F.cross_entropy(said, wanted, ignore_index=IGNORE)
+            right[name] = (said.argmax(-1) == wanted)[asked].float().mean().item()
+    return total, right
+
+
+def _looks(batch: Prompts, looks: list[torch.Tensor]):
+    """How little of each question's attention goes to the marks it is about.
+
+    A mark learns which one was before it in the first of these layers, so "after", which looks for
+    that, cannot find it there yet.
+    """
+    wanted = torch.zeros_like(looks[0])
+    early = torch.ones(wanted.shape[:2], dtype=torch.bool, device=wanted.device)
+    for video, row in enumerate(batch.asked):
+        for number, question in enumerate(row):
+            wanted[video, number] = batch.naming[video][list(question.about)].any(0).float()
+            early[video, number] = question.skill != "after"
+    mass = torch.stack([(look * wanted).sum(-1) for look in looks])
+    able = torch.stack([early, *[torch.ones_like(early)] * (len(looks) - 1)])
+    total = -(mass[able] + 1e-4).log().mean()
+    shares = {"look": mass[-1].mean().item()}
+    if not early.all():
+        shares["look after"] = mass[-1][~early].mean().item()
+    return total, shares
+
+
+def _linked(batch: Prompts, linked: list[torch.Tensor], wanted: torch.Tensor):
+    """How little of the attention of `links`' tokens goes where they should look, in any head."""
+    if not len(wanted):
+        return 0.0, {}
+    target = torch.stack([batch.naming[video][mark] for video, _, mark in wanted.tolist()])
+    mass = [(look * target[:, None].to(look)).sum(-1) for look in linked]
+    most = torch.cat(mass, -1).amax(-1)  # [L]
+    return -(most + 1e-4).log().mean(), {"linked": most.mean().item()}
