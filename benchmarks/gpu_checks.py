@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +22,8 @@ from vllm_adaspark.methods.adaspark import ffn as token_ffn
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.score import choose_cubes
-from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, AdaSparkConfig
-from vllm_adaspark.paged.state import BlockSums, StepRows
+from vllm_adaspark.methods.adaspark.settings import COMPENSATIONS, SCORES, AdaSparkConfig
+from vllm_adaspark.paged.state import KEY_SUMMARIES, StepRows
 from vllm_adaspark.paged.tables import build_tables
 
 Found = dict[str, tuple[float, float]]
@@ -56,8 +57,8 @@ def adaspark_attention(device: torch.device, small: bool) -> Found:
     """Scores, Top-p and tables of a step with two requests, chunks of both in it."""
     found = {}
     heads, kv_heads, d = (4, 2, 32) if small else (28, 4, 128)
-    for dtype in (torch.bfloat16, torch.float32):
-        config = AdaSparkConfig(p_attn=0.6, min_cubes=1, dense_below=1)
+    for dtype, score in product((torch.bfloat16, torch.float32), SCORES):
+        config = AdaSparkConfig(score=score, p_attn=0.6, min_cubes=1, dense_below=1)
         size, cubes = config.cube_volume, 3 if small else 120
         requests, lengths = [], (size * cubes + 40, size * cubes // 2 + 21)
         for length in lengths:
@@ -72,19 +73,19 @@ def adaspark_attention(device: torch.device, small: bool) -> Found:
             rows, requests, size, dense_below=1, cube_queries=config.cube_queries, device=device
         )
         query = torch.randn(int(start[-1]), heads, d, device=device).to(dtype)
-        sums = BlockSums(2 * width, kv_heads, d, size, device)
+        kept = KEY_SUMMARIES[config.key_summary](2 * width, kv_heads, d, size, device, dtype)
         key = torch.randn(len(query), kv_heads, d, device=device)
         key += torch.randn(len(key) // 16 + 1, kv_heads, d, device=device).repeat_interleave(16, 0)[
             : len(key)
         ]
-        sums.write(key.to(dtype), plan.sum_writes)
+        kept.write(key.to(dtype), plan.summary_writes)
         by_head = query.unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
-        got = choose_cubes(by_head, sums, plan.attention, d**-0.5, 0)
+        got = choose_cubes(by_head, kept, plan.attention, d**-0.5, 0)
         table = build_tables(got, plan.attention, size)
         with twins_only():
-            want = choose_cubes(by_head, sums, plan.attention, d**-0.5, 0)
+            want = choose_cubes(by_head, kept, plan.attention, d**-0.5, 0)
             want_table = build_tables(got, plan.attention, size)
-        name = str(dtype).removeprefix("torch.")
+        name = f"{str(dtype).removeprefix('torch.')}, {score}"
         found[f"AdaSpark choice, {name}"] = differing(got, want), NEAR_TIES[dtype]
         wrong = differing(table.block_table[:, :-1], want_table.block_table[:, :-1])
         wrong += differing(table.seq_lens, want_table.seq_lens)

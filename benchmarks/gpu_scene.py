@@ -156,7 +156,7 @@ class Selection:
 
     def scores(self) -> None:
         shape = self.shape
-        means = score.cube_means(
+        means = score.cube_keys(
             self.sums, self.blocks, self.is_cube, shape.block, self.scene.query.dtype
         )
         heads = self.scene.query.unflatten(1, (shape.kv_heads, -1)).transpose(0, 1)

@@ -55,11 +55,11 @@ def make(kind: str, seed: int = 0, text_before: int = TEXT_BEFORE) -> Inputs:
 
 def _positions(text_before: int) -> torch.Tensor:
     """M-RoPE positions of text, video (in cube order) and question."""
-    walk = np.stack(np.unravel_index(cube_order(GRID, CUBE), GRID), axis=-1)
+    token_order = np.stack(np.unravel_index(cube_order(GRID, CUBE), GRID), axis=-1)
     after = text_before + max(GRID)
     before = torch.arange(text_before)[:, None].expand(-1, 3)
     question = after + torch.arange(QUESTION)[:, None].expand(-1, 3)
-    return torch.cat([before, text_before + torch.from_numpy(walk), question])
+    return torch.cat([before, text_before + torch.from_numpy(token_order), question])
 
 
 def _flat(at, cube_of, generator):

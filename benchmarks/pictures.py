@@ -132,9 +132,9 @@ def draw_selection() -> plt.Figure:
 
 def _block_colours(order: str, phase: int) -> np.ndarray:
     """``[T, H, W, 4]`` RGBA: a colour per KV block, grey for blocks shared with text."""
-    walk = cube_order(GRID, CUBE, order)
-    block = np.empty(len(walk), dtype=int)
-    block[walk] = (np.arange(len(walk)) + (BLOCK - phase) % BLOCK) // BLOCK
+    token_order = cube_order(GRID, CUBE, order)
+    block = np.empty(len(token_order), dtype=int)
+    block[token_order] = (np.arange(len(token_order)) + (BLOCK - phase) % BLOCK) // BLOCK
     whole = np.bincount(block)[block] == BLOCK
     palette = plt.get_cmap("tab20").colors
     palette = np.array([*palette[::2], *palette[1::2]])  # strong colours first, then light ones

@@ -18,16 +18,19 @@ from server import ServerFailed  # examples/demo
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.settings import SettingsError
 
-from . import NEEDLE, ROOT, grid, plots, report, results
+from . import NEEDLE, ROOT, grid, plots, report, results, tables
+from .beds import NEEDLE_BED, PLACES_BED
 from .run import Run
 from .work import Work, file_hash
 
-FOLDER = ROOT / ".needle" / "benchmark"
+BEDS = {bed.name: bed for bed in (NEEDLE_BED, PLACES_BED)}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=NEEDLE / "checkpoint")
+    of_bed = "where videos and questions come from: examples/needle or examples/places"
+    parser.add_argument("--bed", choices=BEDS, default="needle", help=of_bed)
+    parser.add_argument("--checkpoint", type=Path, help="default: the bed's")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="minutes; changes nothing in docs/")
     size.add_argument("--full", action="store_true", help="every pair of p_attn and p_ffn: hours")
@@ -39,6 +42,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="VideoNSA against dense, and each of its branches alone",
     )
+    size.add_argument(
+        "--adatp", action="store_true", help="AdaTP and FastV against AdaSpark and EVS"
+    )
+    precision = "what all servers compute in; auto: as the checkpoint says, which is bfloat16"
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32"], help=precision)
+    engines = "ask engines in place of servers: no HTTP, and started sooner"
+    parser.add_argument("--offline", action="store_true", help=engines)
     parser.add_argument("--videos", type=int, help="a cell, each asks 6 questions")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="with * and ?")
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="video tokens")
@@ -48,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", action="append", default=[], metavar="JSON", help=differs)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/needle.json")
     parser.add_argument("--page", type=Path, help="to put tables into; pictures go beside it")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="videos, logs, work file")
+    parser.add_argument("--folder", type=Path, help="of videos, logs and the work file")
     parser.add_argument("--fresh", action="store_true", help="forget what was already asked")
     parser.add_argument("--list", action="store_true", help="show the contenders and stop")
     again = "pictures and tables again, from the file that --out names"
@@ -56,10 +66,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if len(options.contender) != len(options.settings):
         parser.error("every --contender needs its --settings")
+    if options.bed != "needle" and (options.quick or options.videonsa or options.adatp):
+        parser.error(f"--bed {options.bed} has one grid: leave out --quick, --videonsa and --adatp")
+    options.checkpoint = options.checkpoint or BEDS[options.bed].checkpoint
+    options.folder = options.folder or ROOT / f".{options.bed}" / "benchmark"
     beside = options.folder / "quick" if options.quick else None
-    name = "needle_videonsa.json" if options.videonsa else "needle.json"
+    name = f"{options.bed}{'_videonsa' * bool(options.videonsa)}{'_adatp' * options.adatp}.json"
     options.out = options.out or (beside or ROOT / "benchmarks/results") / name
-    options.page = options.page or (beside / "quality.md" if beside else report.PAGE)
+    page = report.PLACES_PAGE if options.bed == "places" else report.PAGE
+    options.page = options.page or (beside / "quality.md" if beside else page)
     return options
 
 
@@ -69,8 +84,12 @@ def chosen_grid(options: argparse.Namespace) -> grid.Grid:
     Raises:
         ValueError: an option's value cannot be used.
     """
-    if options.videonsa:
+    if options.bed == "places":
+        made = grid.on_places(options.full)
+    elif options.videonsa:
         made = grid.videonsa()
+    elif options.adatp:
+        made = grid.adatp()
     else:
         made = grid.quick() if options.quick else grid.full() if options.full else grid.default()
     lengths = tuple(options.lengths) or grid.MIDDLE
@@ -117,8 +136,10 @@ def measured(options: argparse.Namespace) -> dict:
     if work.other_code:
         print(f"{work.other_code} earlier answers are of other plugin code; --fresh asks again")
     started = now()
-    run = Run(chosen, options.checkpoint, options.folder, work, options.videonsa)
-    result = results.document(run.measure(), chosen, options.checkpoint, started)
+    checkpoint, folder, dtype = options.checkpoint, options.folder, options.dtype
+    run = Run(chosen, checkpoint, folder, work, options.videonsa, dtype, options.offline)
+    records = run.measure()
+    result = results.document(records, chosen, checkpoint, started, dtype, options.offline)
     if options.videonsa:
         result["videonsa"] = results.videonsa(options.videonsa)
     results.write(result, options.out)
@@ -137,11 +158,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = json.loads(options.out.read_text()) if options.report_only else measured(options)
     report.write(result, options.page)
-    pictures = []
-    if not options.videonsa:  # it has no curves of its own
-        if options.page == report.PAGE:
-            report.write_summaries(result)
-        pictures = plots.draw(result, options.page.parent)
+    if options.page == report.PAGE and tables.series(result) == "needle":
+        report.write_summaries(result)
+    pictures = plots.draw(result, options.page.parent)
     print("\n".join(str(path) for path in (options.out, options.page, *pictures)))
 
 

@@ -3,7 +3,7 @@
 A contender is a kind of server and the settings its requests carry.  Settings name every key that
 matters, so that a changed default of the plugin changes nothing here.  A contender that must match
 another one (`like`) gets the missing number from what that one measured at the same length: top_k
-and uniform the share of cubes to keep, EVS the pruning rate.
+and uniform the share of cubes to keep, EVS the pruning rate, AdaTP and FastV the FLOPs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 from vllm_adaspark.methods.videonsa.gates import BRANCHES
 
+from .beds import NEEDLE_BED, PLACES_BED, Bed
 from .videos import Cell
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)  # video tokens
 MIDDLE = (4096, 8192)  # where contenders meet that do not run at every length
-TOKENS_PER_PATCH = 16  # at 112×112 pixels
 VIDEOS = 12  # a cell, each asks one question per skill: 72
 MORE_VIDEOS = 40  # of the stock dense model, so that each skill's accuracy at each length is known
 
@@ -52,9 +52,10 @@ class Contender:
         name: as in the rows; begins with its curve.
         kind: of server, see servers.Server.
         settings: of each request; None sends none.
+        score: for "adaspark", what cubes are scored by.
         gates: for "videonsa", the branch whose gates are 1, the others' 0; None as trained.
         rate: for "evs", the share of video tokens that is dropped.
-        like: the contender whose density (top_k, uniform) or FLOPs (evs) this one matches.
+        like: the contender whose density (top_k, uniform) or FLOPs (the others) this one matches.
         lengths: video tokens it is asked at.
         more: None: it answers about the grid's videos; else about those after them, up to so many.
     """
@@ -62,6 +63,7 @@ class Contender:
     name: str
     kind: str = "adaspark"
     settings: dict[str, Any] | None = None
+    score: str = "mean"
     gates: str | None = None
     rate: float | None = None
     like: str | None = None
@@ -70,8 +72,11 @@ class Contender:
 
     @property
     def curve(self) -> str:
-        """ "dense", "adaspark", "videonsa", "topk", "uniform" or "evs"."""
-        return self.name.split()[0].rstrip(",")
+        """ "dense", "adaspark", "adaspark+prune", "videonsa", "topk", "uniform", "evs", "adatp" or
+        "fastv"; with " bounds" where cubes are scored by them.
+        """
+        scored = "" if self.score == "mean" else f" {self.score}"
+        return self.name.split()[0].partition("=")[0].rstrip(",") + scored
 
     @property
     def block(self) -> int:
@@ -86,11 +91,15 @@ class Grid:
         contenders: in the order of the report.
         videos: a cell.
         extra: further cells, for the stock dense contenders alone.
+        series: whose tables and pictures these are.
+        bed: where the videos come from.
     """
 
     contenders: tuple[Contender, ...]
     videos: int = VIDEOS
     extra: tuple[Cell, ...] = ()
+    series: str = "needle"
+    bed: Bed = NEEDLE_BED
 
     def __post_init__(self) -> None:
         by_name = {contender.name: contender for contender in self.contenders}
@@ -105,7 +114,8 @@ class Grid:
                 )
 
     def cells(self, contender: Contender) -> list[Cell]:
-        usual = [Cell(tokens // TOKENS_PER_PATCH) for tokens in contender.lengths]
+        one = Cell(1, self.bed.size, bed=self.bed)
+        usual = [replace(one, patches=tokens // one.tokens) for tokens in contender.lengths]
         return usual + (list(self.extra) if contender.kind == "stock" else [])
 
     def numbers(self, contender: Contender) -> slice:
@@ -154,6 +164,11 @@ def floored(p_attn: float, p_ffn: float, least: int) -> list[Contender]:
     return [replace(contender, lengths=LENGTHS) for contender in (mine, rival)]
 
 
+def by_bounds(contender: Contender) -> Contender:
+    """The same on a server that scores cubes by the bounds of their keys."""
+    return replace(contender, name=f"{contender.name} bounds", score="bounds")
+
+
 DENSE = Contender("dense", kind="stock", lengths=LENGTHS)
 MORE_DENSE = Contender("dense, more videos", kind="stock", lengths=LENGTHS, more=MORE_VIDEOS)
 CUBE_ORDER = Contender("adaspark p=1/1", settings=ours(), lengths=LENGTHS)
@@ -197,6 +212,56 @@ PRUNED = [
     for q in (0.5, 0.75)
 ]
 
+# Budgets at which methods that drop tokens meet AdaSpark and EVS, and the layer after which FastV's
+# one event keeps to it: of this model's six layers, two that see every token cost a third.
+DROPPED = {0.4: 2, 0.25: 1}
+PROGRESSIVE = [1, 2, 3, 4]  # AdaTP's events; the paper's, up to N - 12, are for deeper models
+ADATP: dict[str, Any] = {
+    "cube": [4, 4, 4],
+    "order": "raster",
+    "layers": PROGRESSIVE,
+    "tau_s": 0.95,
+    "tau_t": 0.5,
+    "alpha_boost": 1.5,
+    "gamma_cap": 1.0,
+    "dedup": "first",
+    "refill": False,
+    "keep_budget": True,
+    "queries": "all",
+}
+FASTV = ADATP | {"tau_s": -1.0, "alpha_boost": 1.0, "dedup": "off", "queries": "last"}
+
+PLACES_LENGTHS = (2048, 4096, 8192)
+PLACES_VIDEOS = 20  # a cell, four of each haystack; each asks one question per skill
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How methods keep to a share of the FLOPs on "places".
+
+    Attributes:
+        flops: the share.
+        prune: of the video's tokens, dropped by EVS's rule before AdaSpark.
+        alone: lengths at which AdaSpark can keep to it without, where projections leave room.
+        p_ffn: of top_k and uniform, so that with AdaSpark's share of cubes they spend its FLOPs.
+        events: layers after which AdaTP drops, FastV after the first of them; none where nothing
+            that drops between layers can spend so little, because the first of five layers, which
+            sees all tokens, costs more.
+    """
+
+    flops: float
+    prune: float
+    alone: tuple[int, ...]
+    p_ffn: float
+    events: tuple[int, ...]
+
+
+BUDGETS = (
+    Budget(0.4, 0.4, PLACES_LENGTHS, 0.47, (1, 2, 3, 4)),
+    Budget(0.25, 0.5, PLACES_LENGTHS[1:], 0.23, (1,)),
+    Budget(0.15, 0.65, (), 0.2, ()),
+)
+
 EXTRA_CELLS = (Cell(128, (112, 168)), Cell(256, parts=2))
 
 
@@ -204,6 +269,7 @@ def default() -> Grid:
     main, second = FOLLOWED
     followed = [MAIN, *rivals(*main, LENGTHS), top_p(*second, LENGTHS), *rivals(*second)]
     followed += [contender for floor in FLOORS for contender in floored(*floor)]
+    followed += [by_bounds(c) for c in followed if c.name in (MAIN.name, f"{MAIN.name} min 8")]
     middle = [
         *ATTENTION_ONLY,
         *FFN_ONLY,
@@ -240,10 +306,76 @@ def videonsa() -> Grid:
     It is a checkpoint of its own, so its contenders are in no other grid.
     """
     alone = [
-        Contender(f"videonsa {branch}", kind="videonsa", gates=branch, lengths=LENGTHS[:4])
+        Contender(f"videonsa {branch}", kind="videonsa", gates=branch, lengths=(2048,))
         for branch in BRANCHES
     ]
-    return Grid((DENSE, Contender("videonsa", kind="videonsa", lengths=LENGTHS), *alone))
+    trained = Contender("videonsa", kind="videonsa", lengths=LENGTHS)
+    return Grid((DENSE, trained, *alone), series="videonsa")
+
+
+def on_places(full: bool = False) -> Grid:
+    """All methods at three budgets on videos whose tokens stand for places.
+
+    VideoNSA needs weights trained for it, and there are none for these videos.
+
+    Args:
+        full: twice the videos, and EVS's rule alone and before AdaSpark at rates of its own.
+    """
+    everywhere = [DENSE, CUBE_ORDER, *((*EVS, *PRUNED) if full else ())]
+    contenders = [replace(contender, lengths=PLACES_LENGTHS) for contender in everywhere]
+    for budget in BUDGETS:
+        contenders += at_budget(budget)
+    videos = PLACES_VIDEOS * (2 if full else 1)
+    return Grid(tuple(contenders), videos=videos, series="places", bed=PLACES_BED)
+
+
+def at_budget(budget: Budget) -> list[Contender]:
+    """AdaSpark under a budget, after EVS's rule and alone, and all others at what it spends."""
+    mine, adatp, _, fastv, by_evs = dropping(budget.flops, 1)
+    short = mine.name.removeprefix("adaspark ")
+    settings = mine.settings | {"prune": budget.prune}
+    pruned = Contender(f"adaspark+prune={budget.prune:g} {short}", settings=settings)
+    adatp = replace(adatp, settings=adatp.settings | {"layers": list(budget.events)})
+    others = [adatp, fastv, by_evs] if budget.events else [by_evs]
+    others = [replace(contender, like=pruned.name) for contender in others]
+    alone = [mine] + [
+        Contender(
+            f"{curve} like {short}", settings=ours(1, budget.p_ffn, selection=rule), like=mine.name
+        )
+        for curve, rule in (("topk", "top_k"), ("uniform", "uniform"))
+    ]
+    made = [replace(contender, lengths=PLACES_LENGTHS) for contender in (pruned, *others)]
+    made += [replace(c, lengths=budget.alone) for c in alone if budget.alone]
+    return made + [by_bounds(c) for c in made if c.curve.startswith("adaspark")]
+
+
+def adatp() -> Grid:
+    """AdaTP and FastV against AdaSpark and EVS at the same FLOPs, and AdaSpark after EVS's rule."""
+    contenders = [replace(DENSE, lengths=MIDDLE)]
+    for flops, layer in DROPPED.items():
+        ours, *others = dropping(flops, layer)
+        contenders += [ours, by_bounds(ours), *others]
+    return Grid((*contenders, *PRUNED), series="adatp")
+
+
+def dropping(flops: float, layer: int) -> list[Contender]:
+    """AdaSpark under a budget, and those that drop tokens at the FLOPs it spends.
+
+    Deduplication may leave less than AdaTP's budget allows; ``refill`` spends the rest.
+    """
+    rules = {key: value for key, value in BASE.items() if key not in ("p_attn", "p_ffn")}
+    short = f"flops={flops:g}"
+    ours = Contender(f"adaspark {short}", settings=rules | {"flops": flops})
+    kinds = {
+        f"adatp like {short}": ADATP,
+        f"adatp like {short} refill": ADATP | {"refill": True},
+        f"fastv like {short}": FASTV | {"layers": [layer]},
+    }
+    drop = [
+        Contender(name, kind="adatp", settings=settings, like=ours.name)
+        for name, settings in kinds.items()
+    ]
+    return [ours, *drop, Contender(f"evs like {short}", kind="evs", like=ours.name)]
 
 
 def narrowed(grid: Grid, patterns: Iterable[str], lengths: Iterable[int]) -> Grid:

@@ -9,24 +9,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from vllm_adaspark.tune.intervals import Interval, bootstrap
 
 Row = dict[str, Any]
-RESAMPLES = 4000
-LEVEL = 0.95
-SEED = 0
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate, and where it lies with 95 % confidence."""
-
-    value: float
-    low: float
-    high: float
 
 
 def accuracy(rows: Iterable[Row]) -> Interval:
@@ -38,7 +25,7 @@ def accuracy(rows: Iterable[Row]) -> Interval:
     by_video = _by_video(rows)
     if not by_video:
         raise ValueError("no rows to average")
-    return _bootstrap([(stratum, *counts) for (stratum, _), counts in sorted(by_video.items())])
+    return bootstrap([(stratum, *counts) for (stratum, _), counts in sorted(by_video.items())])
 
 
 def difference(rows: Iterable[Row], reference: Iterable[Row]) -> Interval | None:
@@ -51,7 +38,7 @@ def difference(rows: Iterable[Row], reference: Iterable[Row]) -> Interval | None
         (key[0], mine[key][0] - theirs[key][0], mine[key][1])
         for key in sorted(mine.keys() & theirs.keys())
     ]
-    return _bootstrap(both) if both else None
+    return bootstrap(both) if both else None
 
 
 def _by_video(rows: Iterable[Row]) -> dict[tuple, tuple[int, int]]:
@@ -62,18 +49,3 @@ def _by_video(rows: Iterable[Row]) -> dict[tuple, tuple[int, int]]:
         count[0] += row["correct"]
         count[1] += row["total"]
     return {key: (right, total) for key, (right, total) in counts.items()}
-
-
-def _bootstrap(videos: list[tuple[tuple, int, int]]) -> Interval:
-    """From (stratum, right, questions) of each video, strata together."""
-    rng = np.random.default_rng(SEED)
-    strata = defaultdict(list)
-    for number, (stratum, _, _) in enumerate(videos):
-        strata[stratum].append(number)
-    drawn = np.concatenate(
-        [rng.choice(members, (RESAMPLES, len(members))) for members in strata.values()], axis=1
-    )  # [resamples, videos]
-    right, total = (np.array([video[i] for video in videos], float) for i in (1, 2))
-    shares = right[drawn].sum(axis=1) / total[drawn].sum(axis=1)
-    low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(right.sum() / total.sum()), float(low), float(high))

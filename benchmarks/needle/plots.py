@@ -13,17 +13,31 @@ import numpy as np
 
 from .grid import CUBE_ORDER, DENSE, LENGTHS
 from .intervals import accuracy, difference
-from .tables import Result, Rows, followed, meeting
-from .videos import DEPTHS, MOTIONS, depth_bin
+from .tables import Result, Rows, followed, meeting, series
+from .videos import DEPTHS, depth_bin
 
 COLOURS = {
     "dense": "black",
     "adaspark": "tab:blue",
+    "adaspark bounds": "midnightblue",
+    "adaspark+prune": "tab:cyan",
+    "adaspark+prune bounds": "teal",
     "topk": "tab:green",
     "uniform": "tab:orange",
     "evs": "tab:red",
+    "adatp": "tab:purple",
+    "fastv": "tab:brown",
 }
-NAMES = {"adaspark": "AdaSpark (top-p)", "topk": "top-k", "evs": "EVS"}
+NAMES = {
+    "adaspark": "AdaSpark (top-p)",
+    "adaspark bounds": "AdaSpark by bounds",
+    "adaspark+prune": "EVS's rule, then AdaSpark",
+    "adaspark+prune bounds": "EVS's rule, then AdaSpark by bounds",
+    "topk": "top-k",
+    "evs": "EVS",
+    "adatp": "AdaTP",
+    "fastv": "FastV",
+}
 RESOLUTION = 110
 
 
@@ -31,9 +45,10 @@ def draw(result: Result, folder: Path) -> list[Path]:
     """All pictures of a result; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, picture in (("depth", depth), ("flops", flops), ("ablation", ablation)):
+    of = series(result)
+    for name, picture in PICTURES[of].items():
         figure = picture(result)
-        drawn.append(folder / f"needle_{name}.png")
+        drawn.append(folder / f"{of}_{name}.png")
         figure.savefig(drawn[-1], dpi=RESOLUTION)
         plt.close(figure)
     return drawn
@@ -77,10 +92,15 @@ def depth(result: Result) -> plt.Figure:
 
 
 def flops(result: Result) -> plt.Figure:
-    """Right answers against FLOPs, calm and busy, over all skills, where all contenders meet."""
+    """Right answers against FLOPs, haystack by haystack, where all contenders meet."""
     rows = Rows.of(result).where(tokens=meeting(result))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    for axis, motion in zip(axes, MOTIONS):
+    haystacks = rows.values("haystack")
+    wide = max(11, 3.6 * len(haystacks))
+    figure, axes = plt.subplots(
+        1, len(haystacks), figsize=(wide, 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    axes = axes[0]
+    for axis, motion in zip(axes, haystacks):
         for curve, colour in COLOURS.items():
             drawn = [
                 (mine.mean("flops_ratio"), accuracy(mine), name)
@@ -97,16 +117,18 @@ def flops(result: Result) -> plt.Figure:
             span = np.stack([value - low, high - value]).tolist()
             axis.errorbar(
                 at, value, span, color=colour, linewidth=1.2, markersize=4,
-                elinewidth=0.6, capsize=2, marker="o", linestyle="-" if len(at) > 2 else "none",
+                elinewidth=0.6, capsize=2, marker="o", linestyle="-" if len(at) > 1 else "none",
                 label=NAMES.get(curve, curve),
             )  # fmt: skip
         axis.set_title(f"{motion} haystack")
         axis.set_xlabel("language-model FLOPs / dense FLOPs")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, all skills")
-    axes[0].legend(fontsize=8, loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=5)
     tokens = " and ".join(f"{n:,}" for n in rows.values("tokens"))
-    figure.suptitle(f"Needle model, {tokens} video tokens; 95 % bootstrap intervals over videos")
+    title = "Needle model" if series(result) == "needle" else f'"{series(result)}"'
+    figure.suptitle(f"{title}, {tokens} video tokens; 95 % bootstrap intervals over videos")
     return figure
 
 
@@ -151,3 +173,12 @@ def ablation(result: Result) -> plt.Figure:
     axis.set_xlabel("right answers minus stock dense, percentage points (95 % intervals)")
     axis.grid(alpha=0.3, axis="x")
     return figure
+
+
+# By series; videonsa has no curves of its own.
+PICTURES = {
+    "needle": {"depth": depth, "flops": flops, "ablation": ablation},
+    "videonsa": {},
+    "adatp": {"ablation": ablation},
+    "places": {"flops": flops},
+}

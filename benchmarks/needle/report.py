@@ -8,22 +8,23 @@ from pathlib import Path
 from pages import refill  # benchmarks
 
 from . import NEEDLE, ROOT
-from .tables import TABLES, VIDEONSA_TABLES, Result, card, headline
+from .tables import SERIES, Result, card, headline, series
 
 PAGE = ROOT / "docs" / "quality.md"
+PLACES_PAGE = ROOT / "docs" / "places.md"
 
 
 def write(result: Result, page: Path) -> None:
-    """Fill ``page``, which begins as a copy of PAGE if it is not there.
+    """Fill ``page``, which begins as a copy of its series' page if it is not there.
 
     Raises:
         ValueError: the page has no place for a table, or for one that is not known.
     """
+    name = series(result)
     if not page.exists():
         page.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(PAGE, page)
-    series, tables = ("videonsa", VIDEONSA_TABLES) if "videonsa" in result else ("needle", TABLES)
-    refill(page, series, {name: table(result) for name, table in tables.items()})
+        shutil.copyfile(PLACES_PAGE if name == "places" else PAGE, page)
+    refill(page, name, {place: table(result) for place, table in SERIES[name].items()})
 
 
 def write_summaries(result: Result, folder: Path = ROOT) -> None:

@@ -15,23 +15,34 @@ from typing import Any
 
 from . import ROOT
 from .grid import Grid
+from .videos import Cell
 from .work import Record, code_hash, file_hash
 
 DISTRIBUTIONS = ("vllm-adaspark", "vllm", "torch", "transformers", "openai", "numpy")
 
 
 def document(
-    records: list[Record], grid: Grid, checkpoint: Path, started: datetime.datetime
+    records: list[Record],
+    grid: Grid,
+    checkpoint: Path,
+    started: datetime.datetime,
+    dtype: str = "auto",
+    offline: bool = False,
 ) -> dict[str, Any]:
     """The whole result, JSON-ready.
 
     Args:
         records: as the work file has them.
         started: when this run began; of a run that was resumed, when it was last.
+        dtype: what the servers computed in.
+        offline: whether engines were asked in place of servers.
     """
     weights = checkpoint / "model.safetensors"
     return {
         "benchmark": "needle",
+        "series": grid.series,
+        "frame": Cell(0, grid.bed.size).frame,
+        "skills": list(grid.bed.skills),
         "date": started.isoformat(timespec="seconds"),
         "seconds_this_run": round((datetime.datetime.now(datetime.UTC) - started).total_seconds()),
         "command": shlex.join(["python", "-m", "benchmarks.needle", *sys.argv[1:]]),
@@ -44,6 +55,8 @@ def document(
         },
         "machine": machine(),
         "versions": {name: _version(name) for name in DISTRIBUTIONS} | {"python": sys.version},
+        "dtype": dtype,
+        "offline": offline,
         "videos_per_cell": grid.videos,
         "contenders": [
             {"name": c.name, "curve": c.curve, "kind": c.kind, "like": c.like}

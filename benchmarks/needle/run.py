@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from typing import Any
 from vllm_adaspark.accounts.cost import Model, read_model
 
 from . import evs
-from .ask import Answers, ask
+from .ask import Answers, Client
 from .gates import forced
 from .grid import Contender, Grid
-from .servers import AT_ONCE, Server, started
+from .offline import Engine
+from .servers import Server, started
 from .videos import Cell, Video, choose, write
 from .work import Record, Work, file_hash
 
-KINDS = ("stock", "adaspark", "videonsa", "evs")
+KINDS = ("stock", "adaspark", "adatp", "videonsa", "evs")
 MOST_TEXT = 128  # tokens of a prompt besides the video; it is about 20
 
 
@@ -34,16 +35,25 @@ class Fleet:
     """Starts a server when another one is asked for; only one runs at a time.
 
     Args:
+        offline: whether engines without a server take their place.
         checkpoint: the dense one.
         videonsa: the one that VideoNSA's servers have, if there are any.
         folder: of videos and logs.
         tokens: the longest video.
     """
 
-    def __init__(self, checkpoint: Path, videonsa: Path | None, folder: Path, tokens: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        videonsa: Path | None,
+        folder: Path,
+        tokens: int,
+        offline: bool = False,
+    ) -> None:
+        self._offline = offline
         self._checkpoint, self._videonsa = checkpoint, videonsa
         self._folder, self._tokens = folder, tokens
-        self._running: tuple[Server, Any] | None = None
+        self._running: tuple[Server, Client | Engine] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Fleet:
@@ -52,20 +62,19 @@ class Fleet:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
-    def client(self, server: Server):
-        """An OpenAI client of ``server``."""
+    def client(self, server: Server) -> Client | Engine:
+        """Whom to ask what ``server`` says."""
         if self._running is None or self._running[0] != server:
             self._stack.close()  # the one before
             self._running = None
             start = time.monotonic()
-            context = started(
-                server,
-                self._checkpoint_of(server),
-                self._folder / "videos",
-                self._tokens,
-                self._folder / "logs",
-            )
-            self._running = server, self._stack.enter_context(context)
+            where = (server, self._checkpoint_of(server), self._folder / "videos", self._tokens)
+            if self._offline:
+                client = self._stack.enter_context(Engine(*where))
+            else:
+                logs = self._folder / "logs"
+                client = Client(self._stack.enter_context(started(*where, logs)))
+            self._running = server, client
             print(f"-- {server.name}: up after {time.monotonic() - start:.0f} s", flush=True)
         return self._running[1]
 
@@ -86,6 +95,8 @@ class Run:
     folder: Path
     work: Work
     videonsa: Path | None = None
+    dtype: str = "auto"
+    offline: bool = False
 
     def measure(self) -> list[Record]:
         """Ask what has not been asked; returns the grid's records.
@@ -102,7 +113,8 @@ class Run:
         jobs = [(c, cell) for c in ordered(self.grid.contenders) for cell in self.grid.cells(c)]
         asked, begun = 0, time.monotonic()
         total = sum(len(chosen[cell][self.grid.numbers(c)]) for c, cell in jobs)
-        with Fleet(self.checkpoint, self.videonsa, self.folder, self.grid.longest) as fleet:
+        where = (self.checkpoint, self.videonsa, self.folder, self.grid.longest)
+        with Fleet(*where, self.offline) as fleet:
             for contender, cell in jobs:
                 videos = chosen[cell][self.grid.numbers(contender)]
                 server, settings = self._resolved(contender, cell, records)
@@ -151,20 +163,26 @@ class Run:
             if contender.kind == "evs":
                 text = round(mean(record["text_tokens"] for record in model))
                 rate = evs.rate_for(self.model, mean_of(model, "flops_ratio"), cell, text)
+            elif contender.kind == "adatp":
+                settings = settings | {"flops": round(mean_of(model, "flops_ratio"), 3)}
             else:
                 keep = max(0.001, round(mean_of(model, "attention_density"), 3))
                 settings = settings | {"keep": min(keep, 0.999)}
         if contender.kind == "videonsa":
-            return Server(contender.kind, gates=contender.gates, weights=self._weights), settings
-        return Server(contender.kind, contender.block, rate), settings
+            server = Server(contender.kind, gates=contender.gates, weights=self._weights)
+        else:
+            server = Server(contender.kind, contender.block, rate, score=contender.score)
+        return replace(server, dtype=self.dtype), settings
 
-    def _ask(self, client, contender, server, settings, videos: Iterable[Video]) -> None:
+    def _ask(
+        self, client: Client | Engine, contender, server, settings, videos: Iterable[Video]
+    ) -> None:
         def one(video: Video) -> Record:
             files = write(video, self.folder / "videos")
-            answers = ask(client, video, files, settings)
+            answers = client.ask(video, files, settings)
             return self._record(contender, server, settings, video, answers)
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(client.at_once) as pool:
             futures = [pool.submit(one, video) for video in videos]
             try:
                 for future in futures:
@@ -175,7 +193,8 @@ class Run:
 
     def _record(self, contender, server, settings, video: Video, answers: Answers) -> Record:
         cell = video.cell
-        kept = cell.tokens if server.rate is None else evs.kept_tokens(cell, server.rate)
+        rate = server.rate if server.kind == "evs" else (settings or {}).get("prune")
+        kept = cell.tokens if rate is None else evs.kept_tokens(cell, rate)
         text = answers.prompt_tokens[0] - kept
         if not 0 < text <= MOST_TEXT:
             raise RuntimeError(

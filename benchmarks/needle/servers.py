@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import torch
@@ -30,11 +31,14 @@ class Server:
     """How a server is started.
 
     Attributes:
-        kind: "stock" (vLLM without plugins), "adaspark", "videonsa", or "evs" (stock, pruning).
+        kind: "stock" (vLLM without plugins), "adaspark", "adatp", "videonsa", or "evs" (stock,
+            pruning).
         block: tokens in a KV block; for "adaspark" the volume of a cube.
         gates: for "videonsa", the only branch that counts; None as trained.
         weights: for "videonsa", which checkpoint: the first digits of its sha256.
         rate: share of the video tokens that EVS drops.
+        score: for "adaspark", what cubes are scored by.
+        dtype: what it computes in, as ``vllm serve --dtype`` says it.
     """
 
     kind: str
@@ -42,12 +46,16 @@ class Server:
     rate: float | None = None
     gates: str | None = None
     weights: str | None = None
+    score: str = "mean"
+    dtype: str = "auto"
 
     @property
     def name(self) -> str:
         more = "" if self.rate is None else f"-{self.rate:.4f}"
         more += "".join(f"-{part}" for part in (self.gates, self.weights) if part is not None)
-        return f"{self.kind}{more}" + ("" if self.block == 64 else f"-{self.block}")
+        more += "" if self.score == "mean" else f"-{self.score}"
+        more += "" if self.block == 64 else f"-{self.block}"
+        return f"{self.kind}{more}" + ("" if self.dtype == "auto" else f"-{self.dtype}")
 
 
 def command(server: Server, videos: Path, tokens: int) -> tuple[list[str], dict[str, str]]:
@@ -71,6 +79,7 @@ def command(server: Server, videos: Path, tokens: int) -> tuple[list[str], dict[
         *("--max-num-batched-tokens", str(AT_ONCE * length + TEXT_ROOM)),
         *("--max-num-seqs", "16"),
         *("--block-size", str(server.block)),
+        *("--dtype", server.dtype),
         *("--mm-processor-cache-gb", "1"),
         "--enforce-eager",  # compiling takes longer than most servers live
         "--skip-mm-profiling",
@@ -83,12 +92,14 @@ def command(server: Server, videos: Path, tokens: int) -> tuple[list[str], dict[
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
     }
-    if server.kind == "adaspark":
+    if server.kind in ("adaspark", "adatp"):
         shape = {32: [4, 4, 2], 64: [4, 4, 4], 128: [8, 4, 4]}[server.block]
-        settings = {"cube": shape, "dense_below": DENSE_BELOW}
+        config: dict[str, Any] = {"method": server.kind, "adaspark": {"cube": shape}}
+        if server.kind == "adaspark":
+            config["adaspark"] |= {"dense_below": DENSE_BELOW, "score": server.score}
         arguments += [
             *("--hf-overrides", json.dumps({"architectures": [ARCHITECTURE]})),
-            *("--additional-config", json.dumps({"adaspark": settings})),
+            *("--additional-config", json.dumps(config)),
             "--trust-request-mm-kwargs",  # without it vLLM refuses every mm_processor_kwargs
         ]
         env["VLLM_PLUGINS"] = "adaspark,adaspark_http"

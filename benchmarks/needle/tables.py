@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ class Rows:
     def of(cls, result: Result) -> Rows:
         """Of videos of the usual shape that all contenders of a length answered about."""
         return cls(result["rows"]).where(
-            lambda row: row["contender"] != MORE_DENSE.name, frame=STOCK_FRAME, parts=1
+            lambda row: row["contender"] != MORE_DENSE.name,
+            frame=result.get("frame", STOCK_FRAME),
+            parts=1,
         )
 
     def __iter__(self):
@@ -148,6 +150,11 @@ def skills(result: Result) -> str:
     return markdown(["contender", *scenes.SKILLS, "all"], lines)
 
 
+def skill_names(result: Result) -> Sequence[str]:
+    """Those of the result's bed; results of old are the needle model's."""
+    return result.get("skills", scenes.SKILLS)
+
+
 def ablation(result: Result) -> str:
     """Every contender where all of them meet, with its distance from stock dense."""
     at = meeting(result)
@@ -174,22 +181,38 @@ def ablation(result: Result) -> str:
 def matched(result: Result) -> str:
     """Ours against the rivals at its density (top_k, uniform) or FLOPs (EVS)."""
     rows = Rows.of(result)
+    haystacks = rows.values("haystack")
     lines = []
-    for curve in result["contenders"]:
-        mine = rows.where(contender=curve["like"]) if curve["like"] else Rows([])
-        theirs = rows.where(contender=curve["name"])
+    for name, rival in _pairs(result):
+        mine, theirs = rows.where(contender=name), rows.where(contender=rival)
         at = set(mine.values("tokens")) & set(theirs.values("tokens"))
         mine, theirs = mine.where(tokens=at), theirs.where(tokens=at)
         if len(mine):
-            calm, busy, both = (
+            differences = [
                 points(difference(mine.where(haystack=m), theirs.where(haystack=m)))
-                for m in ("calm", "busy", MOTIONS)
-            )
+                for m in (*haystacks, haystacks)
+            ]
             flops = [percent(r.mean("flops_ratio"), 0) for r in (mine, theirs)]
             tokens = ", ".join(f"{n:,}" for n in sorted(at))
-            lines.append([curve["like"], curve["name"], tokens, *flops, calm, busy, both])
+            lines.append([name, rival, tokens, *flops, *differences])
     head = ["ours", "rival", "video tokens", "FLOPs, ours", "FLOPs, rival"]
-    return markdown([*head, "ours minus rival: calm", "busy", "both"], lines)
+    first, *others = haystacks
+    whole = "both" if len(haystacks) == 2 else "all"
+    return markdown([*head, f"ours minus rival: {first}", *others, whole], lines)
+
+
+def _pairs(result: Result) -> list[tuple[str, str]]:
+    """(ours, rival): each rival with the contender it matches, and with that one by bounds.
+
+    One that matches AdaSpark after EVS's rule also stands with AdaSpark alone by bounds.
+    """
+    pairs = []
+    for rival in result["contenders"]:
+        if like := rival["like"]:
+            alone = f"adaspark {like.partition(' ')[2]} bounds"
+            ours = dict.fromkeys((like, f"{like} bounds", alone))
+            pairs += [(name, rival["name"]) for name in ours]
+    return pairs
 
 
 def long(result: Result) -> str:
@@ -223,12 +246,16 @@ def provenance(result: Result) -> str:
     """Where the figures come from."""
     versions, machine, weights = result["versions"], result["machine"], result["checkpoint"]
     layers = weights["config"].get("text_config", weights["config"])["num_hidden_layers"]
-    per_cell = result["videos_per_cell"] * len(scenes.SKILLS)
+    per_cell = result["videos_per_cell"] * len(skill_names(result))
+    dtype = result.get("dtype", "auto")
+    computed_in = "" if dtype == "auto" else f"; computed in {dtype}"
+    computed_in += "; engines in place of servers" if result.get("offline") else ""
     questions = f"{sum(row['total'] for row in result['rows']):,}"
     return "\n".join(
         [
             f"* {result['date'][:10]}, `{result['command']}`, commit {result['commit']}",
-            f"* {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+            f"* {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+            f"{computed_in}",
             f"* vLLM {versions['vllm']}, torch {versions['torch']}, "
             f"vllm-adaspark {versions['vllm-adaspark']}",
             f"* checkpoint `{weights['path']}`, {layers} layers, sha256 {weights['sha256'][:16]}…",
@@ -253,16 +280,50 @@ def videonsa(result: Result) -> str:
     return markdown(["contender", *(f"{n:,}" for n in there)], lines)
 
 
-def videonsa_skills(result: Result) -> str:
-    """The same skill by skill, at the lengths where all of them ran."""
-    rows = Rows.of(result).where(tokens=meeting(result))
+def by_length(result: Result) -> str:
+    """Every contender at each length, calm and busy, and its distance from stock dense."""
+    rows = Rows.of(result)
+    at = sorted(rows.values("tokens"))
+    cells = [(tokens, motion) for tokens in at for motion in MOTIONS]
     reference = rows.where(contender=DENSE.name)
     lines = []
     for name in rows.values("contender"):
         mine = rows.where(contender=name)
-        by_skill = [right(mine.where(skill=skill)) for skill in scenes.SKILLS]
+        there = [mine.where(tokens=tokens, haystack=motion) for tokens, motion in cells]
+        flops = (percent(mine.where(tokens=n).mean("flops_ratio"), 0) for n in at)
+        lines.append(
+            [name, *flops, *map(right, there), spanned(mine), points(difference(mine, reference))]
+        )
+    head = ["contender", *(f"FLOPs at {n:,}" for n in at)]
+    head += [f"{n:,}, {motion}" for n, motion in cells]
+    return markdown([*head, "all", "minus dense, points"], lines)
+
+
+def skills_of_all(result: Result) -> str:
+    """Every contender skill by skill, at the lengths where all of them ran."""
+    rows = Rows.of(result).where(tokens=meeting(result))
+    reference = rows.where(contender=DENSE.name)
+    names = skill_names(result)
+    lines = []
+    for name in rows.values("contender"):
+        mine = rows.where(contender=name)
+        by_skill = [right(mine.where(skill=skill)) for skill in names]
         lines.append([name, *by_skill, right(mine), points(difference(mine, reference))])
-    return markdown(["contender", *scenes.SKILLS, "all", "minus dense, points"], lines)
+    return markdown(["contender", *names, "all", "minus dense, points"], lines)
+
+
+def haystacks_of_all(result: Result) -> str:
+    """Every contender haystack by haystack, at the lengths where all of them ran."""
+    rows = Rows.of(result).where(tokens=meeting(result))
+    reference = rows.where(contender=DENSE.name)
+    haystacks = rows.values("haystack")
+    lines = []
+    for name in rows.values("contender"):
+        mine = rows.where(contender=name)
+        shares = [right(mine.where(haystack=haystack)) for haystack in haystacks]
+        flops = percent(mine.mean("flops_ratio"), 0)
+        lines.append([name, flops, *shares, spanned(mine), points(difference(mine, reference))])
+    return markdown(["contender", "FLOPs", *haystacks, "all", "minus dense, points"], lines)
 
 
 def videonsa_provenance(result: Result) -> str:
@@ -276,7 +337,7 @@ def videonsa_provenance(result: Result) -> str:
 VIDEONSA_TABLES: dict[str, Callable[[Result], str]] = {
     "provenance": videonsa_provenance,
     "lengths": videonsa,
-    "skills": videonsa_skills,
+    "skills": skills_of_all,
 }
 
 TABLES: dict[str, Callable[[Result], str]] = {
@@ -288,6 +349,33 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "skills": skills,
     "ablation": ablation,
 }
+
+ADATP_TABLES: dict[str, Callable[[Result], str]] = {
+    "provenance": provenance,
+    "contenders": by_length,
+    "matched": matched,
+    "skills": skills_of_all,
+}
+
+PLACES_TABLES: dict[str, Callable[[Result], str]] = {
+    "provenance": provenance,
+    "haystacks": haystacks_of_all,
+    "skills": skills_of_all,
+    "lengths": lengths,
+    "matched": matched,
+}
+
+SERIES = {
+    "needle": TABLES,
+    "videonsa": VIDEONSA_TABLES,
+    "adatp": ADATP_TABLES,
+    "places": PLACES_TABLES,
+}
+
+
+def series(result: Result) -> str:
+    """Whose tables a result fills."""
+    return result.get("series", "needle")
 
 
 def followed() -> list[str]:
@@ -309,6 +397,14 @@ def counts(rows: Rows) -> str:
 def right(rows: Rows) -> str:
     """Share of right answers."""
     return percent(accuracy(rows).value) if len(rows) else "–"
+
+
+def spanned(rows: Rows) -> str:
+    """Share of right answers and its interval."""
+    if not len(rows):
+        return "–"
+    value, low, high = (100 * x for x in vars(accuracy(rows)).values())
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

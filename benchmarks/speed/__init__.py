@@ -4,7 +4,7 @@
     make bench-quick    # a small part
 
 Read in this order: ``record`` (samples and rows), ``attention`` and ``ffn`` (one layer, in this
-process), ``model``, ``instrument``, ``client`` and ``served`` (real servers), ``scaling`` (what the
-rows say about length), ``report`` and ``plots`` (Markdown and picture).  CPU only: kernels for GPUs
-have a benchmark of their own.
+process), ``videonsa`` (a layer of that method), ``model``, ``instrument``, ``client`` and
+``served`` (real servers), ``scaling`` (what the rows say about length), ``report`` and ``plots``
+(Markdown and picture).  CPU only: kernels for GPUs have a benchmark of their own.
 """

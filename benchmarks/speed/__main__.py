@@ -18,10 +18,25 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "demo")]
 
 import pages  # noqa: E402
 
-from speed import attention, ffn, plots, report, scaling, served  # noqa: E402
+from speed import (  # noqa: E402
+    attention,
+    decoding,
+    dropping,
+    ffn,
+    long,
+    off,
+    plots,
+    report,
+    scaling,
+    served,
+    videonsa,
+)
 from speed.record import DENSE, Record, machine, progress, rows  # noqa: E402
 
-PARTS = ("attention", "ffn", "served", "scaling")
+PARTS = (
+    *("attention", "decoding", "long", "ffn", "videonsa"),
+    *("served", "compiled", "dropping", "off", "scaling"),
+)
 WORK = ROOT / "build" / "bench"
 SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -38,9 +53,17 @@ FULL = {
         attention.Plan(8192, (0.1, 0.2), attention.NO_AMX, rounds=3),
         attention.Plan(16384, (0.1, 0.2), attention.NO_AMX),
     ],
+    "decoding": [decoding.Plan(tokens) for tokens in (16384, 32768, 65536)],
+    "long": [long.Chunks(), long.Many()],
     "ffn": [
         ffn.Plan("3B", (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)),
         ffn.Plan("7B", (0.2, 0.5, 0.8, 1.0)),
+    ],
+    "videonsa": [
+        videonsa.Plan(4096),
+        videonsa.Plan(8192),
+        videonsa.Plan(16384, rounds=3),
+        videonsa.Plan(32768, rounds=3, dense_rounds=1),
     ],
     "served": [
         served.Single(4096, (DENSE, "p=1", served.SPARSE), rounds=7),
@@ -52,18 +75,35 @@ FULL = {
         served.AtOnce(8),
         served.AtOnce(32, rounds=1),
     ],
+    "compiled": [
+        served.Single(8192, (DENSE, served.EVS, served.SPARSE), compiled=True),
+        served.Single(32768, (DENSE, served.EVS, served.SPARSE), compiled=True),
+    ],
+    "dropping": [
+        dropping.Plan(1, 4096),
+        dropping.Plan(1, 16384),
+        dropping.Plan(8, 2048, answer_tokens=8),
+        dropping.Plan(32, 2048, rounds=1, answer_tokens=8),
+    ],
+    "off": [off.Plan(off.TEXT, 128), off.Plan(off.VIDEO, 512), off.Plan(off.QUESTION, 128)],
 }
 QUICK = {
     "attention": [
         attention.Plan(4096, (0.1, 0.2, 0.5), flex_shares=(0.2,)),
         attention.Plan(8192, (0.1, 0.2), rounds=3),
     ],
+    "decoding": [decoding.Plan(8192, rounds=3)],
+    "long": [long.Chunks((8192, 16384), rounds=1), long.Many(rounds=1)],
     "ffn": [ffn.Plan("3B", (0.2, 0.5, 1.0), tokens=4096, rounds=3)],
+    "videonsa": [videonsa.Plan(4096, rounds=3), videonsa.Plan(8192, rounds=3)],
     "served": [
         served.Single(4096, (DENSE, served.EVS, served.SPARSE), rounds=3),
         served.Decoding(4096, (DENSE, "p=0.9"), rounds=3),
         served.AtOnce(8, 512, (DENSE, served.SPARSE), rounds=1),
     ],
+    "compiled": [served.Single(4096, (DENSE, served.SPARSE), rounds=1, compiled=True)],
+    "dropping": [dropping.Plan(1, 4096, rounds=1)],
+    "off": [off.Plan(off.VIDEO, 512, rounds=6, answer_tokens=9)],
 }
 
 
@@ -111,20 +151,29 @@ def show(result: dict[str, Any], *, quick: bool) -> None:
         plots.draw(result, WORK / "bench-quick.png")
         return
     plots.draw(result, ROOT / "docs" / "bench.png")
-    pages.refill(ROOT / "docs" / "performance.md", "bench", {"tables": f"\n{tables}"})
-    pages.refill(ROOT / "README.md", "bench", {"headline": f"\n{report.headline(result)}"})
+    filled = {"tables": f"\n{tables}", "headline": f"\n{report.headline(result)}"}
+    pages.refill(ROOT / "docs" / "performance.md", "bench", filled)
+    pages.refill(ROOT / "README.md", "bench", filled)
 
 
 def measure(record: Record, plans: dict[str, list], parts: list[str]) -> None:
     """Take all samples of some parts; ``scaling`` needs none of its own."""
     if "attention" in parts:
         attention.measure(record, plans["attention"])
+    if "decoding" in parts:
+        decoding.measure(record, plans["decoding"])
+    if "long" in parts:
+        long.measure(record, plans["long"])
     if "ffn" in parts:
         ffn.measure(record, plans["ffn"])
-    if "served" in parts:
-        # Not kept: the videos are distinct, so they are many.
-        with tempfile.TemporaryDirectory(prefix="adaspark-bench-") as folder:
-            served.measure(record, plans["served"], Path(folder))
+    if "videonsa" in parts:
+        videonsa.measure(record, plans["videonsa"])
+    in_folders = {"served": served, "compiled": served, "dropping": dropping, "off": off}
+    for part, module in in_folders.items():
+        if part in parts:
+            # Not kept: the videos are distinct, so they are many.
+            with tempfile.TemporaryDirectory(prefix="adaspark-bench-") as folder:
+                module.measure(record, plans[part], Path(folder))
 
 
 def result_of(record: Record) -> dict[str, Any]:
@@ -133,19 +182,33 @@ def result_of(record: Record) -> dict[str, Any]:
 
 
 def with_other_parts(result: dict[str, Any], out: Path, parts: list[str]) -> dict[str, Any]:
-    """The result with the rows that ``out`` has of parts not measured now, on the same machine."""
+    """The result with the rows that ``out`` has of parts not measured now.
+
+    ``about`` stays what most of them were measured on; parts that were measured elsewhere are told
+    of in ``elsewhere``, by part.
+    """
+    result = result | {"elsewhere": {}}
     if out.exists():
         before = json.loads(out.read_text(encoding="utf-8"))
-        if before.get("about") == json.loads(json.dumps(result["about"])):
-            kept = [row for row in before["rows"] if part_of(row) not in parts]
-            result["rows"] = kept + result["rows"]
-            result["notes"] = before["notes"] | result["notes"]
+        here = json.loads(json.dumps(result["about"]))
+        kept = [row for row in before["rows"] if part_of(row) not in parts]
+        elsewhere = {
+            part: about
+            for part, about in before.get("elsewhere", {}).items()
+            if part in {part_of(row) for row in kept}
+        }
+        if kept:
+            result["about"] = before["about"]
+            if before["about"] != here:
+                elsewhere |= {part: here for part in parts}
+        result |= {"rows": kept + result["rows"], "elsewhere": elsewhere}
+        result["notes"] = before["notes"] | result["notes"]
     return result | {"scaling": scaling.summary(result["rows"])}
 
 
 def part_of(row: dict[str, Any]) -> str:
     """The part that measures a row."""
-    return row["name"].split()[0] if row["name"].startswith(PARTS) else "served"
+    return row["name"].split()[0].rstrip(",") if row["name"].startswith(PARTS) else "served"
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class _Ours:
         if plan is None:  # nothing is left out
             return kept
         by_head = self.inputs.query.unflatten(1, (SHAPE["kv_heads"], -1)).transpose(0, 1)
-        chosen = choose_cubes(by_head, impl._key_sums, plan, impl.scale, 0)
+        chosen = choose_cubes(by_head, impl._key_summaries, plan, impl.scale, 0)
         own = torch.from_numpy(plan.tiles.block)[plan.sparse_tiles]
         always = plan.always[plan.sparse_tiles]
         kept[:, own] = chosen.transpose(0, 1) | always

@@ -14,19 +14,20 @@ from pathlib import Path
 import checkpoint as demo_checkpoint  # examples/demo
 import video as demo_video  # examples/demo
 
-from vllm_adaspark.accounts.account import ModelShape
+from vllm_adaspark.accounts.flops import ModelShape
 
 LAYERS = 4
 SHAPES = {
     "3B": ModelShape(hidden=2048, heads=16, kv_heads=2, head_size=128, intermediate=11008),
+    "deep": ModelShape(hidden=256, heads=4, kv_heads=2, head_size=64, intermediate=2048),
     "tiny": ModelShape(hidden=256, heads=8, kv_heads=2, head_size=32, intermediate=688),
 }
 MAX_POSITIONS = 131072
 
 
-def write_checkpoint(folder: Path, shape: ModelShape) -> Path:
+def write_checkpoint(folder: Path, shape: ModelShape, layers: int = LAYERS) -> Path:
     """Configuration, tokenizer and processors of a Qwen2.5-VL of this shape; no weights."""
-    path = demo_checkpoint.build(folder, layers=LAYERS, vision_layers=2)
+    path = demo_checkpoint.build(folder, layers=layers, vision_layers=2)
     (path / "model.safetensors").unlink()
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     sixteenth = shape.head_size // 16

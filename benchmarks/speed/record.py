@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -175,20 +176,32 @@ def _extras(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What samples are taken on and with."""
-    cpu = "unknown"
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    cpuinfo = ""
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = re.findall(r"(?m)^model name\s*: (.*)$", cpuinfo)
     versions = {}
     for name in ("vllm", "torch", "transformers", "vllm-adaspark"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {
-        "cpu": cpu,
+        "cpu": names[0] if names else "unknown",
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "features": features(cpuinfo),
         "versions": versions,
     }
+
+
+# What decides which of vLLM's CPU kernels run, by the flag that Linux shows.
+FEATURES = {"amx_tile": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+
+
+def features(cpuinfo: str) -> list[str]:
+    """Those of ``FEATURES`` that the processor has, by what /proc/cpuinfo says; best first."""
+    found = re.search(r"(?m)^flags\s*:(.*)$", cpuinfo)
+    flags = set(found[1].split()) if found else set()
+    return [name for flag, name in FEATURES.items() if flag in flags]
 
 
 _STARTED = time.monotonic()

@@ -73,6 +73,6 @@ def memory(block_size: int = 64) -> dict[str, float]:
     kv_cache = 2 * heads * size * SHAPE["dtype"].itemsize
     return {
         "kv_cache": kv_cache,
-        "key_sums": sums._sums.nbytes / tokens,
-        "key_sums_share": sums._sums.nbytes / tokens / kv_cache,
+        "key_sums": sums.vectors.nbytes / tokens,
+        "key_sums_share": sums.vectors.nbytes / tokens / kv_cache,
     }

@@ -34,6 +34,7 @@ ROOM = 512  # tokens for the text around a video
 CHUNK = 8192  # tokens of a step
 RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 WARM_UP = 256  # tokens of the first video a server sees
+COMPILED = "compiled, ttft"
 EVS, SPARSE = "EVS", "top_k 0.2, p_ffn 0.5"
 # Dummy weights attend evenly: top_k sets the cubes' share, and p_ffn is about the active share.
 OURS: dict[str, dict[str, Any]] = {
@@ -53,18 +54,23 @@ DECODING = {
 
 @dataclass(frozen=True)
 class Single:
-    """Time to first token of lone requests."""
+    """Time to first token of lone requests; ``compiled``: of servers with vLLM's torch.compile."""
 
-    name: ClassVar[str] = "ttft"
     tokens: int
     contenders: tuple[str, ...] = (DENSE, EVS, *OURS)
     rounds: int = 3
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return COMPILED if self.compiled else "ttft"
 
 
 @dataclass(frozen=True)
 class AtOnce:
     """Requests per second with so many at a time."""
 
+    compiled: ClassVar[bool] = False
     requests: int
     tokens: int = 1024
     contenders: tuple[str, ...] = (DENSE, EVS, "p=1", SPARSE)
@@ -81,6 +87,7 @@ class Decoding:
     """Time per output token after a long video."""
 
     name: ClassVar[str] = "tpot"
+    compiled: ClassVar[bool] = False
     tokens: int
     contenders: tuple[str, ...] = (DENSE, *DECODING)
     rounds: int = 5
@@ -91,7 +98,7 @@ Plan = Single | AtOnce | Decoding
 
 
 def measure(record: Record, plans: list[Plan], folder: Path, shape: str = "3B") -> None:
-    """All samples of all plans.
+    """All samples of all plans, which are all of compiled servers or none is.
 
     Args:
         record: gets the samples.
@@ -103,7 +110,7 @@ def measure(record: Record, plans: list[Plan], folder: Path, shape: str = "3B") 
         return
     longest = max(plan.tokens for plan in plans)
     names = {_server_of(contender) for plan in plans for contender in plan.contenders}
-    with _servers(folder, names, shape, longest, record) as clients:
+    with _servers(folder, names, shape, longest, record, plans[0].compiled) as clients:
         bench = _Bench(record, clients, Videos(folder / "videos"), shape)
         bench.warm_up()
         sampler = {Single: bench.single, AtOnce: bench.at_once, Decoding: bench.decoding}
@@ -139,7 +146,7 @@ class _Bench:
 
     def single(self, plan: Single, cell: Cell) -> Callable[[], dict]:
         client = self._clients[_server_of(cell.contender)]
-        language = Cell("ttft, language model", cell.contender, cell.tokens)
+        language = Cell(f"{cell.name}, language model", cell.contender, cell.tokens)
 
         def sample() -> dict:
             number = 1 + self._record.count(cell)  # of the round: 0 has warmed up
@@ -208,7 +215,7 @@ class _Bench:
 
 @contextmanager
 def _servers(
-    folder: Path, names: set[str], shape: str, longest: int, record: Record
+    folder: Path, names: set[str], shape: str, longest: int, record: Record, compiled: bool
 ) -> Iterator[dict[str, Client]]:
     """Clients of one running server for each of ``names``."""
     videos = folder / "videos"
@@ -232,7 +239,7 @@ def _servers(
         *("--block-size", "64", "--max-model-len", str(length), "--max-num-seqs", "32"),
         *("--max-num-batched-tokens", str(length)),  # the encoder cache: a video must fit
         *("--max-num-scheduled-tokens", str(min(length, CHUNK))),
-        "--enforce-eager",  # compiling takes longer than it saves here
+        *([] if compiled else ["--enforce-eager"]),  # compiling takes minutes at the start
         *("--mm-processor-cache-gb", "0", "--skip-mm-profiling"),
         *("--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0})),
         *("--media-io-kwargs", json.dumps({"video": {"video_backend": instrument.PLUGIN}})),
@@ -242,7 +249,7 @@ def _servers(
     paths = [str(plugins), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     env = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         # By default vLLM keeps a core for the process that waits for the worker, and which sleeps
         # in a long step.  Threads that wait shall not spin where another could compute.
         RESERVED: os.environ.get(RESERVED, "0"),
@@ -259,7 +266,7 @@ def _servers(
                 model,
                 *common,
                 *extra[name],
-                log=folder / f"{name}.log",
+                log=folder / f"{name}{' compiled' if compiled else ''}.log",
                 env=env | {"VLLM_PLUGINS": f"{own}{instrument.PLUGIN}"},
             )
             stack.enter_context(server)
