@@ -6,7 +6,8 @@
 Read from the environment; an empty variable counts as unset:
 
     MODEL               model name or folder, where no argument names one
-    ADASPARK            server settings as a JSON object, or "off" (dense)
+    METHOD              adaspark, adatp or videonsa; by default what the checkpoint was trained for
+    ADASPARK            the method's settings as a JSON object, or one word: "off" is dense
     HTTP                1 (default): cost in the usage, AdaSpark's metrics, viewer; 0: none of it
     HOST, PORT          where to listen; default 0.0.0.0 and 8000
     VLLM_ARGS           further options, quoted as for a shell
@@ -28,13 +29,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vllm_adaspark.cli import UsageError
 from vllm_adaspark.cli import main as vllm_adaspark
 from vllm_adaspark.cli.redact import redact_text
-from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.settings import OFF, SettingsError
+from vllm_adaspark.cli.settings import method_named
+from vllm_adaspark.methods import built_in, settings_class
+from vllm_adaspark.settings import SettingsError
 
 KEY_FILES = {"VLLM_API_KEY_FILE": "VLLM_API_KEY", "HF_TOKEN_FILE": "HF_TOKEN"}
-READ = ("MODEL", "ADASPARK", "HTTP", "HOST", "PORT", "VLLM_ARGS")
+READ = ("MODEL", "METHOD", "ADASPARK", "HTTP", "HOST", "PORT", "VLLM_ARGS")
 MAY_BE_EMPTY = {*READ, *KEY_FILES, *KEY_FILES.values()}  # as compose passes what nobody set
 WRONG_SETTING = 2
 
@@ -56,7 +59,8 @@ def command(arguments: list[str], env: Mapping[str, str]) -> tuple[list[str], di
     env = {name: value for name, value in env.items() if value or name not in MAY_BE_EMPTY}
     model, options = _model(arguments, env)
     options += _split(env)
-    ours = [*_http(env), *_additional_config(env), *_address(options, env)]
+    options += _method(options, env)
+    ours = [*_http(env), *_additional_config(model, options, env), *_address(options, env)]
     return ["serve", model, *ours, *options], _keys(env)
 
 
@@ -93,23 +97,40 @@ def _http(env: Mapping[str, str]) -> list[str]:
     return ["--http" if http == "1" else "--no-http"]
 
 
-def _additional_config(env: Mapping[str, str]) -> list[str]:
-    """The option that carries ADASPARK, if it is set; its values are checked here."""
+def _method(options: list[str], env: Mapping[str, str]) -> list[str]:
+    """The option that carries METHOD, if it is set."""
+    named = env.get("METHOD")
+    if named is None:
+        return []
+    if _has(options, "--method"):
+        raise SettingError(f"METHOD={named!r} and --method are both set: leave one of them out")
+    if named not in built_in() and ":" not in named:
+        raise SettingError(f"METHOD={named!r}: expected one of {', '.join(built_in())}")
+    return ["--method", named]
+
+
+def _additional_config(model: str, options: list[str], env: Mapping[str, str]) -> list[str]:
+    """The option that carries ADASPARK, if it is set; the method's own class checks its values."""
     text = env.get("ADASPARK")
     if text is None:
         return []
     try:
-        settings = OFF if text.strip() == OFF else json.loads(text)
+        method = settings_class(method_named(options, model))
+    except (SettingsError, UsageError) as error:
+        raise SettingError(str(error)) from None
+    word = text.strip()
+    try:
+        settings = {word: True} if word in method.words else json.loads(text)
     except json.JSONDecodeError as error:
+        words = ", ".join(map(repr, method.words))
         raise SettingError(
-            f"ADASPARK={text!r}: neither {OFF!r} nor JSON ({error}); "
-            """write for example ADASPARK='{"p_attn": 0.8}'"""
+            f"ADASPARK={text!r}: neither JSON nor {words} ({error}); "
+            f"""write for example ADASPARK='{{"cube": [4, 4, 4]}}'"""
         ) from None
     try:
-        AdaSparkConfig().override(settings, source="ADASPARK")
+        method().override(settings, source="ADASPARK")
     except SettingsError as error:
         raise SettingError(str(error)) from None
-    settings = {OFF: True} if settings == OFF else settings
     return ["--additional-config", json.dumps({"adaspark": settings})]
 
 
@@ -153,6 +174,8 @@ def main() -> int:
     except SettingError as error:
         print(f"entrypoint: {redact_text(str(error))}", file=sys.stderr)
         return WRONG_SETTING
+    for name in (*READ, *KEY_FILES):  # read; vLLM would warn of those that begin as its own do
+        os.environ.pop(name, None)
     os.environ |= keys
     return vllm_adaspark(arguments)  # does not come back: it becomes vLLM
 
