@@ -140,15 +140,30 @@ def end_with_the_tests() -> None:
 
 
 def close_listening() -> None:
-    """Close the sockets on which this process accepts connections."""
+    """Close the sockets on which this process accepts connections, or will (vLLM binds early).
+
+    At its end vLLM names whoever else has its port, and fails where that is a process just ended.
+    """
     for name in os.listdir("/proc/self/fd"):
         try:
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 with socket.socket(fileno=os.dup(int(name))) as found:
-                    if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                    if listens or is_bound(found):
                         os.close(int(name))
         except OSError:
             pass  # the list's own
+
+
+def is_bound(found: socket.socket) -> bool:
+    """Whether a TCP socket has a port of its own and no peer."""
+    if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+        return False
+    try:
+        found.getpeername()
+    except OSError:
+        return found.getsockname()[1] != 0
+    return False
 
 
 class Started:
