@@ -1,7 +1,8 @@
 """Extra losses while training: what the tokens of marks and questions should know, where to look.
 
 As in the needle model (its `hints.py`): linear heads on hidden states, and attention that is drawn
-to where the answer is.  The heads are not in the checkpoint.
+to where the answer is.  A third mark of a colour is told from a second in two steps, as there.  The
+heads are not in the checkpoint.
 """
 
 import shared  # noqa: F401, puts the needle model's modules on the path
@@ -19,15 +20,17 @@ from prompts import Prompts
 IGNORE = -100
 LOOK_WEIGHT = 4.0  # else "before" does not look at the card it names, whose own digit is wrong
 # What a token that names a mark should know: the mark, its quarter, the mark before it, and whether
-# it is the first of its colour.
-OF_MARK = {"digit": 10, "colour": 8, "quarter": 4, "last_digit": 10, "last_colour": 8, "first": 2}
+# another one of its colour was named before; and at the higher tap whether two were.
+OF_MARK = {"digit": 10, "colour": 8, "quarter": 4, "last_digit": 10, "last_colour": 8, "again": 2}
+LATER = {"third": 2}
+WEIGHTS = {"again": 2.0, "third": 3.0}  # of the others 1
 # What a question's last token should know that it asks for; the last class is "nothing".
 OF_QUESTION = {"skill": len(SKILLS), "asked": 9, "one": 5, "other": 5}
 PER_MARK = 4  # tokens of a mark that are asked
 
 
 def make_heads(hidden: int) -> torch.nn.ModuleList:
-    classes = OF_MARK | OF_QUESTION
+    classes = OF_MARK | LATER | OF_QUESTION
     return torch.nn.ModuleList(
         torch.nn.ModuleDict({name: torch.nn.Linear(hidden, n) for name, n in classes.items()})
         for _ in TAPS
@@ -35,7 +38,7 @@ def make_heads(hidden: int) -> torch.nn.ModuleList:
 
 
 def of_marks(scene: places.Scene) -> list[dict[str, int]]:
-    """The classes of `OF_MARK` for each mark."""
+    """The classes of `OF_MARK` that are the same for all tokens of a mark."""
     known = []
     for index, mark in enumerate(scene.marks):
         before = places.previous(scene, index)
@@ -47,10 +50,22 @@ def of_marks(scene: places.Scene) -> list[dict[str, int]]:
                 "quarter": mark.quarter,
                 "last_digit": IGNORE if last is None else last.digit,
                 "last_colour": IGNORE if last is None else last.colour,
-                "first": int(all(m.colour != mark.colour for m in scene.marks[:index])),
             }
         )
     return known
+
+
+def named_before(scene: places.Scene, names: torch.Tensor, index: int) -> torch.Tensor:
+    """How many other marks of a mark's colour are named before or at each token, int64 [N].
+
+    What counts is when a mark can be told, which may be long after it began to fade in.
+
+    Args:
+        names: bool [marks, N], the tokens that name each mark.
+    """
+    marks = scene.marks
+    alike = [i for i, m in enumerate(marks) if i != index and m.colour == marks[index].colour]
+    return (names[alike].cumsum(1) > 0).sum(0)
 
 
 def of_question(question: places.Question) -> dict[str, int]:
@@ -70,16 +85,25 @@ def of_question(question: places.Question) -> dict[str, int]:
 def links(batch: Prompts) -> torch.Tensor:
     """Tokens of marks that should look at another: int64 [L, 3] (video, token, mark).
 
-    At the mark before, or, from the second of a colour on, at the one of that colour before.
+    At the mark before, and, from the second of a colour on, at the one of that colour that was the
+    last to be told.
     """
     found = []
     for video, (scene, names) in enumerate(zip(batch.scenes, batch.naming)):
+        told = [int(own.nonzero()[0, 0]) if own.any() else -1 for own in names]
         for index, mark in enumerate(scene.marks):
             own = names[index].nonzero()[:, 0]
-            same = [i for i, m in enumerate(scene.marks[:index]) if m.colour == mark.colour]
-            for other in {places.previous(scene, index), same[-1] if same else None} - {None}:
-                if len(own) and names[other, : int(own[-1])].any():
-                    found.append([video, int(own[-1]), other])
+            if not len(own):
+                continue
+            last = int(own[-1])
+            alike = [
+                (told[i], i)
+                for i, other in enumerate(scene.marks)
+                if i != index and other.colour == mark.colour and 0 <= told[i] < last
+            ]
+            for other in {places.previous(scene, index), max(alike)[1] if alike else None} - {None}:
+                if names[other, :last].any():
+                    found.append([video, last, other])
     return torch.tensor(found, dtype=torch.long).reshape(-1, 3)
 
 
@@ -88,7 +112,7 @@ def loss(heads, batch: Prompts, made: Pass, wanted: torch.Tensor):
     total, shares = 0.0, {}
     for tap, (prefix, questions) in enumerate(zip(made.prefix, made.questions)):
         for part, known in (
-            _marks(heads[tap], batch, prefix),
+            _marks(heads[tap], batch, prefix, OF_MARK | LATER if tap else OF_MARK),
             _questions(heads[tap], batch, questions),
         ):
             total, shares = total + part, shares | known
@@ -97,15 +121,19 @@ def loss(heads, batch: Prompts, made: Pass, wanted: torch.Tensor):
     return total, shares
 
 
-def _marks(heads, batch: Prompts, prefix: torch.Tensor):
-    states, truth = [], {name: [] for name in OF_MARK}
+def _marks(heads, batch: Prompts, prefix: torch.Tensor, classes: dict[str, int]):
+    states, truth = [], {name: [] for name in classes}
     for video, (scene, names) in enumerate(zip(batch.scenes, batch.naming)):
-        for own, known in zip(names, of_marks(scene)):
+        for index, (own, known) in enumerate(zip(names, of_marks(scene))):
             at = own.nonzero()[:, 0]
             at = at[torch.linspace(0, len(at) - 1, min(PER_MARK, len(at))).long()]
             states.append(prefix[video, at].float())
-            for name, value in known.items():
-                truth[name] += [value] * len(at)
+            before = named_before(scene, names, index)[at].tolist()
+            values = {name: [value] * len(at) for name, value in known.items()}
+            values["again"] = [int(number > 0) for number in before]
+            values["third"] = [int(number > 1) if number else IGNORE for number in before]
+            for name in classes:
+                truth[name] += values[name]
     return _classified(heads, torch.cat(states), truth)
 
 
@@ -123,7 +151,8 @@ def _classified(heads, states: torch.Tensor, truth: dict[str, list[int]]):
         asked = wanted != IGNORE
         if asked.any():
             said = heads[name](states)
-            total = total + F.cross_entropy(said, wanted, ignore_index=IGNORE)
+            missed = F.cross_entropy(said, wanted, ignore_index=IGNORE)
+            total = total + WEIGHTS.get(name, 1.0) * missed
             right[name] = (said.argmax(-1) == wanted)[asked].float().mean().item()
     return total, right
 

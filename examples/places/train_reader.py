@@ -40,6 +40,7 @@ VIDEOS, HELD_OUT_VIDEOS = 20, 4  # of each haystack, in the banks
 # Once the others are known.
 HARDER = (*SKILLS, *HARD, "before", "after")
 HARDEST = (*SKILLS, "before", "after", "after", "after", "count", "count")
+COUNTING = (*SKILLS, "before", "before", "after", "count", "count")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ SCHEDULE = (
     Phase(60, (24, 96), 2, 16, (8e-4, 6e-4), 1024, HARDEST),
     Phase(200, (16, 64), 1, 24, (6e-4, 2e-4), None, HARDEST),
     Phase(80, (32, 128), 1, 24, (2e-4, 1e-5), None, HARDER),
+    Phase(360, (12, 64), 16, 8, (1e-3, 1e-3), 96, COUNTING),
+    Phase(40, (24, 96), 2, 16, (8e-4, 6e-4), 1024, COUNTING),
+    Phase(160, (16, 64), 1, 24, (6e-4, 2e-4), None, COUNTING),
+    Phase(60, (32, 128), 1, 24, (2e-4, 1e-5), None, COUNTING),
 )
 # What heads that were not kept learn from a trained model.
 HEADS_ALONE = Phase(60, (12, 48), 16, 8, (1e-2, 3e-3), 96)

@@ -227,6 +227,22 @@ def test_clues_of_questions():
     assert clues.of_question(ask) == {"skill": 4, "asked": 7, "one": 4, "other": 4}
 
 
+def test_a_mark_counts_from_when_it_can_be_told():
+    """The second one begins to fade in first, and is told last; another colour does not count."""
+    begin = Mark(0, 3, 1, "pop", 2, 1)
+    slow = Mark(4, 3, 2, "fade", 3, 20, change=8)
+    quick, other = Mark(8, 3, 3, "pop", 5, 1), Mark(12, 6, 4, "pop", 4, 1)
+    scene = Scene(0, 32, "calm", (begin, slow, other, quick))
+    names = torch.zeros(4, 10, dtype=torch.bool)
+    for row, tokens in enumerate(([1], [6, 8], [3], [5])):
+        names[row, tokens] = True
+    counted = [clues.named_before(scene, names, index).tolist() for index in range(4)]
+    assert counted[0] == [0, 0, 0, 0, 0, 1, 2, 2, 2, 2]
+    assert counted[1] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert counted[2] == [0] * 10
+    assert counted[3] == [0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
 def test_rotary_frequencies_are_dealt_out_as_vllm_does(model):
     """Otherwise the columns of a frame would be one: the slowest frequencies are the width's."""
     import forward
