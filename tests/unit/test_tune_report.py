@@ -148,6 +148,30 @@ def test_outcomes_count_what_was_answered() -> None:
     assert refused.loss is None and refused.refused == "flops=0.01 cannot be met"
 
 
+def test_a_model_that_is_hardly_ever_right_is_judged_by_its_own_answers() -> None:
+    """It answers in sentences, say: else the cheapest setting would lose nothing."""
+    videos = [[replace(q, answers=("six",)) for q in some] for some in asked(40)]
+    lines = {
+        (c.name, some[0].name): fake_engine.line(c, known)
+        for c in CONTENDERS
+        for some, known in zip(videos, asked(40))
+    }
+    found = compare.outcomes(CONTENDERS, videos, lines)
+    dense, _, _, worst, _ = found
+    assert dense.right == 0 and not dense.by_answers and not worst.by_answers
+    assert worst.loss.value == pytest.approx(1 - worst.same) and worst.loss.value > 0.3
+    choice = compare.choose(found, 0.05)
+    assert choice.outcome is not worst
+    page = report.page(made(found, choice=choice))
+    assert "Judged by whether answers are dense's own" in page and "only 0 % of" in page
+    # One answer in five is enough to lose.
+    for some in videos[::4]:
+        some[:] = [replace(q, answers=(q.text.split()[-1].rstrip("?"),)) for q in some]
+    dense, *_, worst, _ = compare.outcomes(CONTENDERS, videos, lines)
+    assert dense.right == 0.25 and dense.by_answers and worst.loss.value < 0.2
+    assert "Judged by" not in report.page(made(found_for(asked())))
+
+
 def test_half_a_run_compares_what_is_there() -> None:
     videos = asked()
     lines = {

@@ -2,8 +2,10 @@
 
 A question is lost where the reference's answer was right and the setting's is not; where nobody
 knows what is right, where the setting answers something else than the reference.  A question that
-the reference got wrong and the setting gets right counts against the losses.  Settings are compared
-over the questions that they and the reference answered.
+the reference got wrong and the setting gets right counts against the losses.  Where the reference
+is hardly ever right (whole sentences against a file of single words, for example) it has next to
+nothing to lose, and what is right is not asked.  Settings are compared over the questions that they
+and the reference answered.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .journal import Line
 from .questions import Question
 
 DENSE_ENOUGH = 0.9  # a layer that keeps so much could as well keep all
+HARDLY_EVER = 0.2  # share of right answers below which a reference has too little to lose
 
 Answer = Mapping[str, Any]  # of a journal's line
 
@@ -45,6 +48,7 @@ class Outcome:
         layers: mean over videos of what each layer kept: ``attention``, ``ffn``, ``alive``.
         added: what each layer would add to ``flops`` if it were dense.
         mode: "sparse", or "dense (why)" if it left out nothing.
+        by_answers: whether ``loss`` counts right answers, where somebody knows them.
     """
 
     contender: Contender
@@ -62,6 +66,7 @@ class Outcome:
     layers: dict[str, list[float]] | None = None
     added: list[float] | None = None
     mode: str = "sparse"
+    by_answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ def outcomes(
         found: the journal's lines, by contender and video; not all need be there.
     """
     reference = contenders[0]
-    return [_outcome(each, reference, videos, found) for each in contenders]
+    right = _outcome(reference, reference, videos, found).right
+    by_answers = right is None or right >= HARDLY_EVER
+    return [_outcome(each, reference, videos, found, by_answers) for each in contenders]
 
 
 def _outcome(
@@ -102,6 +109,7 @@ def _outcome(
     reference: Contender,
     videos: Sequence[Sequence[Question]],
     found: Mapping[tuple[str, str], Line],
+    by_answers: bool = True,
 ) -> Outcome:
     lines = [found.get((contender.name, questions[0].name)) for questions in videos]
     refusals = [line["refused"] for line in lines if line and "refused" in line]
@@ -127,7 +135,7 @@ def _outcome(
         contender,
         videos=len(costs),
         questions=len(pairs),
-        loss=loss((pair[0].name, lost(*pair)) for pair in pairs),
+        loss=loss((pair[0].name, lost(*pair, by_answers)) for pair in pairs),
         same=_mean(question.same(a["text"], b["text"]) for question, a, b in pairs),
         right=_mean(right for q, _, b in pairs if (right := q.right(b["text"])) is not None),
         options=_mean(q.chosen(a["text"]) == q.chosen(b["text"]) for q, a, b in pairs if q.options),
@@ -138,6 +146,7 @@ def _outcome(
         layers=layers,
         added=_added(told, layers, dense),
         mode=_mode(told),
+        by_answers=by_answers,
     )
 
 
@@ -145,10 +154,10 @@ def _answered(line: Line | None) -> bool:
     return line is not None and "answers" in line
 
 
-def lost(question: Question, reference: Answer, answer: Answer) -> float:
+def lost(question: Question, reference: Answer, answer: Answer, by_answers: bool = True) -> float:
     """1 where an answer was lost, -1 where one was won, else 0."""
     before, after = (question.right(each["text"]) for each in (reference, answer))
-    if before is None or after is None:
+    if before is None or after is None or not by_answers:
         return float(not question.same(reference["text"], answer["text"]))
     return float(before) - float(after)
 

@@ -151,7 +151,7 @@ def verdict(run: Run) -> str:
             return "Nothing can be said yet: the reference has answered nothing."
         return (
             f"**Keep {reference.contender.name}.** No setting that costs less lost at most "
-            f"{wanted} over {counted(reference)}."
+            f"{wanted} over {counted(reference)}." + _judged(run)
         )
     said = [
         f"**Take {best.contender.name}**: it spends {percent(best.flops)} of the dense FLOPs"
@@ -181,7 +181,20 @@ def verdict(run: Run) -> str:
         f"A video's first answer began after {seconds(best.prefill)} "
         f"({reference.contender.name}: {seconds(reference.prefill)})."
     )
-    return " ".join(said)
+    return " ".join(said) + _judged(run)
+
+
+def _judged(run: Run) -> str:
+    """That right answers were not asked for, and what to do, if so."""
+    reference = run.reference
+    if reference.by_answers:
+        return ""
+    name = reference.contender.name
+    return (
+        f" **Judged by whether answers are {name}'s own**: only {percent(reference.right)} of "
+        f"{name}'s answers are among the file's right ones, too few to count what is lost of them. "
+        "If it answers in sentences, let the questions ask for one word, or give `options`."
+    )
 
 
 def _copy(run: Run) -> str:
@@ -239,8 +252,8 @@ def _words(run: Run) -> str:
             "question's answer begins, vision tower included.  *Memory*: the most that the "
             "engine's process held.",
             f"* *Lost*: answers that were right under {reference} and are no more, minus those "
-            f"that were not and are now; where the file has no answer, those that differ from "
-            f"{reference}'s.  In square brackets a 95 % interval: videos are drawn anew, and it "
+            f"that were not and are now; where the file has no answer, or {reference} is hardly "
+            f"ever right, those that differ from {reference}'s.  In square brackets a 95 % interval: videos are drawn anew, and it "
             "never ends nearer to the estimate than a loss that so many questions could miss.",
             "* *KL*: how far the probabilities of an answer's first tokens moved, from the twenty "
             "most probable of each; at least so much.",
