@@ -253,8 +253,9 @@ def _words(run: Run) -> str:
             "engine's process held.",
             f"* *Lost*: answers that were right under {reference} and are no more, minus those "
             f"that were not and are now; where the file has no answer, or {reference} is hardly "
-            f"ever right, those that differ from {reference}'s.  In square brackets a 95 % interval: videos are drawn anew, and it "
-            "never ends nearer to the estimate than a loss that so many questions could miss.",
+            f"ever right, those that differ from {reference}'s.  In square brackets a 95 % "
+            "interval: videos are drawn anew, and it never ends nearer to the estimate than a "
+            "loss that so many questions could miss.",
             "* *KL*: how far the probabilities of an answer's first tokens moved, from the twenty "
             "most probable of each; at least so much.",
             "* The cheapest of many settings is a little lucky: ask it other questions before "
