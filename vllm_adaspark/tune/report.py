@@ -155,7 +155,7 @@ def verdict(run: Run) -> str:
         )
     said = [
         f"**Take {best.contender.name}**: it spends {percent(best.flops)} of the dense FLOPs"
-        + (f" ({percent(reference.flops)} as trained)" if reference.flops < 0.999 else "")
+        + (f" ({percent(reference.flops)} as trained)" if abs(reference.flops - 1) > 0.001 else "")
         + f", and lost {interval(best)} over {counted(best)}."
     ]
     if choice.sure:
