@@ -1,8 +1,8 @@
 """Extra losses while training: what the tokens of marks and questions should know, where to look.
 
 As in the needle model (its `hints.py`): linear heads on hidden states, and attention that is drawn
-to where the answer is.  A third mark of a colour is told from a second in two steps, as there.  The
-heads are not in the checkpoint.
+to where the answer is.  To count, a mark learns that another of its colour came before, and then,
+from such others, that two did.  The heads are not in the checkpoint.
 """
 
 import shared  # noqa: F401, puts the needle model's modules on the path
@@ -27,6 +27,7 @@ WEIGHTS = {"again": 2.0, "third": 3.0}  # of the others 1
 # What a question's last token should know that it asks for; the last class is "nothing".
 OF_QUESTION = {"skill": len(SKILLS), "asked": 9, "one": 5, "other": 5}
 PER_MARK = 4  # tokens of a mark that are asked
+BEFORE, AGAIN, THIRD = range(3)  # kinds of links
 
 
 def make_heads(hidden: int) -> torch.nn.ModuleList:
@@ -63,9 +64,7 @@ def named_before(scene: places.Scene, names: torch.Tensor, index: int) -> torch.
     Args:
         names: bool [marks, N], the tokens that name each mark.
     """
-    marks = scene.marks
-    alike = [i for i, m in enumerate(marks) if i != index and m.colour == marks[index].colour]
-    return (names[alike].cumsum(1) > 0).sum(0)
+    return (names[_alike(scene, index)].cumsum(1) > 0).sum(0)
 
 
 def of_question(question: places.Question) -> dict[str, int]:
@@ -83,28 +82,31 @@ def of_question(question: places.Question) -> dict[str, int]:
 
 
 def links(batch: Prompts) -> torch.Tensor:
-    """Tokens of marks that should look at another: int64 [L, 3] (video, token, mark).
+    """Tokens of marks that should look somewhere: int64 [L, 4] (video, token, kind, mark).
 
-    At the mark before, and, from the second of a colour on, at the one of that colour that was the
-    last to be told.
+    Of three kinds: at the mark before (`BEFORE`, which mark that is; else -1), at others of its
+    colour (`AGAIN`), and at those of them that saw another one still (`THIRD`).
     """
     found = []
     for video, (scene, names) in enumerate(zip(batch.scenes, batch.naming)):
-        told = [int(own.nonzero()[0, 0]) if own.any() else -1 for own in names]
-        for index, mark in enumerate(scene.marks):
-            own = names[index].nonzero()[:, 0]
-            if not len(own):
-                continue
-            last = int(own[-1])
-            alike = [
-                (told[i], i)
-                for i, other in enumerate(scene.marks)
-                if i != index and other.colour == mark.colour and 0 <= told[i] < last
-            ]
-            for other in {places.previous(scene, index), max(alike)[1] if alike else None} - {None}:
-                if names[other, :last].any():
-                    found.append([video, last, other])
-    return torch.tensor(found, dtype=torch.long).reshape(-1, 3)
+        for index in range(len(scene.marks)):
+            own = names[index].nonzero()[:, 0].tolist()
+            before = places.previous(scene, index)
+            if own and before is not None and names[before, : own[-1]].any():
+                found.append([video, own[-1], BEFORE, before])
+            if int(_alike(scene, index).sum()):
+                found += [
+                    [video, at, kind, -1] for at in {*own[:1], *own[-1:]} for kind in (AGAIN, THIRD)
+                ]
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 4)
+
+
+def _alike(scene: places.Scene, *indices: int) -> torch.Tensor:
+    """Which marks have the first one's colour and are none of these, bool [marks]."""
+    colour = scene.marks[indices[0]].colour
+    return torch.tensor(
+        [m.colour == colour and i not in indices for i, m in enumerate(scene.marks)]
+    )
 
 
 def loss(heads, batch: Prompts, made: Pass, wanted: torch.Tensor):
@@ -179,10 +181,40 @@ def _looks(batch: Prompts, looks: list[torch.Tensor]):
 
 
 def _linked(batch: Prompts, linked: list[torch.Tensor], wanted: torch.Tensor):
-    """How little of the attention of `links`' tokens goes where they should look, in any head."""
+    """How little of the attention of `links`' tokens goes where they should look.
+
+    For `BEFORE` in any head of any layer.  For the others in the first head of one layer, and there
+    to the text before the video where there is nothing to look at: what such a head brings tells
+    whether there was something.
+    """
     if not len(wanted):
         return 0.0, {}
-    target = torch.stack([batch.naming[video][mark] for video, _, mark in wanted.tolist()])
-    mass = [(look * target[:, None].to(look)).sum(-1) for look in linked]
-    most = torch.cat(mass, -1).amax(-1)  # [L]
-    return -(most + 1e-4).log().mean(), {"linked": most.mean().item()}
+    target = torch.stack([_target(batch, *row) for row in wanted.tolist()])  # [L, N]
+    mass = torch.stack([(look * target[:, None].to(look)).sum(-1) for look in linked])
+    kinds = wanted[:, 2].to(mass.device)
+    reached = {
+        "linked": mass.amax((0, 2))[kinds == BEFORE],
+        "linked again": mass[0, kinds == AGAIN, 0],
+        "linked third": mass[1, kinds == THIRD, 0],
+    }
+    reached = {name: share for name, share in reached.items() if len(share)}
+    total = sum(-(share + 1e-4).log().mean() for share in reached.values())
+    return total, {name: share.mean().item() for name, share in reached.items()}
+
+
+def _target(batch: Prompts, video: int, token: int, kind: int, mark: int) -> torch.Tensor:
+    """Where a link's token should look, bool [N]."""
+    scene, names = batch.scenes[video], batch.naming[video]
+    if kind == BEFORE:
+        return names[mark]
+    own = int(names[:, token].nonzero()[0, 0])
+    target = torch.zeros_like(names[own])
+    for other in _alike(scene, own).nonzero()[:, 0].tolist():
+        seen = names[other].clone()
+        if kind == THIRD:
+            seen &= (names[_alike(scene, own, other)].cumsum(1) > 0).any(0)
+        target |= seen
+    target[token:] = False
+    if not target.any():
+        target[: batch.video_from] = True
+    return target

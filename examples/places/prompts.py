@@ -25,6 +25,7 @@ class Prompts:
     """Videos of one length with their questions; fields as in the needle model's `batches.Batch`.
 
     naming: of each video bool [marks, N], the prefix's tokens that name each mark.
+    video_from: text tokens in front of the video.
     """
 
     prefix: torch.Tensor
@@ -37,6 +38,7 @@ class Prompts:
     asked: list[list[places.Question]]
     scenes: list[places.Scene]
     naming: list[torch.Tensor]
+    video_from: int
 
     def last_token(self) -> torch.Tensor:
         return batches.Batch.last_token(self)
@@ -115,6 +117,7 @@ def assemble(model, words: batches.Words, videos, questions) -> Prompts:
             torch.cat([names.new_zeros(len(names), len(before)), names], 1).to(device)
             for _, _, names, _ in videos
         ],
+        video_from=len(before),
     )
 
 

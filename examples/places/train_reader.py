@@ -71,7 +71,9 @@ SCHEDULE = (
     Phase(80, (32, 128), 1, 24, (2e-4, 1e-5), None, HARDER),
     Phase(360, (12, 64), 16, 8, (1e-3, 1e-3), 96, COUNTING),
     Phase(40, (24, 96), 2, 16, (8e-4, 6e-4), 1024, COUNTING),
-    Phase(160, (16, 64), 1, 24, (6e-4, 2e-4), None, COUNTING),
+    Phase(160, (16, 64), 1, 24, (6e-4, 3e-4), None, COUNTING),
+    Phase(500, (12, 64), 16, 8, (1e-3, 1e-3), 96, COUNTING),
+    Phase(160, (16, 64), 1, 24, (8e-4, 2e-4), None, COUNTING),
     Phase(60, (32, 128), 1, 24, (2e-4, 1e-5), None, COUNTING),
 )
 # What heads that were not kept learn from a trained model.

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,9 +188,9 @@ def test_composed_videos_hold_what_their_scene_says(model, calm):
                     batch.prefix_at[axis, video, before:][own] - before for axis in (1, 2)
                 )
                 assert (rows // 2 * 4 + columns // 2 == mark.window).all()
-        wanted = clues.links(batch)
-        for video, token, mark in wanted.tolist():
-            assert batch.naming[video][mark, :token].any()
+        for video, token, kind, mark in clues.links(batch).tolist():
+            if kind == clues.BEFORE:
+                assert batch.naming[video][mark, :token].any()
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path, calm, monkeypatch):
@@ -241,6 +242,31 @@ def test_a_mark_counts_from_when_it_can_be_told():
     assert counted[1] == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert counted[2] == [0] * 10
     assert counted[3] == [0, 1, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_where_marks_of_a_colour_look():
+    """At others before them; then at those that saw another still; else at the text in front."""
+    marks = [Mark(window, 3, digit, "pop", 2 * digit, 1) for digit, window in enumerate((0, 5, 10))]
+    names = torch.zeros(3, 12, dtype=torch.bool)
+    for row, tokens in enumerate(([3, 8], [4], [6, 9])):  # the first is seen again after the second
+        names[row, tokens] = True
+    batch = SimpleNamespace(
+        scenes=[Scene(0, 32, "calm", tuple(marks))], naming=[names], video_from=2
+    )
+    looks = {
+        (kind, at): clues._target(batch, 0, at, kind, mark).nonzero()[:, 0].tolist()
+        for _, at, kind, mark in clues.links(batch).tolist()
+    }
+    text = [0, 1]
+    again, third, before = clues.AGAIN, clues.THIRD, clues.BEFORE
+    assert looks.pop((before, 4)) == [3, 8] and looks.pop((before, 9)) == [4]
+    assert looks == {
+        (again, 3): text, (third, 3): text,
+        (again, 4): [3], (third, 4): text,
+        (again, 6): [3, 4], (third, 6): [4],
+        (again, 8): [4, 6], (third, 8): [6],
+        (again, 9): [3, 4, 8], (third, 9): [4, 8],
+    }  # fmt: skip
 
 
 def test_rotary_frequencies_are_dealt_out_as_vllm_does(model):
