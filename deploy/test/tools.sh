@@ -12,6 +12,8 @@ set -euo pipefail
 
 folder=${1:-$(dirname "$0")/../../.venv/bin}
 packages_fresh=
+# A mirror may fail once, and another program may be installing packages.
+apt=(apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
 
 has() {
     [[ -x "$folder/$1" ]] || command -v "$1" >/dev/null
@@ -32,14 +34,14 @@ know() {
     apt-cache show "$1" >/dev/null 2>&1 && return
     [[ -z $packages_fresh ]] || return 1
     packages_fresh=tried
-    as_root apt-get update -qq && apt-cache show "$1" >/dev/null 2>&1
+    as_root "${apt[@]}" update && apt-cache show "$1" >/dev/null 2>&1
 }
 
 # unpack PROGRAM PACKAGE: one program out of a package.
 unpack() {
     local program=$1 package=$2 work status=0
     # apt's own user may not write to the folder made here.
-    local download=(apt-get -qq -o APT::Sandbox::User=root download "$package")
+    local download=("${apt[@]}" -o APT::Sandbox::User=root download "$package")
     has "$program" && return
     know "$package" || return 1
     work=$(mktemp -d)
@@ -47,7 +49,7 @@ unpack() {
         cd "$work"
         # A list that is out of date names a version the mirror no longer has: one more try.
         "${download[@]}" ||
-            { as_root apt-get update -qq && "${download[@]}"; }
+            { as_root "${apt[@]}" update && "${download[@]}"; }
         dpkg-deb --extract ./*.deb .
     ) && mkdir -p "$folder" && install -m 0755 "$work/usr/bin/$program" "$folder/" || status=1
     rm -rf "$work"
@@ -59,9 +61,9 @@ install_package() {
     has "$1" && return
     know "$2" || return 1
     local install=(env DEBIAN_FRONTEND=noninteractive
-        apt-get install -y -qq --no-install-recommends "$2")
+        "${apt[@]}" install -y --no-install-recommends "$2")
     as_root "${install[@]}" >/dev/null ||
-        { as_root apt-get update -qq && as_root "${install[@]}" >/dev/null; }
+        { as_root "${apt[@]}" update && as_root "${install[@]}" >/dev/null; }
 }
 
 missing=()

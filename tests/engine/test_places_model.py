@@ -7,7 +7,7 @@ from needle.offline import Engine
 from needle.servers import Server
 from needle.videos import Cell, choose, write
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 CELL = Cell(32, PLACES_BED.size, bed=PLACES_BED)  # 2,048 video tokens
 VIDEOS = 5  # one of each haystack, seven questions each
 BUDGET = next(c for c in grid.on_places().contenders if c.name == "adaspark flops=0.4 bounds")

@@ -85,7 +85,8 @@ class Served:
         deadline = time.monotonic() + REPORT_SECONDS
         while True:
             text = self.report_file.read_text() if self.report_file.exists() else ""
-            lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+            # Behind the last end of a line may stand a part of the next.
+            lines = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
             if len(lines) >= number or time.monotonic() > deadline:
                 break
             time.sleep(0.05)

@@ -33,6 +33,7 @@ from vllm_adaspark import ARCHITECTURE
 
 pytestmark = pytest.mark.server
 END_SECONDS = 120  # it takes ten
+DRAIN_SECONDS = 600  # for answers of five hundred tokens, which take five
 SCRAPE_SECONDS = 60.0  # Prometheus would give up after ten; on a busy machine a test must not
 
 
@@ -65,11 +66,20 @@ class Scraper(threading.Thread):
 
 
 def scrape(url: str) -> dict[str, float]:
-    """Our series that have one sample, by name."""
+    """The series that have one sample, by name; of others, the last sample."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=SCRAPE_SECONDS) as response:
         families = list(text_string_to_metric_families(response.read().decode()))
-    ours = [sample for family in families for sample in family.samples]
-    return {s.name: s.value for s in ours if s.name.startswith("vllm_adaspark:")}
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def wait_for_requests(served: Served, number: int) -> None:
+    """Return once the engine has so many requests that are not answered yet."""
+
+    def there() -> bool:
+        now = scrape(served.server.url)
+        return now["vllm:num_requests_running"] + now["vllm:num_requests_waiting"] == number
+
+    wait_for(there, f"{number} requests")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +190,7 @@ def test_one_request_at_a_time_answers_all(faulty, media, good) -> None:
         assert {job.result(ANSWER_SECONDS).text for job in jobs} == {good}
 
 
-def open_unread(faulty, media) -> socket.socket:
+def open_unread(faulty, media, tokens: int = 150) -> socket.socket:
     """A client that asks for a long stream with much in it, and does not read."""
     host, port = faulty.server.url.removeprefix("http://").split(":")
     client = socket.socket()
@@ -189,7 +199,7 @@ def open_unread(faulty, media) -> socket.socket:
     client.connect((host, int(port)))
     body = json.dumps({
         "model": "tiny", "messages": about(media / "clip.mp4"), "stream": True,
-        "max_tokens": 150, "ignore_eos": True, "logprobs": True, "top_logprobs": 20,
+        "max_tokens": tokens, "ignore_eos": True, "logprobs": True, "top_logprobs": 20,
     })  # fmt: skip
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"
     client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -203,7 +213,8 @@ def test_a_client_that_never_reads_holds_up_nobody(faulty, media, good) -> None:
     assert faulty.ask((media / "clip.mp4").as_uri()).text == good
     rest = b""
     while not rest.endswith(b"0\r\n\r\n"):  # it reads after all: nothing was lost
-        rest += client.recv(1 << 20)
+        assert (more := client.recv(1 << 20)), "the server closed the connection"
+        rest += more
     client.close()
     assert b"data: [DONE]" in rest and rest.count(b'"top_logprobs"') == 150
 
@@ -228,7 +239,8 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def test_a_killed_worker_ends_the_server(faulty, media, scraper) -> None:
-    unread = open_unread(faulty, media)
+    unread = open_unread(faulty, media, tokens=3000)
+    wait_for_requests(faulty, 1)
     with killed(faulty, media, "Worker"):
         scraper.stop()
         unread.close()
@@ -260,7 +272,7 @@ def test_a_killed_engine_ends_the_server(another, media) -> None:
 
 @contextlib.contextmanager
 def killed(served: Served, media: Path, name: str) -> Iterator[None]:
-    """Kill a process of the server's while somebody waits for an answer.
+    """Kill a process of the server's while somebody waits for an answer, and another has a stream.
 
     Answers under way fail, nothing hangs, and who watches the server's process starts it again.
     """
@@ -269,7 +281,7 @@ def killed(served: Served, media: Path, name: str) -> Iterator[None]:
     assert len(found) == 1, descendants(process.pid)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(served.ask, (media / "other.mp4").as_uri(), max_tokens=3000)
-        time.sleep(1)
+        wait_for_requests(served, 2)
         os.kill(found[0], signal.SIGKILL)
         with pytest.raises(openai.APIError):
             waiting.result(END_SECONDS)
@@ -292,18 +304,18 @@ def streamed(served: Served, media: Path, tokens: int = 3000) -> Iterator:
 def test_sigterm_lets_answers_end(checkpoint, media, tmp_path) -> None:
     """``--shutdown-timeout``: what was asked is answered to its end; then all ends well."""
     clip = (media / "clip.mp4").as_uri()
-    options = ("--shutdown-timeout", "100")
+    options = ("--shutdown-timeout", str(DRAIN_SECONDS))
     with serving(checkpoint, media, tmp_path, *options, kind=VllmServer) as served:
         process = served.server.process
-        stream = streamed(served, media, tokens=150)
+        stream = streamed(served, media, tokens=500)
         assert next(stream)
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(served.ask, clip, max_tokens=140)
-            time.sleep(1)
+            waiting = pool.submit(served.ask, clip, max_tokens=490)
+            wait_for_requests(served, 2)
             process.send_signal(signal.SIGTERM)
-            answer, chunks = waiting.result(END_SECONDS), list(stream)
-        assert answer.tokens == 140 and chunks[-2].choices[0].finish_reason == "length"
-        assert chunks[-1].usage.completion_tokens == 150
+            answer, chunks = waiting.result(DRAIN_SECONDS), list(stream)
+        assert answer.tokens == 490 and chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].usage.completion_tokens == 500
         assert chunks[-1].usage.adaspark is None, "vLLM's engine answers no questions any more"
         assert process.wait(END_SECONDS) == 0
         wait_for(lambda: not group(process.pid), "end of its processes")
@@ -327,7 +339,7 @@ def test_sigterm_without_a_timeout_ends_answers(checkpoint, media, tmp_path) -> 
         assert next(stream)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(served.client.chat.completions.create, **asked)
-            time.sleep(1)
+            wait_for_requests(served, 2)
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(openai.InternalServerError):
                 assert waiting.result(END_SECONDS).choices[0].finish_reason == "abort"

@@ -72,10 +72,13 @@ def test_two_concurrent_requests_answer_as_each_alone(served: Served, media: Pat
 
     alone = [ask(nth, "alone")[0] for nth in range(2)]
     barrier = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(ask, range(2), ["together"] * 2, [barrier] * 2))
-    assert [text for text, _, _ in together] == alone
-    assert max(began for _, began, _ in together) < min(ended for _, _, ended in together)
+    for attempt in range(20):  # a busy system may let one run only when the other has ended
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(ask, range(2), [f"{attempt}"] * 2, [barrier] * 2))
+        assert [text for text, _, _ in together] == alone
+        if max(began for _, began, _ in together) < min(ended for _, _, ended in together):
+            return
+    pytest.fail("they never ran beside each other")
 
 
 def test_settings_of_a_request_take_effect(served: Served, media: Path) -> None:

@@ -15,7 +15,10 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from vllm_adaspark.tune import journal
 
 FLOPS = 1e9
 LAYERS = 4
@@ -53,15 +56,21 @@ def answer_all(job: Any, pipe: Any, parent: int) -> None:
         os._exit(7)
     pipe.send(("speed", 1e12))
     pipe.send(("up", 1.0))
-    left = int(os.environ.get("FAKE_STOPS_AFTER", "-1"))
+    left = asked = int(os.environ.get("FAKE_STOPS_AFTER", "-1"))
     for contender in job.contenders:
         for questions in job.videos[contender.name]:
             if left == 0:
-                time.sleep(1)  # until what was sent has been read
+                wait_for_lines(job.log.with_name(journal.NAME), 1 + asked)
                 os.kill(parent, int(os.environ.get("FAKE_SIGNAL", signal.SIGINT)))
                 return
             left -= 1
             pipe.send(("answers", line(contender, questions)))
+
+
+def wait_for_lines(path: Path, number: int) -> None:
+    """Until what was sent has been read and kept."""
+    while path.read_text().count("\n") < number:
+        time.sleep(0.01)
 
 
 def kept(contender: Any) -> float:

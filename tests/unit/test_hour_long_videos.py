@@ -51,7 +51,8 @@ def test_hundreds_of_budgets_leave_nothing_behind() -> None:
         settings = AdaSparkConfig().override({"flops": budget}, request=True)
         return prompt_cost(SHAPE, LAYERS, is_video, settings).share(budget)
 
-    share(0.5)
+    for n in range(50):  # what Python itself keeps for later is there before
+        share(0.5 + n / 3000)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -62,7 +63,7 @@ def test_hundreds_of_budgets_leave_nothing_behind() -> None:
         tracemalloc.stop()
     assert all(one <= other for one, other in itertools.pairwise(shares))
     assert len(set(shares)) > 100, "they are different budgets"
-    assert kept < 30_000, "400 numbers and their list"
+    assert kept < 400 * 150, "the numbers, their list, and not so much as an empty array of each"
 
 
 def traced(number: int) -> Trace:

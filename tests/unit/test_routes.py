@@ -271,7 +271,7 @@ def test_readers_of_traces_take_turns() -> None:
         return "read"
 
     async def many() -> None:
-        turns = Turns(most=5)
+        turns = Turns(most=5, longest_pause=60)
         readers = [turns.take(read, 60) for _ in range(8)]
         answers = await asyncio.gather(*readers, return_exceptions=True)
         assert answers[:5] == ["read"] * 5, "and the others do not wait in vain"
