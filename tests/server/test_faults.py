@@ -213,7 +213,8 @@ def test_a_client_that_never_reads_holds_up_nobody(faulty, media, good) -> None:
     assert faulty.ask((media / "clip.mp4").as_uri()).text == good
     rest = b""
     while not rest.endswith(b"0\r\n\r\n"):  # it reads after all: nothing was lost
-        assert (more := client.recv(1 << 20)), "the server closed the connection"
+        more = client.recv(1 << 20)
+        assert more, "the server closed the connection"
         rest += more
     client.close()
     assert b"data: [DONE]" in rest and rest.count(b'"top_logprobs"') == 150
