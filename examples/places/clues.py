@@ -163,21 +163,38 @@ def _looks(batch: Prompts, looks: list[torch.Tensor]):
     """How little of each question's attention goes to the marks it is about.
 
     A mark learns which one was before it in the first of these layers, so "after", which looks for
-    that, cannot find it there yet.
+    that, cannot find it there yet.  A mark that is one of several of its colour knows so before the
+    last of these layers: there "count" looks for the tokens that have seen all others.
     """
     wanted = torch.zeros_like(looks[0])
-    early = torch.ones(wanted.shape[:2], dtype=torch.bool, device=wanted.device)
+    first = torch.zeros(wanted.shape[:2], dtype=torch.long, device=wanted.device)
     for video, row in enumerate(batch.asked):
         for number, question in enumerate(row):
-            wanted[video, number] = batch.naming[video][list(question.about)].any(0).float()
-            early[video, number] = question.skill != "after"
+            wanted[video, number] = _about(batch, video, question).float()
+            if question.skill == "after":
+                first[video, number] = 1
+            elif question.skill == "count" and len(question.about) > 1:
+                first[video, number] = len(looks) - 1
     mass = torch.stack([(look * wanted).sum(-1) for look in looks])
-    able = torch.stack([early, *[torch.ones_like(early)] * (len(looks) - 1)])
+    able = torch.arange(len(looks), device=first.device)[:, None, None] >= first
     total = -(mass[able] + 1e-4).log().mean()
     shares = {"look": mass[-1].mean().item()}
-    if not early.all():
-        shares["look after"] = mass[-1][~early].mean().item()
+    for skill, layer in (("after", 1), ("count", len(looks) - 1)):
+        if (first == layer).any():
+            shares[f"look {skill}"] = mass[-1][first == layer].mean().item()
     return total, shares
+
+
+def _about(batch: Prompts, video: int, question: places.Question) -> torch.Tensor:
+    """The tokens at which looking once is enough, bool [N]."""
+    scene, names = batch.scenes[video], batch.naming[video]
+    if question.skill != "count":
+        return names[list(question.about)].any(0)
+    seen = [
+        names[i] & (named_before(scene, names, i) == len(question.about) - 1)
+        for i in question.about
+    ]
+    return torch.stack(seen).any(0)
 
 
 def _linked(batch: Prompts, linked: list[torch.Tensor], wanted: torch.Tensor):

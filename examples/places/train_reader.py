@@ -75,6 +75,9 @@ SCHEDULE = (
     Phase(500, (12, 64), 16, 8, (1e-3, 1e-3), 96, COUNTING),
     Phase(160, (16, 64), 1, 24, (8e-4, 2e-4), None, COUNTING),
     Phase(60, (32, 128), 1, 24, (2e-4, 1e-5), None, COUNTING),
+    Phase(320, (12, 64), 16, 8, (1e-3, 1e-3), 96, COUNTING),
+    Phase(140, (16, 64), 1, 24, (8e-4, 3e-4), None, COUNTING),
+    Phase(50, (32, 128), 1, 24, (3e-4, 1e-5), None, COUNTING),
 )
 # What heads that were not kept learn from a trained model.
 HEADS_ALONE = Phase(60, (12, 48), 16, 8, (1e-2, 3e-3), 96)

@@ -267,6 +267,14 @@ def test_where_marks_of_a_colour_look():
         (again, 8): [4, 6], (third, 8): [6],
         (again, 9): [3, 4, 8], (third, 9): [4, 8],
     }  # fmt: skip
+    ask = places.Question("count", "How many gray cards are there?", "3", (0, 1, 2), (0, 1, 2))
+    assert clues._about(batch, 0, ask).nonzero()[:, 0].tolist() == [
+        6,
+        8,
+        9,
+    ]  # all were seen by then
+    ask = replace(ask, skill="place", about=(0,))
+    assert clues._about(batch, 0, ask).nonzero()[:, 0].tolist() == [3, 8]
 
 
 def test_rotary_frequencies_are_dealt_out_as_vllm_does(model):
