@@ -12,17 +12,21 @@ import torch
 LARGEST = 16 * 2**20  # bytes, of all files together: the checkpoint lives in the repository
 
 
-def export(trained: Path, path: Path, build=network.build, texts=None) -> Path:
+def export(trained: Path | list[Path], path: Path, build=network.build, texts=None) -> Path:
     """Write the checkpoint to the folder `path` and return it.
 
     Args:
+        trained: of one training, at one step or at several; the mean of several is written, a file
+            that is named twice counts twice.
         build: makes the untrained model.
         texts: what its tokenizer must know; None for the questions of `scenes.py`.
 
     Raises:
         ValueError: the files are larger than `LARGEST`.
     """
-    weights = torch.load(trained, map_location="cpu")["average"]
+    files = trained if isinstance(trained, list) else [trained]
+    saved = [torch.load(file, map_location="cpu")["average"] for file in files]
+    weights = {name: sum(each[name] for each in saved) / len(saved) for name in saved[0]}
     model = build(layers=network.layers_of(weights))
     model.load_state_dict(weights)
     network.save(model, path, texts)
