@@ -4,8 +4,9 @@
 once per cube, and a cube that a chunk edge cuts would run dense; where chunks end follows from what
 else is in a step, so an answer would depend on its neighbours.  A chunk that would end inside such
 a block ends before it.  If nothing of it is left, the request waits for the next step, and whoever
-is behind it gets the tokens.  A server whose steps may be shorter than a block cuts as stock vLLM
-does, and says so when it starts.
+is behind it gets the tokens.  Cubes that choose together (``tile_cubes``) are one such block, and a
+prefix hit that would end between them ends before both.  A server whose steps may be shorter than
+that cuts as stock vLLM does, and says so when it starts.
 
 **Prompts in one step** (``Settings.one_step``).  Where a method drops tokens between layers, a
 prompt's text decides which video tokens go on, so it must run in one step; and its KV blocks must
@@ -32,11 +33,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from .methods.base import method_class
+from .methods.base import method_class, server_settings
 from .models.layout import layout_of
 from .requests import Prompt, media_of, settings_of
 
@@ -52,7 +54,7 @@ class ChunkRules:
     Attributes:
         tokens: of the prompt that this was made for.
         one_step: whether the prompt must run in one step, in blocks of its own.
-        uncut: ``[blocks]`` bool, blocks of the prompt that no chunk may end in; None for none.
+        uncut: ``[blocks]`` int, see ``Method.uncut_blocks``; None where a chunk may end anywhere.
     """
 
     tokens: int
@@ -61,9 +63,10 @@ class ChunkRules:
 
     def chunk_end(self, end: int, size: int) -> int:
         """Where a chunk ends that would end before token ``end``; ``size``: tokens in a block."""
-        block, inside = divmod(end, size)
-        cuts = inside and self.uncut is not None and block < len(self.uncut) and self.uncut[block]
-        return end - inside if cuts else end
+        block = end // size
+        if self.uncut is None or block >= len(self.uncut) or self.uncut[block] < 0:
+            return end
+        return int(self.uncut[block]) * size
 
 
 class ChunkRulesMixin:
@@ -76,14 +79,15 @@ class ChunkRulesMixin:
         self._after_video = layout_of(hf_config).after_video
         self._rules: WeakKeyDictionary[Request, ChunkRules] = WeakKeyDictionary()
         self._size = self.vllm_config.cache_config.block_size
-        self._may_cut = self._shortest_whole_step() < self._size
+        tile = server_settings(hf_config).tile_tokens
+        self._may_cut = self._shortest_whole_step() < tile
         if self._may_cut:
             logger.warning(
-                "AdaSpark: steps of this server may hold less than a KV block of %d tokens, so "
-                "chunk edges cut cubes, which then run dense, and a choice may depend on what "
-                "shares the step; set --max-num-batched-tokens, --max-num-scheduled-tokens and "
-                "--long-prefill-token-threshold to %d or more",
-                *(self._size, self._size),
+                "AdaSpark: steps of this server may hold less than the %d tokens that choose "
+                "together, so chunk edges cut cubes, which then run dense, and a choice may depend "
+                "on what shares the step; set --max-num-batched-tokens, --max-num-scheduled-tokens "
+                "and --long-prefill-token-threshold to %d or more",
+                *(tile, tile),
             )
 
     def _shortest_whole_step(self) -> int:
@@ -102,6 +106,16 @@ class ChunkRulesMixin:
             request.block_hashes.clear()  # made with the client's salt
             request.update_block_hashes()
         super().add_request(request)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        """As stock, but a hit that would end between blocks that choose together ends before."""
+        blocks, tokens, *rest = super()._get_local_prefix_cache_hit(request)
+        end = self._rules_of(request).chunk_end(tokens, self._size)
+        if end < tokens and not self._may_cut:
+            whole = end // self._size
+            blocks = KVCacheBlocks(tuple(group[:whole] for group in blocks.blocks))
+            tokens = end
+        return blocks, tokens, *rest
 
     def _try_schedule_encoder_inputs(
         self,

@@ -169,6 +169,11 @@ class Settings:
         t, h, w = self.cube
         return t * h * w
 
+    @property
+    def tile_tokens(self) -> int:
+        """The most video tokens that choose as one, from a multiple of so many on."""
+        return self.cube_volume
+
     def override(
         self,
         settings: Mapping[str, Any] | str | None,

@@ -88,6 +88,7 @@ def random_adaspark(rng: np.random.Generator) -> Case:
     most = int(rng.choice([3, 6])) if block > 32 else int(rng.choice([4, 9]))
     requests = random_requests(rng, block, settings, most)
     chunk = int(rng.choice([block, 2 * block, 50, 100, 333, 10_000]))
+    server["tile_cubes"] = int(rng.integers(1, 3))
     return Case(
         "adaspark",
         random_shape(rng),

@@ -18,6 +18,7 @@ from vllm_adaspark.methods.adaspark.settings import SCORES, AdaSparkConfig
 from vllm_adaspark.paged.tiles import DENSE
 
 CASES = 240
+PAIRED = 120  # more, with two cubes in a tile
 # A bf16 logit may round the other way on another CPU, which moves a pooled probability a little.
 TIE = {torch.float32: 2e-6, torch.bfloat16: 2e-4}
 CUBES = {32: (2, 4, 4), 64: (4, 4, 4), 128: (8, 4, 4)}
@@ -49,7 +50,7 @@ def random_config(rng: np.random.Generator, block: int) -> AdaSparkConfig:
     )
 
 
-@pytest.mark.parametrize("seed", range(CASES))
+@pytest.mark.parametrize("seed", range(CASES + PAIRED))
 def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(seed)
     block = int(rng.choice([32, 32, 64, 128]))
@@ -65,6 +66,7 @@ def test_fast_path_equals_twin(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
         "dense_below": int(rng.integers(0, 4)),
         "cube_queries": int(rng.choice([4, 16, 128])),
         "score": str(rng.choice(SCORES)),
+        "tile_cubes": 1 + (seed >= CASES),
     }
     server = AdaSparkConfig(cube=CUBES[block], **servers)
     pool = list(range(1, 200))

@@ -240,9 +240,11 @@ class Method:
 
     @classmethod
     def uncut_blocks(cls, settings: Settings, prompt: Prompt) -> np.ndarray | None:
-        """``[blocks]`` bool: the KV blocks of a prompt that no chunk should end in; None for none.
+        """``[blocks]`` int: the KV blocks of a prompt that no chunk should end in; None for none.
 
-        So that a choice does not depend on where the scheduler ends a chunk, which follows from
+        A chunk that would end in a block ends before the one that is named here, itself or one
+        before it with which it chooses; -1 lets a chunk end anywhere in it.  No prefix hit ends
+        between blocks that choose together either.  So that a choice does not depend on where the scheduler ends a chunk, which follows from
         what else is in a step.  The scheduler sees to it (scheduler.py), if :meth:`check_server`
         has chosen ours.
         """
@@ -334,11 +336,16 @@ def method_class(hf_config: Any) -> type[Method]:
     return load(_resolved(hf_config).get(METHOD_KEY, "adaspark"))
 
 
+def server_settings(hf_config: Any) -> Settings:
+    """The server's settings, as startup.StartupCheck left them on the model's config."""
+    settings = method_class(hf_config).settings_class()
+    return settings.override(_resolved(hf_config).get("settings"))
+
+
 def of_model(hf_config: Any, device_type: str) -> Method:
     """The server's method, as startup.StartupCheck left it on the model's config."""
-    method = method_class(hf_config)
-    settings = method.settings_class().override(_resolved(hf_config).get("settings"))
-    made = method(settings, hf_config.get_text_config(), device_type)
+    settings = server_settings(hf_config)
+    made = method_class(hf_config)(settings, hf_config.get_text_config(), device_type)
     made.step_tokens = _resolved(hf_config).get("step_tokens")
     return made
 

@@ -2,13 +2,13 @@
 
 There are three kinds:
 
-* ``VIDEO``: a complete cube, all of it in this step.
+* ``VIDEO``: a complete cube, all of it in this step; or a method's number of neighbouring ones.
 * ``TEXT``: one token that is not video: question, answer, decode.
 * ``DENSE``: a run of tokens that attend to everything.  A chunk edge inside a cube may thus only
   make more be computed.
 
-A tile's *candidates* are the cubes before its own block, of which a method keeps some.  All other
-blocks up to and including its own are always attended: blocks that hold text, and the own block.
+A tile's *candidates* are the cubes before its own blocks, of which a method keeps some.  All other
+blocks up to and including its own are always attended: blocks that hold text, and the own blocks.
 Which tokens are tiles is the method's to say; what follows from it, for tables and counts, is here.
 """
 
@@ -187,6 +187,7 @@ def cut_tiles(
     text: np.ndarray,
     size: int,
     scored: np.ndarray,
+    tile_cubes: int = 1,
 ) -> Tiles:
     """Cut the step into tiles.
 
@@ -196,7 +197,10 @@ def cut_tiles(
         video: ``[tokens]`` bool, tokens whose cube may be a VIDEO tile, if it is whole.
         text: ``[tokens]`` bool, text tokens that are a TEXT tile each.
         size: tokens in a KV block.
-        scored: ``[rows]`` tokens of a VIDEO tile that are scored, 0 in rows that score none.
+        scored: ``[rows]`` tokens of a cube that are scored, 0 in rows that score none.
+        tile_cubes: how many cubes may be one VIDEO tile.  They are blocks ``n * tile_cubes`` and
+            what follows of a request, so that where a chunk begins does not decide who is paired;
+            those that are no VIDEO tokens of this step leave the others to be tiles without them.
     """
     row = tokens.row
     kind = np.where(video & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))
@@ -204,16 +208,18 @@ def cut_tiles(
     opens = np.diff(row, prepend=-1) != 0
     opens |= np.diff(kind, prepend=-1) != 0
     opens |= kind == TEXT
-    opens |= (kind == VIDEO) & (tokens.position % size == 0)
+    opens |= (kind == VIDEO) & (tokens.position % (size * tile_cubes) == 0)
     start = np.flatnonzero(opens)
     length = np.diff(start, append=len(row))
     last = start + length - 1
     block = tokens.block[last]
     kind, row = kind[start], row[start]
-    candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < block[:, None])
+    first_block = tokens.block[start]
+    candidates = row_cubes[row] & (np.arange(row_cubes.shape[1]) < first_block[:, None])
     candidates &= (kind != DENSE)[:, None]
     tail_gap = (block + 1) * size - tokens.position[last] - 1
-    scored = np.select([kind == VIDEO, kind == TEXT], [scored[row], np.minimum(scored[row], 1)], 0)
+    of_cubes = scored[row] * (length // size)
+    scored = np.select([kind == VIDEO, kind == TEXT], [of_cubes, np.minimum(scored[row], 1)], 0)
     return Tiles(row, start, length, block, kind, scored, tail_gap, candidates)
 
 

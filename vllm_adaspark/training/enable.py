@@ -127,6 +127,7 @@ def plan_step(
         config.cube_volume,
         dense_below=config.dense_below,
         cube_queries=config.cube_queries,
+        tile_cubes=config.tile_cubes,
         device=step.take.device,
     )
 

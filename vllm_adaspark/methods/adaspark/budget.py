@@ -25,7 +25,7 @@ import numpy as np
 from ...accounts.flops import Forecast, ModelShape
 from ...paged.plan import MAX_TEXT_TILES
 from ...settings import SHARE_STEPS
-from .request import choosing_text
+from .request import choosing_text, joins_before
 from .settings import AdaSparkConfig
 
 # Below this share of what may be left out, choosing has no room: an FFN cube keeps one token of 64.
@@ -118,11 +118,14 @@ def prompt_cost(
     text = choosing_text(is_video, config)
     if config.text_queries == "dense" or text.sum() > MAX_TEXT_TILES:
         text[:] = 0
-    video_blocks, text_blocks = np.flatnonzero(is_cube & chooses), np.flatnonzero(text)
+    joins = joins_before(is_cube, config)
+    video_blocks = np.flatnonzero(is_cube & chooses & ~joins)  # that begin a tile
+    of_tile = 1 + np.append(joins, False)[video_blocks + 1]  # cubes
+    text_blocks = np.flatnonzero(text)
     block = np.concatenate([video_blocks, text_blocks])  # [groups]
     text = text[text_blocks]
-    queries = np.concatenate([np.full(len(video_blocks), size), text])
-    scored = np.concatenate([np.full(len(video_blocks), min(config.cube_queries, size)), text])
+    queries = np.concatenate([of_tile * size, text])
+    scored = np.concatenate([of_tile * min(config.cube_queries, size), text])
     scored *= config.selection != "uniform"  # which looks at no score
 
     number = int(is_cube.sum())

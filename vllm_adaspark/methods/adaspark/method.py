@@ -18,7 +18,7 @@ from ..base import SCHEDULER, AttentionCall, FFNCall, Method
 from .budget import PromptCost, prompt_cost
 from .ffn import active_tokens, sparse_ffn
 from .planner import build_plan
-from .request import AdaSparkRequest
+from .request import AdaSparkRequest, joins_before
 from .score import choose_cubes
 from .settings import AdaSparkConfig
 
@@ -50,11 +50,18 @@ class AdaSpark(Method):
 
     @classmethod
     def uncut_blocks(cls, settings: AdaSparkConfig, prompt: Prompt) -> np.ndarray | None:
-        """Cubes, if anything may be left out: a cut one would run dense."""
+        """Cubes, if anything may be left out: a cut one would run dense.
+
+        Those that choose together stay together, or each would choose for itself.
+        """
         request = AdaSparkRequest(settings, prompt.of(cls.media))
         shares = request.settings.attention_share, request.settings.ffn_share
         budget = settings.enabled and settings.flops is not None
-        return request.is_cube if budget or min(shares) < 1 else None
+        if not budget and min(shares) == 1:
+            return None
+        joins = settings.sparse_attention & joins_before(request.is_cube, settings)
+        first = np.arange(len(joins)) - joins
+        return np.where(request.is_cube, first, -1)
 
     def refuse(self, settings: AdaSparkConfig, named: Any, prompt: Prompt) -> None:
         """Refuse a budget that the request itself names and that its prompt cannot keep."""
@@ -123,6 +130,7 @@ class AdaSpark(Method):
             self.settings.cube_volume,
             dense_below=self.settings.dense_below,
             cube_queries=self.settings.cube_queries,
+            tile_cubes=self.settings.tile_cubes,
             device=device,
         )
 

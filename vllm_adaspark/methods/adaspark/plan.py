@@ -2,8 +2,9 @@
 
 Made once per step by planner.py, then used by every layer.  The tiles are those of paged/tiles.py:
 
-* ``VIDEO``: a cube.  Its tokens choose cubes together: some of them, spread over it, are scored
-  (settings.cube_queries), all of them attend to what these choose.
+* ``VIDEO``: a cube, or two neighbouring ones (settings.tile_cubes).  Its tokens choose cubes
+  together: some of them, spread over each cube, are scored (settings.cube_queries), all of them
+  attend to what these choose.
 * ``TEXT``: a text token chooses for itself, so its choice does not depend on which text shares its
   step (chunked prefill, preemption, prefix hits).
 * ``DENSE``: tokens before or without cubes, of requests with p >= 1, the text of a prompt in which
@@ -34,7 +35,7 @@ class ScoreJob:
     row: torch.Tensor  # [rows] int64
     tokens: torch.Tensor  # [rows, tokens] int64, index into the step
     tile_of: torch.Tensor  # [rows, tokens] or [rows, tiles] int64
-    own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below it
+    own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below this first
     limit: torch.Tensor  # the same on the device, int32
     scored: int  # tokens of a tile
     gap_blocks: list[int]  # of a VIDEO job's row: blocks that are no cubes, rising; else empty

@@ -38,6 +38,7 @@ def build_plan(
     *,
     dense_below: int,
     cube_queries: int,
+    tile_cubes: int = 1,
     device: torch.device,
 ) -> StepPlan | None:
     """The plan of a step, or None when no request with video is in it.
@@ -50,7 +51,8 @@ def build_plan(
         requests: ``[rows]`` what is known of each; None for one without video, and for padding.
         block_size: tokens in a KV block, which is a cube's volume.
         dense_below: tiles with fewer candidates attend to all of them.
-        cube_queries: tokens of a VIDEO tile whose probabilities decide.
+        cube_queries: tokens of a cube whose probabilities decide.
+        tile_cubes: neighbouring cubes that are one VIDEO tile.
         device: where the layers run.
     """
     spans = list(zip(requests, rows.computed.tolist(), rows.seq_lens.tolist(), strict=True))
@@ -74,7 +76,7 @@ def build_plan(
     text, too_long = _text_that_chooses(tokens, requests, settings, may_choose)
     offsets = spread_tokens(size, cube_queries)  # of the tokens of a cube that are scored
     scored = np.where(settings.rule == UNIFORM, 0, len(offsets))  # it looks at no score
-    tiles = cut_tiles(tokens, row_cubes, may_choose, text, size, scored)
+    tiles = cut_tiles(tokens, row_cubes, may_choose, text, size, scored, tile_cubes)
     number = len(requests)
     return StepPlan(
         attention=_attention_plan(
@@ -155,7 +157,7 @@ def _attention_plan(
     return AttentionPlan(
         **tile_fields(rows, tiles, table, device),
         first_layer=int(dense_layers.min()),
-        jobs=_score_jobs(tiles, sparse, row_cubes, offsets, device),
+        jobs=_score_jobs(tiles, sparse, row_cubes, offsets, size, device),
         row_blocks=to(table, torch.int64),
         row_cubes=to(row_cubes, torch.bool),
         share=to(settings.attention_share[sparse_row], torch.float32),
@@ -194,6 +196,8 @@ def _attention_budget(
     groups = []
     for r in np.unique(row[budgeted & (kind == VIDEO)]):
         video = np.flatnonzero((row == r) & (kind == VIDEO))
+        # What a tile of two cubes keeps costs twice as much, so it counts twice.
+        video = np.repeat(video, tiles.length[sparse[video]] // size)
         left = keep[video].sum() - too_many[tokens.row[cut] == r].sum()
         left = np.maximum(left, least[video].sum(keepdims=True))
         groups.append(BudgetGroups.of(video[None], left, device))
@@ -208,24 +212,29 @@ def _score_jobs(
     sparse: np.ndarray,
     row_cubes: np.ndarray,
     offsets: np.ndarray,
+    size: int,
     device: torch.device,
 ) -> list[ScoreJob]:
     """Group the tokens of sparse tiles so that each job is a few dense matrix products.
 
-    Tiles that score no token have none.  One job per row and kind; rows with a single text token
-    (decode) share one job.  ``offsets``, in its block, are those of a VIDEO tile's scored tokens.
+    Tiles that score no token have none.  One job per row, kind and length; rows with a single text
+    token (decode) share one job.  ``offsets``, in its block, are those of a cube's scored tokens.
     """
     jobs: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     row = tiles.row[sparse]
     kind = np.where(tiles.scored[sparse] > 0, tiles.kind[sparse], DENSE)
     start = tiles.start[sparse]
+    cubes = tiles.length[sparse] // size  # of a VIDEO tile
+    own_block = tiles.block[sparse] - np.maximum(cubes - 1, 0)  # the first of its own
     alone = (kind == TEXT) & (np.bincount(row[kind == TEXT], minlength=len(row_cubes))[row] == 1)
     for r in np.unique(row[(kind != DENSE) & ~alone]):
         video = np.flatnonzero((row == r) & (kind == VIDEO))
         text = np.flatnonzero((row == r) & (kind == TEXT) & ~alone)
-        if len(video):
-            tokens = start[video, None] + offsets
-            jobs.append((VIDEO, np.array([r]), tokens.reshape(1, -1), video[None]))
+        for number in np.unique(cubes[video]):
+            tile = video[cubes[video] == number]
+            of_tile = (np.arange(number)[:, None] * size + offsets).flatten()
+            tokens = start[tile, None] + of_tile
+            jobs.append((VIDEO, np.array([r]), tokens.reshape(1, -1), tile[None]))
         if len(text):
             jobs.append((TEXT, np.array([r]), start[text][None], text[None]))
     if alone.any():
@@ -241,8 +250,8 @@ def _score_jobs(
                 tokens=torch.as_tensor(tokens).to(device),
                 scored=tokens.shape[1] // tile_of.shape[1],
                 tile_of=torch.as_tensor(tile_of).to(device),
-                own_block=tiles.block[sparse[tile_of]],
-                limit=torch.as_tensor(tiles.block[sparse[tile_of]]).to(device, torch.int32),
+                own_block=own_block[tile_of],
+                limit=torch.as_tensor(own_block[tile_of]).to(device, torch.int32),
                 gap_blocks=gaps.tolist(),
                 gaps=torch.as_tensor(gaps).to(device),
             )

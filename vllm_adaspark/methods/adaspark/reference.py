@@ -5,8 +5,8 @@ Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and
 * ``paper_*``: the paper to the letter.  Every query token and query head chooses its own cubes;
   every cube chooses its own active tokens.
 * ``tile_*``: what a paged, chunked engine can do fast.  A cube is a full KV block of video tokens,
-  the tokens of a cube choose together, once per KV head, and a cube that a chunk edge cuts through
-  runs dense.  The fast path must equal this one: index sets exactly, outputs to rounding.
+  the tokens of a cube (or of two) choose together, once per KV head, and a cube that a chunk edge
+  cuts through runs dense.  The fast path must equal this one: index sets exactly, outputs to rounding.
 
 How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
 
@@ -32,9 +32,9 @@ from .settings import AdaSparkConfig
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What some tokens of one KV block in one chunk chose together."""
+    """What some tokens of one KV block, or of two cubes, in one chunk chose together."""
 
-    block: int  # index of the block in the sequence
+    block: int  # index of the (first) block in the sequence
     tokens: range  # absolute positions of the tile's queries
     kind: str  # "video", "text" or "cut", see tile_attention
     dense: bool  # attends to everything
@@ -144,15 +144,17 @@ def tile_attention(
 
     * ``"video"``: a cube wholly in the chunk.  ``config.cube_queries`` of its tokens, spread over
       it, and the heads of a GQA group average their probabilities and choose once per KV head.  Its
-      logits, and the scaled keys in them, are rounded to the inputs' dtype.
+      logits, and the scaled keys in them, are rounded to the inputs' dtype.  With
+      ``config.tile_cubes=2`` an even block and the next are one tile if both are cubes wholly in
+      the chunk and the first may choose; so many tokens of each are averaged.
     * ``"text"``: one token that is not video.  The heads of a GQA group average and choose once.
     * ``"cut"``: the video tokens of any other block.  They attend to everything.
 
     A logit is that of the cube's mean key, or with ``config.score="bounds"`` that of the largest
     product that a key can have whose every dimension lies between the cube's smallest and largest.
 
-    A tile attends to the cubes it kept, to all anchor blocks before it and to its own block
-    causally.
+    A tile attends to the cubes it kept, to all anchor blocks before it and to its own block (or
+    two) causally.
 
     Args:
         q: ``[n, heads, d]``; only rows in ``chunk`` are read.
@@ -182,7 +184,7 @@ def tile_attention(
     of_cube = {b: scored_by(k[at.start : at.stop]) for b, at in cubes.items()}
 
     found = []  # (block, tokens, kind, dense, candidates, probs [kv_heads, candidates] or None)
-    for block, tokens, kind in _in_tiles(is_video, chunk, block_size):
+    for block, tokens, kind in _in_tiles(is_video, chunk, block_size, config):
         rows = slice(tokens.start - start, tokens.stop - start)  # of q and out
         candidates = [b for b in cubes if b < block]
         dense = (
@@ -196,7 +198,9 @@ def tile_attention(
         if not dense and candidates:
             keys = scale * torch.stack([of_cube[b] for b in candidates])
             if kind == "video":  # products in the inputs' dtype, see score.py
-                queries = q[rows][spread_tokens(block_size, config.cube_queries)]
+                of_cube_tokens = spread_tokens(block_size, config.cube_queries).tolist()
+                asked = [b + i for b in range(0, len(tokens), block_size) for i in of_cube_tokens]
+                queries = q[rows][asked]
                 keys = keys.to(dtype).to(q.dtype)
                 logits = _largest_logits(queries, keys).to(dtype).to(q.dtype)
             else:
@@ -214,8 +218,8 @@ def tile_attention(
         cut = kind == "cut" and _is_cube(is_video, whole, block_size)
         if cut and config.flops is not None and len(candidates) >= max(config.dense_below, 1):
             owed += len(tokens) * len(candidates) * (1 - config.flops) / block_size
-    probs = [(kind, probs) for *_, kind, _, _, probs in found]
-    choices = _choose_in_tiles(probs, config, owed * kv_heads)
+    probs = [(kind, len(tokens), probs) for _, tokens, kind, _, _, probs in found]
+    choices = _choose_in_tiles(probs, config, owed * kv_heads, block_size)
     for (block, tokens, kind, dense, candidates, _), choice in zip(found, choices, strict=True):
         rows = slice(tokens.start - start, tokens.stop - start)
         kept, margin = torch.ones(kv_heads, len(candidates), dtype=torch.bool), math.inf
@@ -235,30 +239,38 @@ def tile_attention(
 
 
 def _choose_in_tiles(
-    found: list[tuple[str, torch.Tensor | None]], config: AdaSparkConfig, owed: float
+    found: list[tuple[str, int, torch.Tensor | None]],
+    config: AdaSparkConfig,
+    owed: float,
+    block_size: int,
 ) -> list[tuple[torch.Tensor, float] | None]:
-    """Kept cubes ``[kv_heads, candidates]`` and margin of each (kind, probabilities) of a chunk.
+    """Kept cubes ``[kv_heads, candidates]`` and margin of each (kind, tokens, probabilities) of a
+    chunk.
 
     With a budget the video tiles of the chunk share one p, and each text tile has its own; the
-    video tiles save what the tokens of cut cubes attended above their share (``owed``).
+    video tiles save what the tokens of cut cubes attended above their share (``owed``).  A cube
+    that a tile of two cubes keeps counts twice, as it costs.
     """
     if config.flops is None:
         groups = [[i] for i in range(len(found))]
     else:
-        groups = [[i for i, (kind, probs) in enumerate(found) if kind == "video"]]
-        groups += [[i] for i, (kind, probs) in enumerate(found) if kind == "text"]
+        groups = [[i for i, (kind, *_) in enumerate(found) if kind == "video"]]
+        groups += [[i] for i, (kind, *_) in enumerate(found) if kind == "text"]
     result: list[tuple[torch.Tensor, float] | None] = [None] * len(found)
     for group in groups:
-        group = [i for i in group if found[i][1] is not None]
-        rows = [(i, head) for i in group for head in range(len(found[i][1]))]
+        group = [i for i in group if found[i][2] is not None]
+        rows = [(i, head) for i in group for head in range(len(found[i][2]))]
         if not rows:
             continue
-        probs = [found[i][1][head] for i, head in rows]
+        probs = [found[i][2][head] for i, head in rows]
         if config.flops is None:
             kept, margins = zip(*(choose(row, config) for row in probs), strict=True)
         else:
             of_cut = owed if found[group[0]][0] == "video" else 0.0
-            kept, margin = choose_under_budget(probs, config.flops, config.min_cubes, of_cut)
+            weights = [max(1, found[i][1] // block_size) for i, _ in rows]
+            kept, margin = choose_under_budget(
+                probs, config.flops, config.min_cubes, of_cut, weights
+            )
             margins = [margin]
         for i in group:
             mine = [k for (owner, _), k in zip(rows, kept, strict=True) if owner == i]
@@ -322,12 +334,20 @@ def tile_ffn(
 
 
 def _in_tiles(
-    is_video: torch.Tensor, chunk: tuple[int, int], block_size: int
+    is_video: torch.Tensor, chunk: tuple[int, int], block_size: int, config: AdaSparkConfig
 ) -> Iterator[tuple[int, range, str]]:
-    """A chunk's tokens, tile by tile: block, tokens and kind."""
-    for here in _by_block(chunk, block_size):
+    """A chunk's tokens, tile by tile: (first) block, tokens and kind."""
+    blocks = list(_by_block(chunk, block_size))
+    while blocks:
+        here = blocks.pop(0)
         block = here.start // block_size
         if _is_cube(is_video, here, block_size):
+            first_of_two = config.tile_cubes == 2 and block % 2 == 0
+            if first_of_two and blocks and _is_cube(is_video, blocks[0], block_size):
+                before = _by_block((0, here.start), block_size)
+                cubes = sum(_is_cube(is_video, at, block_size) for at in before)
+                if cubes >= max(config.dense_below, 1):
+                    here = range(here.start, blocks.pop(0).stop)
             yield block, here, "video"
             continue
         for video, run in groupby(here, key=lambda token: bool(is_video[token])):

@@ -43,7 +43,11 @@ def top_p(probs: torch.Tensor, p: float, min_keep: int) -> tuple[torch.Tensor, f
 
 
 def choose_under_budget(
-    rows: list[torch.Tensor], share: float, min_keep: int, owed: float = 0.0
+    rows: list[torch.Tensor],
+    share: float,
+    min_keep: int,
+    owed: float = 0.0,
+    weights: list[int] | None = None,
 ) -> tuple[list[torch.Tensor], float]:
     """Top-p with the one p for all ``rows`` that keeps as many entries as they may have together.
 
@@ -55,10 +59,12 @@ def choose_under_budget(
         min_keep: entries kept in each row at the least.
         owed: entries that others had above their share, and that these rows save, as far as
             ``min_keep`` lets them.
+        weights: how many entries each entry of a row counts as; None for one.
 
     Returns:
         ``[entries]`` bool for each row, and the margin.
     """
+    weights = weights or [1] * len(rows)
     before = []  # (mass ranked before an entry, row, entry)
     for row, probs in enumerate(rows):
         mass = 0.0
@@ -66,10 +72,17 @@ def choose_under_budget(
             before.append((mass if rank >= min_keep else -1.0, row, entry))
             mass += float(probs[entry])
     before.sort()
-    least = sum(min(min_keep, len(row)) for row in rows)
-    keep = sum(max(share * len(row), min(min_keep, len(row))) for row in rows) - owed
+    floors = [min(min_keep, len(row)) for row in rows]
+    least = sum(w * floor for w, floor in zip(weights, floors, strict=True))
+    sizes = zip(weights, rows, floors, strict=True)
+    keep = sum(w * max(share * len(row), floor) for w, row, floor in sizes) - owed
     count = int(max(keep, least) + 1e-6)
-    p = before[count][0] if count < len(before) else math.inf
+    p, spent = math.inf, 0
+    for mass, row, _ in before:
+        spent += weights[row]
+        if spent > count:
+            p = mass
+            break
     kept = [torch.zeros(len(probs), dtype=torch.bool) for probs in rows]
     for mass, row, entry in before:
         if mass < p or mass < 0:
@@ -77,6 +90,8 @@ def choose_under_budget(
     others = [mass for mass, _, _ in before if mass >= 0]
     below = [mass for mass in others if mass < p]
     margin = p - max(below) if below and p >= 0 else math.inf
+    if len(set(weights)) > 1:  # then the order of the two above matters, too
+        margin = min([margin, *(mass - p for mass in others if mass > p)])
     if sum(mass == p for mass in others) > 1:
         margin = 0.0  # a tie at p: rounding may put any of them below it
     gaps = [_gap(probs, falling(probs), int(k.sum())) for probs, k in zip(rows, kept, strict=True)]

@@ -62,6 +62,22 @@ class AdaSparkRequest(Request):
         return int(choosing_text(self.is_video, self.config).sum()) > MAX_TEXT_TILES
 
 
+def joins_before(is_cube: np.ndarray, config: AdaSparkConfig) -> np.ndarray:
+    """``[blocks]`` bool: the cubes that choose together with the cube before them.
+
+    They stand behind a cube that has enough others before it to choose, and do not begin a tile
+    (``Settings.tile_tokens``).
+
+    Args:
+        is_cube: ``[blocks]`` bool, of a prompt.
+        config: the request's settings.
+    """
+    before = np.cumsum(is_cube) - is_cube
+    chooses = is_cube & (before >= max(config.dense_below, 1))
+    inside = np.arange(len(is_cube)) % config.tile_cubes > 0
+    return inside & is_cube & np.append(False, chooses)[:-1]
+
+
 def choosing_text(is_video: np.ndarray, config: AdaSparkConfig) -> np.ndarray:
     """``[blocks]``: how many text tokens of each block of a prompt have enough cubes before them.
 

@@ -1,8 +1,8 @@
 """AdaSpark's own settings: how cubes are chosen and which tokens run the FFN.
 
 ``{"paper": true}``, or ``"paper"`` for the whole object, is short for the paper's own rules where
-ours differ.  A checkpoint may also set ``score``, ``dense_below`` and ``cube_queries``, which
-training fixes.
+ours differ.  A checkpoint may also set ``score``, ``dense_below``, ``cube_queries`` and
+``tile_cubes``, which training fixes.
 """
 
 from __future__ import annotations
@@ -106,6 +106,13 @@ class AdaSparkConfig(Settings):
         low=1,
         high=128,
     )
+    tile_cubes: int = setting(
+        1,
+        "neighbouring cubes whose tokens choose together",
+        request=False,
+        low=1,
+        high=2,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +130,11 @@ class AdaSparkConfig(Settings):
     def dropped_share(self) -> float:
         """``prune``, unless the request runs dense."""
         return self.prune if self.enabled else 0.0
+
+    @property
+    def tile_tokens(self) -> int:
+        """See ``Settings.tile_tokens``."""
+        return self.cube_volume * self.tile_cubes
 
     @property
     def sparse_attention(self) -> bool:
