@@ -414,13 +414,14 @@ def counting(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "selection_rule, head_size, group, summary",
+    "selection_rule, head_size, group, summary, tile_cubes",
     [
-        ("top_p", 16, 5, "sums"),
-        ("top_p", 16, 5, "bounds"),
-        ("top_k", 80, 1, "sums"),
-        ("top_k", 24, 1, "bounds"),
-        ("uniform", 16, 2, "sums"),
+        ("top_p", 16, 5, "sums", 1),
+        ("top_p", 16, 5, "sums", 2),
+        ("top_p", 16, 5, "bounds", 1),
+        ("top_k", 80, 1, "sums", 1),
+        ("top_k", 24, 1, "bounds", 1),
+        ("uniform", 16, 2, "sums", 2),
     ],
 )
 def test_layer_attention_equals_torch(
@@ -428,6 +429,7 @@ def test_layer_attention_equals_torch(
     head_size: int,
     group: int,
     summary: str,
+    tile_cubes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Heads of sizes that the score kernels do not take are scored in PyTorch."""
@@ -443,7 +445,10 @@ def test_layer_attention_equals_torch(
     step = [(request, len(request.is_video)) for request in requests]
     rows = rows_of(step)
     q, k = (gather(step, name) for name in "qk")
-    plan = build_plan(rows, known_of(step), 32, dense_below=1, cube_queries=16, device=q.device)
+    plan = build_plan(
+        rows, known_of(step), 32, dense_below=1, cube_queries=16, tile_cubes=tile_cubes,
+        device=q.device,
+    )  # fmt: skip
     kept = KEY_SUMMARIES[summary](40, 2, head_size, 32, q.device, k.dtype)
     kept.write(k, plan.summary_writes)
     by_head = q.unflatten(1, (2, group)).transpose(0, 1).contiguous()

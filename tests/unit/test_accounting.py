@@ -47,10 +47,13 @@ KEPT = {1: torch.tensor([[2, 3, 3] + 8 * [3], [2, 3, 4] + 8 * [4]])}
 ACTIVE = {0: torch.tensor([16, 20, 32]), 1: torch.tensor([10, 10, 10])}
 
 
-def plan_of(rows: StepRows, *requests: AdaSparkRequest | None) -> StepPlan | None:
+def plan_of(
+    rows: StepRows, *requests: AdaSparkRequest | None, tile_cubes: int = 1
+) -> StepPlan | None:
     return build_plan(
-        rows, requests, BLOCK, dense_below=1, cube_queries=16, device=torch.device("cpu")
-    )
+        rows, requests, BLOCK, dense_below=1, cube_queries=16, tile_cubes=tile_cubes,
+        device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 def step(*requests: tuple[int, int, int]) -> tuple:
@@ -114,6 +117,22 @@ def test_flops_of_the_tiny_shape() -> None:
 
 
 # -- one step by hand ---------------------------------------------------------------------------
+
+
+def test_counts_of_two_cubes_that_choose_together() -> None:
+    """Blocks 2 and 3 are one tile, which may leave out block 1 and does so for one head of two."""
+    rows = StepRows(np.array([0, 128]), np.array([128]), np.arange(4)[None])
+    plan = plan_of(rows, AdaSparkRequest(CONFIG, IS_VIDEO[:128]), tile_cubes=2)
+    tiles = plan.attention.tiles
+    assert tiles.kind.tolist() == [DENSE, VIDEO] and tiles.length.tolist() == [64, 64]
+    assert tiles.block.tolist() == [1, 3] and tiles.scored.tolist() == [0, 2 * 16]
+    plan.kept_blocks = {1: torch.tensor([[2, 3], [2, 4]])}
+    counts = count_step(rows, plan, LAYERS)
+    dense = 128 * 129 / 2
+    assert counts.cubes_seen.tolist() == [32 * 1 + 32 * 2]  # of block 2, and of block 3
+    assert counts.pairs[:, 0].tolist() == [dense, dense - 64 * 32 / 2]
+    assert counts.cubes_attended[:, 0].tolist() == [96, 96 - 64 / 2]
+    assert counts.scored[:, 0].tolist() == [0, 2 * 16 * 1]
 
 
 def test_the_tiles_are_those_of_the_table_above(whole) -> None:

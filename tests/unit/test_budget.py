@@ -44,6 +44,9 @@ def naive_spent(is_video, config, share) -> float:
             own = token // BLOCK
             before = sum(is_cube for b, is_cube in cube.items() if b < own)
             whole = cube.get(own, False)
+            if config.tile_cubes == 2 and own % 2 and whole and cube[own - 1]:
+                if before - 1 >= max(config.dense_below, 1):
+                    before -= 1  # it chooses with the cube before it
             if sparse and whole:
                 kept = max(share, 1 / BLOCK)  # of a cube's tokens, at least one
                 spent -= (1 - kept) * 3 * 2 * SHAPE.hidden * f
@@ -67,6 +70,7 @@ def test_the_cost_of_a_prompt_equals_the_loops(seed):
         text_queries="sparse" if seed % 3 else "dense",
         compensation=COMPENSATIONS[seed % 3],
         min_cubes=1 + seed % 6,
+        tile_cubes=1 + seed % 2,
     )
     cost = prompt_cost(SHAPE, LAYERS, is_video, config)
     assert cost.dense == pytest.approx(naive_spent(is_video, config, 1.0))
@@ -85,7 +89,8 @@ def plan_of(is_video, config, share, chunk) -> list:
         made.append(
             build_plan(
                 rows, [AdaSparkRequest(config, is_video, share)], BLOCK,
-                dense_below=config.dense_below, cube_queries=CUBE_QUERIES, device=CPU,
+                dense_below=config.dense_below, cube_queries=CUBE_QUERIES,
+                tile_cubes=config.tile_cubes, device=CPU,
             )
         )  # fmt: skip
     return made
@@ -99,20 +104,21 @@ def kept_by_plan(plans_made) -> tuple[float, float]:
             length = plan.attention.tiles.length[plan.attention.sparse_tiles.numpy()]
             for group in plan.attention.budget:
                 for rows, keep in zip(group.rows.numpy(), group.keep, strict=True):
-                    pairs += keep * length[rows[0]]
+                    pairs += keep * min(length[rows[0]], BLOCK)  # a tile of two counts twice
         if plan.ffn is not None:
             ffn += sum(group.keep.sum() for group in plan.ffn.budget)
     return pairs, ffn
 
 
+@pytest.mark.parametrize("tile_cubes", [1, 2])
 @pytest.mark.parametrize("min_cubes", [1, 4, 8, 16])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_plan_keeps_what_the_cost_counts(seed, min_cubes):
-    """Whole or in chunks at block edges, the groups may keep together what the share says."""
+def test_the_plan_keeps_what_the_cost_counts(seed, min_cubes, tile_cubes):
+    """Whole or in chunks between tiles, the groups may keep together what the share says."""
     is_video = np.concatenate(
         [np.zeros(5 + seed, bool), np.ones(400 + seed, bool), np.zeros(9, bool)]
     )
-    config = settings(flops=0.5, dense_below=2, min_cubes=min_cubes)
+    config = settings(flops=0.5, dense_below=2, min_cubes=min_cubes, tile_cubes=tile_cubes)
     cost = prompt_cost(SHAPE, LAYERS, is_video, config)
     share = cost.share(max(0.5, cost.least + 0.01))
     kept = np.maximum(share * cost.cubes, cost.at_least)

@@ -9,7 +9,7 @@ from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.settings import SettingsError
 
 # Keys that a request may not set; these decide what is computed, so a checkpoint may.
-TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4, "score": "bounds"}
+TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4, "tile_cubes": 2, "score": "bounds"}
 SERVER_KEYS = TRAINED_KEYS | {
     "encoder_patches": 1024,
     "trace_mb": 8,
@@ -88,6 +88,8 @@ def test_settings_must_be_an_object(settings):
         ("min_cubes", 0, "an integer from 1 to 16"),
         ("cube_queries", 0, "an integer from 1 to 128"),
         ("cube_queries", 12, "a power of two, e.g. 8"),
+        ("tile_cubes", 0, "an integer from 1 to 2"),
+        ("tile_cubes", 3, "an integer from 1 to 2"),
         ("min_cubes", 17, "an integer from 1 to 16"),
         ("score", "max", "'mean', 'bounds'"),
         ("min_cubes", 2.0, "an integer from 1 to 16"),

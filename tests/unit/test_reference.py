@@ -304,6 +304,24 @@ def test_tiles_at_chunk_edges():
     assert kinds(9 * B + 5, 9 * B + 6) == [(9, 9 * B + 5, 9 * B + 6, "text")]
 
 
+@pytest.mark.parametrize(
+    ("dense_below", "chunk", "tiles"),
+    [
+        # Blocks 2 to 7 are cubes; a tile begins at an even one.
+        (0, (0, 10), [(2, 1), (3, 1), (4, 2), (6, 2)]),  # block 2 has none before it to choose
+        (3, (0, 10), [(2, 1), (3, 1), (4, 1), (5, 1), (6, 2)]),
+        (0, (5, 7), [(5, 1), (6, 1)]),  # the other cube of each is in another chunk
+    ],
+)
+def test_an_even_cube_and_the_next_choose_together(dense_below, chunk, tiles):
+    q, k, v = random_qkv(10 * B)
+    config = CONFIG.override({"tile_cubes": 2, "dense_below": dense_below})
+    _, made = run(q, k, v, PROMPT, config, (chunk[0] * B, chunk[1] * B))
+    video = [tile for tile in made if tile.kind == "video"]
+    assert [(tile.block, len(tile.tokens) // B) for tile in video] == tiles
+    assert all(tile.candidates == list(range(2, tile.block)) for tile in video)
+
+
 def test_text_between_videos_parts_the_video_tokens_of_a_block():
     q, k, v = random_qkv(3 * B)
     is_video = layout((True, B), (True, 2), (False, 1), (True, 3), (False, 2), (True, B))

@@ -209,7 +209,8 @@ def test_top_p_mass_is_reached_and_smallest():
 
 
 def budget_groups(rows, share, valid, least):
-    """One group over ``rows [groups, rows]``, each row keeping ``share`` or ``least`` entries."""
+    """One group over ``rows [groups, rows]``, each row keeping ``share`` or ``least`` entries; a
+    row that occurs twice counts twice."""
     entries = valid[torch.tensor(rows), 0].sum(-1)  # [groups, rows], the same for each head
     keep = torch.maximum(share * entries, entries.clamp(max=least)).sum(1).numpy()
     return (BudgetGroups.of(np.array(rows), keep, valid.device),)
@@ -226,19 +227,20 @@ def test_a_budget_equals_the_loops_exactly_with_ties(seed):
     probs = torch.where(valid, probs, 0.0)
     least = torch.randint(1, 3, (1, 1), generator=generator).expand(12, heads)
     share = float(torch.randint(1, 8, (), generator=generator)) / 8
-    together, each = list(range(5)), [[5], [6], [7]]
+    together, each = [0, 1, 1, 2, 3, 4, 4], [[5], [6], [7]]  # tiles 1 and 4 are of two cubes
     at_least = int(least[0, 0])
     groups = budget_groups([together], share, valid, at_least)
     groups += budget_groups(each, share, valid, at_least)
     kept = under_budget(probs, valid, least, groups)
     assert not kept[8:].any()  # rows of no group
     for group in [together, *each]:
-        rows = [(tile, head) for tile in group for head in range(heads)]
+        rows = [(tile, head) for tile in sorted(set(group)) for head in range(heads)]
         rows = [(tile, head) for tile, head in rows if valid[tile, head].any()]
         if not rows:
             continue
         asked = [probs[tile, head][valid[tile, head]] for tile, head in rows]
-        expected, _ = choose_under_budget(asked, share, at_least)
+        weights = [group.count(tile) for tile, _ in rows]
+        expected, _ = choose_under_budget(asked, share, at_least, weights=weights)
         for (tile, head), want in zip(rows, expected, strict=True):
             assert torch.equal(kept[tile, head][valid[tile, head]], want), (tile, head)
 

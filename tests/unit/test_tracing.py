@@ -57,7 +57,14 @@ def new_trace(request_id: str = "r", layers: range = LAYERS, videos=(VIDEO,)) ->
 class Recorder:
     """Plays steps of one request and remembers, token by token, what each attended and ran."""
 
-    def __init__(self, seed: int = 0, layers: range = LAYERS, dense_layer: int = 3) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        layers: range = LAYERS,
+        dense_layer: int = 3,
+        tile_cubes: int = 1,
+    ) -> None:
+        self.tile_cubes = tile_cubes
         self.rng = np.random.default_rng(seed)
         self.trace = new_trace(layers=layers)
         self.layers, self.dense_layer = layers, dense_layer
@@ -85,7 +92,7 @@ class Recorder:
         is_video = (np.arange(PROMPT) >= BEFORE) & (np.arange(PROMPT) < VIDEO.end)
         plan = build_plan(
             rows, [None, AdaSparkRequest(CONFIG, is_video)], SIZE,
-            dense_below=2, cube_queries=16, device=torch.device("cpu"),
+            dense_below=2, cube_queries=16, tile_cubes=self.tile_cubes, device=torch.device("cpu"),
         )  # fmt: skip
         step = StepTrace()
         chosen, active = self._choose(plan, step)
@@ -142,11 +149,12 @@ class Recorder:
         return heat
 
 
-@pytest.fixture(params=["at once", "in chunks", "preempted"])
+@pytest.fixture(params=["at once", "in pairs", "in chunks", "preempted"])
 def recorder(request) -> Recorder:
-    recorder = Recorder()
+    recorder = Recorder(tile_cubes=2 if request.param == "in pairs" else 1)
     chunks = {
         "at once": [(0, PROMPT)],
+        "in pairs": [(0, 384), (384, PROMPT)],
         "in chunks": [(0, 128), (128, 300), (300, 301), (301, PROMPT)],
         # The second time, its first tokens come from the prefix cache.
         "preempted": [(0, 320), (320, 500), (192, 400), (400, PROMPT)],

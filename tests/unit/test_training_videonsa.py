@@ -64,7 +64,7 @@ def test_attention_equals_the_twin(seed, monkeypatch) -> None:
         at = np.arange(len(is_vision))
         prompts.append(Prompt(at, np.stack([at] * 3), is_vision, is_vision, []))
     longest = max(len(prompt.columns) for prompt in prompts)
-    step = pack(torch.randn(2, longest, 4), prompts, 64)
+    step = pack(torch.randn(2, longest, 4), prompts, 64, 64)
     is_vision = torch.from_numpy(np.concatenate([prompt.is_vision for prompt in prompts]))
     step.plan = NSAPlan(is_vision, count, window)
     heads, kv_heads, d, scale = 4, 2, 16, 0.25

@@ -103,6 +103,18 @@ def tile_fields(
     )
 
 
+def by_cube(tiles: Tiles, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tiles, those of several cubes cut into one part for each.
+
+    Returns:
+        ``[parts]`` each: which tile it is of, its first token in the step, its tokens.
+    """
+    parts = np.where(tiles.kind == DENSE, 1, -(-tiles.length // size))
+    tile = np.repeat(np.arange(len(tiles)), parts)
+    nth = np.arange(len(tile)) - np.repeat(np.cumsum(parts) - parts, parts)
+    return tile, tiles.start[tile] + nth * size, tiles.length[tile] // parts[tile]
+
+
 def cubes_of(
     rows: StepRows, requests: Sequence[Request | None], size: int
 ) -> tuple[np.ndarray, np.ndarray]:

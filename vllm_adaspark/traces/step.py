@@ -8,7 +8,7 @@ import torch
 from ..observing import observing
 from ..paged.plan import StepPlan
 from ..paged.state import StepRows
-from ..paged.tiles import DENSE
+from ..paged.tiles import DENSE, by_cube
 from .store import Sizes
 from .trace import Chunk, pack_bits
 
@@ -84,7 +84,10 @@ def chunk_of(
     bits: tuple[np.ndarray, np.ndarray],
     block_size: int,
 ) -> Chunk:
-    """One row of a step; ``bits`` from :meth:`StepTrace.to_host`."""
+    """One row of a step; ``bits`` from :meth:`StepTrace.to_host`.
+
+    A tile of several cubes is recorded as one for each, with what they chose together.
+    """
     kept, ran = bits
     start, end = int(rows.computed[row]), int(rows.seq_lens[row])
     shift = start - int(rows.query_start[row])  # from the step's tokens to the request's
@@ -95,14 +98,17 @@ def chunk_of(
         kept = np.zeros((len(kept), 0, 1, 0), np.uint8)
     else:
         tiles = plan.attention.tiles
-        mine = tiles.row == row
-        tile_start, tile_length = tiles.start[mine] + shift, tiles.length[mine]
-        sparse = tiles.kind[mine] != DENSE
+        tile, tile_start, tile_length = by_cube(tiles, block_size)
+        mine = tiles.row[tile] == row
+        tile, tile_start, tile_length = tile[mine], tile_start[mine] + shift, tile_length[mine]
         all_sparse = tiles.kind != DENSE
-        always = pack_bits(~tiles.candidates[mine & all_sparse])
+        sparse = all_sparse[tile]
+        chose = tile[sparse]
+        always = pack_bits(~tiles.candidates[chose])
         # Another row of the step may be longer: blocks past this one's end say nothing.
         own = -(-blocks_of(end, plan, block_size) // 8)
-        kept = (kept[:, mine[all_sparse]] | always[None, :, None])[..., :own]
+        nth = np.cumsum(all_sparse) - 1  # of each sparse tile among those
+        kept = (kept[:, nth[chose]] | always[None, :, None])[..., :own]
     if plan is None or plan.ffn is None or not ran.size:
         ffn_start, ran = np.zeros(0, np.int64), np.zeros((len(ran), 0, block_size // 8), np.uint8)
     else:
@@ -116,8 +122,10 @@ def counted_bytes(row: int, rows: StepRows, plan: StepPlan | None, sizes: Sizes)
     """What every rank counts for :func:`chunk_of`, whatever its own layers left there."""
     tiles = sparse = blocks = cubes = 0
     if plan is not None and plan.attention is not None:
-        mine = plan.attention.tiles.row == row
-        tiles, sparse = mine.sum(), (mine & (plan.attention.tiles.kind != DENSE)).sum()
+        of_plan = plan.attention.tiles
+        tile, *_ = by_cube(of_plan, sizes.block_size)
+        kind = of_plan.kind[tile[of_plan.row[tile] == row]]
+        tiles, sparse = len(kind), np.count_nonzero(kind != DENSE)
         blocks = blocks_of(int(rows.seq_lens[row]), plan, sizes.block_size)
     if plan is not None and plan.ffn is not None:
         cubes = (plan.ffn.row == row).sum()

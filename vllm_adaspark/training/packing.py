@@ -62,13 +62,14 @@ class Step:
         return packed[0][self.put]
 
 
-def pack(embeddings: torch.Tensor, prompts: list[Prompt], size: int) -> Step:
+def pack(embeddings: torch.Tensor, prompts: list[Prompt], size: int, tile: int) -> Step:
     """The step of a forward pass, its plan still to be made.
 
     Args:
         embeddings: ``[batch, n, hidden]`` of the padded batch, vision in place.
         prompts: its sequences.
         size: tokens of a KV block.
+        tile: tokens that choose together, some KV blocks; a shared beginning ends between tiles.
     """
     device = embeddings.device
     columns = [torch.from_numpy(prompt.columns).to(device) for prompt in prompts]
@@ -76,7 +77,7 @@ def pack(embeddings: torch.Tensor, prompts: list[Prompt], size: int) -> Step:
     table = np.zeros((len(prompts), -(-max(lengths) // size)), np.int64)
     put = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=device)
     query_start, positions, take, keys, blocks = [0], [], [], [], 0
-    for row, (leader, shared) in enumerate(_shared(embeddings, prompts, columns, size)):
+    for row, (leader, shared) in enumerate(_shared(embeddings, prompts, columns, tile)):
         first, end = query_start[-1], query_start[-1] + lengths[row] - shared
         query_start.append(end)
         own = torch.arange(first, end, device=device)
@@ -95,7 +96,7 @@ def pack(embeddings: torch.Tensor, prompts: list[Prompt], size: int) -> Step:
 
 
 def _shared(
-    embeddings: torch.Tensor, prompts: list[Prompt], columns: list[torch.Tensor], size: int
+    embeddings: torch.Tensor, prompts: list[Prompt], columns: list[torch.Tensor], tile: int
 ) -> list[tuple[int, int]]:
     """For each sequence the one whose blocks it shares, and how many tokens of it (0: none)."""
     result, leader = [], 0
@@ -112,7 +113,7 @@ def _shared(
             for told in ("is_video", "is_vision"):
                 ours, theirs = (getattr(p, told)[:length] for p in pairs)
                 same &= ours == theirs
-            shared = int(np.append(same, False).argmin()) // size * size
+            shared = int(np.append(same, False).argmin()) // tile * tile
         if not shared:
             leader = row
         result.append((leader, shared))

@@ -112,8 +112,10 @@ def _text_forward(self: nn.Module, inputs_embeds: Any, **kwargs: Any):
     prompts, self.sparse_prompts = self.sparse_prompts, None
     if prompts is None:
         raise RuntimeError("call the whole model: the language model alone knows no videos")
-    step = pack(inputs_embeds, prompts, self.sparse_pass.block_size)
-    step.plan = self.sparse_pass.plan(step, prompts)
+    sparse = self.sparse_pass
+    tile = sparse.settings.tile_tokens
+    step = pack(inputs_embeds, prompts, sparse.block_size, tile)
+    step.plan = sparse.plan(step, prompts)
     packed = {
         "inputs_embeds": step.pack(inputs_embeds),
         "position_ids": step.positions,
