@@ -22,7 +22,7 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def start(checkpoint: Path, tokens: int, settings: dict | None = None):
+def start(checkpoint: Path, tokens: int, settings: dict | None = None, dtype: str = "auto"):
     """vLLM with the plugin, in this process, under these settings of the server."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # WARNING: two lines a request
@@ -36,6 +36,7 @@ def start(checkpoint: Path, tokens: int, settings: dict | None = None):
         str(checkpoint),
         hf_overrides={"architectures": [ARCHITECTURE]},
         additional_config={"adaspark": settings or {}},
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=length,
         max_num_batched_tokens=length,

@@ -22,7 +22,7 @@ would wait for ever; the processor refuses it (models/processing.py).
 
 Requests without video, and those whose sparsity is off, are scheduled as by stock vLLM.  Written
 for vLLM 0.32.0, whose ``_try_schedule_encoder_inputs`` is the one place that may shorten a
-request's part of a step.
+request's part of a step, and whose ``_get_local_prefix_cache_hit`` says where its first one begins.
 """
 
 from __future__ import annotations

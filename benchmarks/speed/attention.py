@@ -41,6 +41,7 @@ class Plan:
         rounds: samples of each.
         dense_rounds: samples of the stock kernel, where it gets fewer.
         name: of the rows, USUAL, LARGE or NO_AMX.
+        tile_cubes: cubes whose tokens choose together (benchmarks/tile_cubes.py compares them).
     """
 
     tokens: int
@@ -49,12 +50,15 @@ class Plan:
     flex_shares: tuple[float, ...] = ()
     rounds: int = 5
     dense_rounds: int | None = None
+    tile_cubes: int = 1
 
     @property
     def config(self) -> AdaSparkConfig:
         """Cubes and all else, but for the share."""
         return AdaSparkConfig(
-            selection="top_k", cube=(8, 4, 4) if self.name == LARGE else (4, 4, 4)
+            selection="top_k",
+            cube=(8, 4, 4) if self.name == LARGE else (4, 4, 4),
+            tile_cubes=self.tile_cubes,
         )
 
     @property

@@ -109,8 +109,8 @@ def request_can_turn_it_off(llm) -> None:
 
 @pytest.mark.parametrize(
     "server",
-    [{"cube": [2, 4, 4]}, {"cube": [8, 4, 4]}, {"score": "bounds"}],
-    ids=["32", "128", "bounds"],
+    [{"cube": [2, 4, 4]}, {"cube": [8, 4, 4]}, {"score": "bounds"}, {"tile_cubes": 2}],
+    ids=["32", "128", "bounds", "two cubes"],
 )
 def test_settings_of_a_server_equal_twin(checkpoint, server) -> None:
     with engine(checkpoint, SPARSE | server) as llm:

@@ -34,6 +34,15 @@ def test_no_chunk_ends_in_a_cube_and_every_request_ends(schedulers, method) -> N
     assert method == "adatp" or (preempted and cached)
 
 
+def test_cubes_that_choose_together_stay_together(schedulers) -> None:
+    """The same, with two cubes in a tile."""
+    cached = 0
+    for seed in range(CASES):
+        case = schedules.in_pairs(schedules.random_case(np.random.default_rng(seed)))
+        cached += serve(schedulers, case).cached
+    assert cached
+
+
 def test_stock_vllm_cuts_cubes(schedulers, monkeypatch) -> None:
     """The same cases, without the rule: so the test above could fail."""
     monkeypatch.setattr(scheduler.ChunkRulesMixin, "_uncut", lambda self, rules, start, new: new)
@@ -71,6 +80,34 @@ SPARSE, OFF = {"p_attn": 0.5}, "off"
 def test_where_chunks_end(schedulers, settings, chunks) -> None:
     asked = prompt(("text", 20), ("video", 310), ("text", 30), settings=settings)
     assert serve(schedulers, case_of({}, asked)).chunks["r0"] == chunks
+
+
+@pytest.mark.parametrize(
+    ("settings", "chunks"),
+    [
+        # Blocks 2 and 3 are one tile; block 4 has no other cube behind it.
+        (SPARSE, [(0, 128), (128, 328), (328, 360)]),
+        ({"p_attn": 1.0}, [(0, 192), (192, 360)]),  # each cube is on its own in the FFN
+        (OFF, [(0, 200), (200, 360)]),
+    ],
+)
+def test_where_chunks_end_with_two_cubes_in_a_tile(schedulers, settings, chunks) -> None:
+    asked = prompt(("text", 20), ("video", 310), ("text", 30), settings=settings)
+    limits = {"step_tokens": 200, "tile_cubes": 2}
+    assert serve(schedulers, case_of(limits, asked)).chunks["r0"] == chunks
+
+
+def test_a_prefix_hit_ends_between_tiles(schedulers, monkeypatch) -> None:
+    """Of a prompt whose cubes are blocks 1 to 9, the cache still has five blocks."""
+    pieces = ("text", 20), ("video", 620), ("text", 30)
+    first, again = (prompt(*pieces, settings=SPARSE, arrives=at) for at in (0, 20))
+    other = prompt(("text", 400), arrives=10)
+    case = case_of({"step_tokens": 128, "kv_blocks": 13, "tile_cubes": 2}, first, other, again)
+    assert serve(schedulers, case).chunks["r2"][0] == (4 * 64, 6 * 64)
+    stock = scheduler.Scheduler._get_local_prefix_cache_hit
+    monkeypatch.setattr(scheduler.ChunkRulesMixin, "_get_local_prefix_cache_hit", stock)
+    with pytest.raises(AssertionError, match="parts two cubes"):
+        serve(schedulers, case)
 
 
 def test_what_a_chunk_leaves_goes_to_others(schedulers) -> None:

@@ -9,8 +9,12 @@ from fuzz import metamorphic
 pytestmark = pytest.mark.engine
 
 
-def test_neighbours_order_chunks_prefix_hits_and_preemption_change_no_choice(checkpoint) -> None:
+@pytest.mark.parametrize("tile_cubes", [1, 2])
+def test_neighbours_order_chunks_prefix_hits_and_preemption_change_no_choice(
+    checkpoint, tile_cubes
+) -> None:
     names = ("odd chunks, prefix cache", "small cache")
-    result = metamorphic.check(checkpoint, np.random.default_rng(5), names)
+    rng = np.random.default_rng(5)
+    result = metamorphic.check(checkpoint, rng, names, tile_cubes=tile_cubes)
     assert result.choices > 3000
     assert not result.failed, result

@@ -93,8 +93,10 @@ def preemptions(llm) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-@pytest.mark.parametrize("kv_heads, tower", [(2, "weights"), (1, "data")])
-def test_tensor_parallel_equals_one_rank(kv_heads, tower, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "kv_heads, tower, tile_cubes", [(2, "weights", 1), (1, "data", 1), (2, "data", 2)]
+)
+def test_tensor_parallel_equals_one_rank(kv_heads, tower, tile_cubes, tmp_path) -> None:
     """Two ranks that hold a KV head each, or share one, choose what a single rank chooses.
 
     Whether they share the vision tower's weights or its frames (``--mm-encoder-tp-mode``).
@@ -103,10 +105,11 @@ def test_tensor_parallel_equals_one_rank(kv_heads, tower, tmp_path) -> None:
     # Under a budget one p is found for all KV heads, whichever rank holds them.
     asked = [*prompts()[:3], video_prompt(clip(60, seed=1), flops=0.5)]
     compared, ranks = Compared(), {"tensor_parallel_size": 2, "mm_encoder_tp_mode": tower}
-    with engine(path, SPARSE, enable_prefix_caching=False) as llm:
+    settings = SPARSE | {"tile_cubes": tile_cubes}
+    with engine(path, settings, enable_prefix_caching=False) as llm:
         asking = [partial(ask, llm, [prompt]) for prompt in asked]
         whole = [(*recorded(llm, ask_it), last_reports(llm)[0]) for ask_it in asking]
-    with engine(path, SPARSE, enable_prefix_caching=False, **ranks) as llm:
+    with engine(path, settings, enable_prefix_caching=False, **ranks) as llm:
         for prompt, ((want,), chosen, account) in zip(asked, whole, strict=True):
             (got,), again = recorded(llm, partial(ask, llm, [prompt]))
             assert got.difference(want) < CLOSE

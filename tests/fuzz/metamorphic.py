@@ -97,9 +97,12 @@ def random_settings(rng: np.random.Generator, method: str) -> dict[str, Any]:
     return settings
 
 
-def variants(rng: np.random.Generator, method: str) -> dict[str, dict[str, Any]]:
+def variants(
+    rng: np.random.Generator, method: str, tile_cubes: int = 1
+) -> dict[str, dict[str, Any]]:
     """Engine options by name."""
     low, high = (2200, 3000) if method == "adatp" else (70, 600)  # there a prompt is one chunk
+    low = max(low, tile_cubes * CUBE)
     return {
         "odd chunks, prefix cache": {"max_num_scheduled_tokens": int(rng.integers(low, high))},
         "small cache": {
@@ -118,20 +121,22 @@ def check(
     names: Sequence[str],
     method: str = "adaspark",
     number: int = 5,
+    **server: Any,
 ) -> Compared:
-    """One round, with the named variants."""
+    """One round, with the named variants; ``server``: more of its settings."""
     from engine import engines
 
     def engine(**options: Any) -> Any:
         if method == "videonsa":  # the checkpoint says it all
             options |= {"method": None, "architecture": None}
-        return engines.engine(checkpoint, SERVERS[method], **{"method": method} | options)
+        settings = SERVERS[method] | server
+        return engines.engine(checkpoint, settings, **{"method": method} | options)
 
     prompts, result = random_prompts(rng, number, method), Compared()
     asking = partial(engines.ask, max_tokens=ANSWER)
     with engine(enable_prefix_caching=False) as llm:
         alone = [recorded(llm, partial(asking, llm, [prompt])) for prompt in prompts]
-    for name, options in variants(rng, method).items():
+    for name, options in variants(rng, method, server.get("tile_cubes", 1)).items():
         if name not in names:
             continue
         order = rng.permutation(len(prompts))
@@ -195,7 +200,9 @@ def main(minutes: float, seed: int) -> int:
         }
         while number == 0 or time.time() < end:
             for at, (method, path) in enumerate(checkpoints.items()):
-                result = check(path, np.random.default_rng([seed, at, number]), names, method)
+                server = {"tile_cubes": 1 + number % 2} if method == "adaspark" else {}
+                rng = np.random.default_rng([seed, at, number])
+                result = check(path, rng, names, method, **server)
                 print(
                     f"{method}, round {number} of seed {seed}: {result.choices:,} choices, "
                     f"{len(result.differ)} differ {result.differ[:5]}, {result.followed} after "

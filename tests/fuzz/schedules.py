@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,12 @@ class Limits:
     long_prefill: int = 0
     prefix_caching: bool = True
     priority: bool = False
+    tile_cubes: int = 1
+
+    def settings_of(self, prompt: Prompt, method: type) -> Any:
+        """A prompt's settings, over the server's."""
+        server = {"tile_cubes": self.tile_cubes, "dense_below": 1} if self.tile_cubes > 1 else None
+        return method().override(server).override(prompt.settings)
 
 
 @dataclass
@@ -93,6 +99,15 @@ def random_case(rng: np.random.Generator, method: str = "adaspark") -> Case:
         priority=bool(rng.random() < 0.2),
     )
     return Case(limits, prompts, method)
+
+
+def in_pairs(case: Case) -> Case:
+    """The same where two cubes choose together, and a step may hold them."""
+    limits, least = case.limits, 2 * BLOCK
+    long_prefill = limits.long_prefill and max(limits.long_prefill, least)
+    step_tokens = max(limits.step_tokens, least)
+    limits = replace(limits, tile_cubes=2, step_tokens=step_tokens, long_prefill=long_prefill)
+    return replace(case, limits=limits)
 
 
 def random_prompt(rng: np.random.Generator, method: str) -> Prompt:
@@ -145,6 +160,10 @@ class Schedulers:
         from vllm.v1.structured_output import StructuredOutputManager
 
         limits, config = case.limits, self._configs[case.method]
+        if case.method == "adaspark":
+            config.model_config.hf_config.adaspark_resolved["settings"]["tile_cubes"] = (
+                limits.tile_cubes
+            )
         scheduler = config.scheduler_config
         scheduler.max_num_batched_tokens = max(limits.step_tokens, limits.encoder_tokens)
         scheduler.max_num_scheduled_tokens = limits.step_tokens
@@ -168,7 +187,7 @@ class Schedulers:
         )
 
 
-def request_of(prompt: Prompt, name: str, method: type) -> Any:
+def request_of(prompt: Prompt, name: str, settings: Any) -> Any:
     """vLLM's request."""
     from vllm import SamplingParams
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -179,7 +198,6 @@ def request_of(prompt: Prompt, name: str, method: type) -> Any:
     from vllm_adaspark.requests import with_settings
 
     init_none_hash(sha256)
-    settings = method().override(prompt.settings)
     ids, features = [], []
     for nth, (kind, tokens) in enumerate(prompt.pieces):
         if kind != "text":
@@ -207,14 +225,15 @@ def run(case: Case, scheduler: Any, method: type) -> Seen:
     """Serve a case's requests to their ends.
 
     Raises:
-        AssertionError: a chunk ends inside a cube, a prompt that must be whole is not, or some
-            request never ends.
+        AssertionError: a chunk ends inside a cube or between two that choose together, a prompt
+            that must be whole is not, or some request never ends.
     """
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import RequestStatus
 
     seen, names = Seen(), {f"r{i}": prompt for i, prompt in enumerate(case.prompts)}
-    requests = {name: request_of(prompt, name, method) for name, prompt in names.items()}
+    settings = {name: case.limits.settings_of(prompt, method) for name, prompt in names.items()}
+    requests = {name: request_of(prompt, name, settings[name]) for name, prompt in names.items()}
     on_the_way: deque[tuple[Any, Any]] = deque()
     for now in range(MOST_STEPS):
         for name, prompt in names.items():
@@ -234,7 +253,7 @@ def run(case: Case, scheduler: Any, method: type) -> Seen:
         for name, number in scheduled.items():
             chunk = started[name], started[name] + number
             seen.chunks.setdefault(name, []).append(chunk)
-            check_chunk(names[name], chunk, method)
+            check_chunk(names[name], chunk, settings[name])
         if any(started[n] + k < requests[n].num_prompt_tokens for n, k in scheduled.items()):
             seen.left.append(case.limits.step_tokens - output.total_num_scheduled_tokens)
         sampled = []
@@ -253,9 +272,9 @@ def run(case: Case, scheduler: Any, method: type) -> Seen:
     raise AssertionError(f"not all requests ended within {MOST_STEPS} steps")
 
 
-def check_chunk(prompt: Prompt, chunk: tuple[int, int], method: type) -> None:
-    """No chunk ends inside a cube of a sparse request; a prompt that must be whole is."""
-    settings = method().override(prompt.settings)
+def check_chunk(prompt: Prompt, chunk: tuple[int, int], settings: Any) -> None:
+    """No chunk ends inside a cube of a sparse request, or begins or ends between two that choose
+    together; a prompt that must be whole is."""
     start, end = chunk
     text = json.dumps([prompt.settings, prompt.pieces])
     has_video = any(kind == "video" for kind, _ in prompt.pieces)
@@ -270,3 +289,12 @@ def check_chunk(prompt: Prompt, chunk: tuple[int, int], method: type) -> None:
     block = is_video[end // BLOCK * BLOCK :][:BLOCK]
     cut = end % BLOCK and len(block) == BLOCK and all(block)
     assert not cut, f"{chunk} cuts a cube: {text}"
+    if getattr(settings, "tile_cubes", 1) == 1 or not settings.sparse_attention:
+        return
+    cubes = [all(is_video[i : i + BLOCK]) for i in range(0, len(is_video) - BLOCK + 1, BLOCK)]
+    for edge in chunk:
+        block = edge // BLOCK
+        if edge % BLOCK or not block % 2 or block >= len(cubes):
+            continue
+        paired = cubes[block - 1] and cubes[block] and sum(cubes[: block - 1]) >= 1
+        assert not paired, f"{chunk} parts two cubes: {text}"

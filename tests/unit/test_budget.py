@@ -44,9 +44,9 @@ def naive_spent(is_video, config, share) -> float:
             own = token // BLOCK
             before = sum(is_cube for b, is_cube in cube.items() if b < own)
             whole = cube.get(own, False)
-            if config.tile_cubes == 2 and own % 2 and whole and cube[own - 1]:
-                if before - 1 >= max(config.dense_below, 1):
-                    before -= 1  # it chooses with the cube before it
+            second = config.tile_cubes == 2 and own % 2 and whole and cube[own - 1]
+            if second and before - 1 >= max(config.dense_below, 1):
+                before -= 1  # it chooses with the cube before it
             if sparse and whole:
                 kept = max(share, 1 / BLOCK)  # of a cube's tokens, at least one
                 spent -= (1 - kept) * 3 * 2 * SHAPE.hidden * f

@@ -136,7 +136,8 @@ def test_every_flag_arrives():
         "--p-attn 0.7 --p-ffn 0.6 --selection top_p --min-cubes 2 --dense-layers 1 "
         "--text-queries dense --importance norm --compensation bypass --paper "
         "--cube 8x4x2 --order raster --trace "
-        "--dense-below 3 --cube-queries 4 --tile-cubes 2 --encoder-patches 9 --trace-mb 5 --report-file r.jsonl"
+        "--dense-below 3 --cube-queries 4 --tile-cubes 2 "
+        "--encoder-patches 9 --trace-mb 5 --report-file r.jsonl"
     ))  # fmt: skip
     assert given == {
         "p_attn": 0.7,

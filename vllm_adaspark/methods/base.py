@@ -242,9 +242,11 @@ class Method:
     def uncut_blocks(cls, settings: Settings, prompt: Prompt) -> np.ndarray | None:
         """``[blocks]`` int: the KV blocks of a prompt that no chunk should end in; None for none.
 
-        A chunk that would end in a block ends before the one that is named here, itself or one
-        before it with which it chooses; -1 lets a chunk end anywhere in it.  No prefix hit ends
-        between blocks that choose together either.  So that a choice does not depend on where the scheduler ends a chunk, which follows from
+        A chunk that would end in a block ends before the one that is named here, which is itself or
+        the first of those that it chooses together with; -1 lets a chunk end anywhere in it.  No
+        prefix hit ends between blocks that choose together either.
+
+        So that a choice does not depend on where the scheduler ends a chunk, which follows from
         what else is in a step.  The scheduler sees to it (scheduler.py), if :meth:`check_server`
         has chosen ours.
         """

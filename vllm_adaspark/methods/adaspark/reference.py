@@ -6,7 +6,8 @@ Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and
   every cube chooses its own active tokens.
 * ``tile_*``: what a paged, chunked engine can do fast.  A cube is a full KV block of video tokens,
   the tokens of a cube (or of two) choose together, once per KV head, and a cube that a chunk edge
-  cuts through runs dense.  The fast path must equal this one: index sets exactly, outputs to rounding.
+  cuts through runs dense.  The fast path must equal this one: index sets exactly, outputs to
+  rounding.
 
 How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
 
