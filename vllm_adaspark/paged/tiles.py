@@ -211,8 +211,8 @@ def cut_tiles(
         size: tokens in a KV block.
         scored: ``[rows]`` tokens of a cube that are scored, 0 in rows that score none.
         tile_cubes: how many cubes may be one VIDEO tile.  They are blocks ``n * tile_cubes`` and
-            what follows of a request, so that where a chunk begins does not decide who is paired;
-            those that are no VIDEO tokens of this step leave the others to be tiles without them.
+            what follows of a request, so that where a chunk begins does not decide who is paired.
+            Where one of them may not choose in this step, the others are a tile without it.
     """
     row = tokens.row
     kind = np.where(video & tokens.in_whole_cube, VIDEO, np.where(text, TEXT, DENSE))

@@ -71,7 +71,10 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class BudgetGroups:
-    """Rows that share one p each group, and how much a group may keep."""
+    """Rows that share one p each group, and how much a group may keep.
+
+    What a row keeps counts as often as the row stands in its group.
+    """
 
     rows: torch.Tensor  # [groups, rows] int64
     keep: np.ndarray  # [groups] entries that may be kept, per inner row (KV head); host, fraction

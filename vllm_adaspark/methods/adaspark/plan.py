@@ -28,14 +28,15 @@ class ScoreJob:
     """Queries scored together: the same number of tokens from each of some rows.
 
     ``tile_of[i, j]`` indexes the sparse tiles (not all tiles): per token in a TEXT job; per tile,
-    ``[rows, tokens / scored]``, in a VIDEO job, where a tile's tokens stand together.
+    ``[rows, tokens / scored]``, in a VIDEO job, where a tile's tokens stand together.  Of a tile of
+    two cubes ``own_block`` is the first.
     """
 
     kind: int
     row: torch.Tensor  # [rows] int64
     tokens: torch.Tensor  # [rows, tokens] int64, index into the step
     tile_of: torch.Tensor  # [rows, tokens] or [rows, tiles] int64
-    own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below this first
+    own_block: np.ndarray  # [rows, tokens] or [rows, tiles], host: candidates lie below it
     limit: torch.Tensor  # the same on the device, int32
     scored: int  # tokens of a tile
     gap_blocks: list[int]  # of a VIDEO job's row: blocks that are no cubes, rising; else empty
