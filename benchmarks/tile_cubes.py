@@ -1,11 +1,11 @@
 """One cube in a query tile, or two: seconds of an attention layer, and answers.
 
-    python benchmarks/tile_cubes.py --only seconds    # a minute or two on an idle core
-    python benchmarks/tile_cubes.py --only answers    # hours, or less with --videos 2
+    python benchmarks/tile_cubes.py --only seconds    # minutes on an idle core
+    python benchmarks/tile_cubes.py --only answers    # the same; --videos 3 for fewer questions
 
-Writes benchmarks/results/tile_cubes.json and the tables of docs/quality.md.  Seconds are of the
-layer of ``make bench ARGS='--only attention'``, the two kinds of tile and the stock kernel one
-after the other in every round.  They are the process's CPU time, so set OMP_NUM_THREADS=1; on a
+Writes benchmarks/results/tile_cubes.json and the table of answers in docs/quality.md.  Seconds are
+of the layer of ``make bench ARGS='--only attention'``, the two kinds of tile and the stock kernel
+one after the other in every round.  They are the process's CPU time, so set OMP_NUM_THREADS=1; on a
 machine that has other work, it is less disturbed than the time on the wall.  Answers are the needle
 model's, at equal budgets and equal shares.
 """
@@ -160,7 +160,7 @@ def main() -> None:
     print(*tables.values(), sep="\n\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if options.out == default and len(tables) == 2:
+    if options.out == default and "answers" in tables:
         refill(PAGE, "tile_cubes", tables)
 
 
