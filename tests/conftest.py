@@ -12,14 +12,14 @@ LONGEST_FIRST = ("server", "engine", "deploy", "kernels", "fuzz", "unit")
 for folder in ("benchmarks", "examples/demo", "tests"):
     sys.path.insert(0, str(ROOT / folder))
 
+from server import go_around_proxies  # noqa: E402, examples/demo
+
 # Nothing here may look for a model hub or report usage.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# Servers on this machine are not behind its proxy.
-for name in ("no_proxy", "NO_PROXY"):
-    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+go_around_proxies()
 # The tests' tensors are small: two threads only wait for each other, minutes on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Two servers at a time must not be bound to the same core.

@@ -42,6 +42,7 @@ class VllmServer:
     kept = False  # True: it outlives its `with` block
 
     def __init__(self, model, *arguments: str, log: str | Path, env: dict[str, str] | None = None):
+        go_around_proxies()
         self.log = Path(log)
         self.url = f"http://127.0.0.1:{free_port()}"
         port = self.url.rpartition(":")[2]
@@ -108,6 +109,16 @@ class VllmServer:
         except ProcessLookupError:
             pass
         self.process.wait()
+
+
+def go_around_proxies() -> None:
+    """Have clients in this process, and in those it starts, ask loopback servers themselves.
+
+    A proxy that the environment names for the internet (``HTTP_PROXY``) does not know them.
+    """
+    for name in ("no_proxy", "NO_PROXY"):
+        known = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost"]))
 
 
 def free_port() -> int:

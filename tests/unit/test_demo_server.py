@@ -1,0 +1,21 @@
+"""What starts the servers of demo, benchmarks and tests (examples/demo/server.py)."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+
+from server import go_around_proxies  # examples/demo
+
+
+def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "files.example")
+    assert not urllib.request.proxy_bypass("127.0.0.1:8000")
+    go_around_proxies()
+    go_around_proxies()
+    assert os.environ["NO_PROXY"] == "files.example,127.0.0.1,localhost"
+    assert os.environ["no_proxy"] == "127.0.0.1,localhost"
+    assert urllib.request.proxy_bypass("127.0.0.1:8000")
+    assert not urllib.request.proxy_bypass("videos.example")
