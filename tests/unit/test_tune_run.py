@@ -42,6 +42,8 @@ def clips(tmp_path_factory) -> Path:
 def tune(clips: Path, tmp_path: Path, monkeypatch, capsys):
     """Run the command; returns its exit code, and what it printed to stdout and stderr."""
     monkeypatch.setattr(run, "process", fake_engine.thread)
+    # Tests that a script started in its background were told to ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def call(*more: object, videos=clips, questions=clips / "questions.jsonl", grid="grid.jsonl"):
         arguments = [MODEL, videos, *([questions] if questions else []), "--out", tmp_path / "out"]
@@ -52,7 +54,8 @@ def tune(clips: Path, tmp_path: Path, monkeypatch, capsys):
             code = end.code
         return code, *capsys.readouterr()
 
-    return call
+    yield call
+    signal.signal(signal.SIGINT, before)
 
 
 def journal(tmp_path: Path) -> list[dict]:
