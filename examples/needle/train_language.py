@@ -269,6 +269,17 @@ def _follow(running: dict[str, float], batch: batches.Batch, right) -> None:
             running[question.skill] = 0.995 * before + 0.005 * mark
 
 
+def follow(schedule, trainer) -> None:
+    """Train what is left of the schedule's phases, and report after each."""
+    first = 0
+    for phase in schedule:
+        if trainer.step < first + phase.steps:
+            print(phase, flush=True)
+            trainer.train(phase, max(0, trainer.step - first))
+            trainer.report()
+        first += phase.steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("vision", type=Path, help="what train_vision.py wrote")
@@ -282,13 +293,7 @@ def main() -> None:
     trainer = Trainer(
         arguments.vision, arguments.path, arguments.device, arguments.start, arguments.at
     )
-    first = 0
-    for phase in SCHEDULE:
-        if trainer.step < first + phase.steps:
-            print(phase, flush=True)
-            trainer.train(phase, max(0, trainer.step - first))
-            trainer.report()
-        first += phase.steps
+    follow(SCHEDULE, trainer)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from forward import fast_dtype
 from places import EASY, HARD, HELD_OUT_SEEDS, SKILLS, TRAINING_SEEDS
 from scoring import logits
 from torch.optim.swa_utils import AveragedModel
-from train_language import WARM_UP, running_average, step_loss
+from train_language import WARM_UP, follow, running_average, step_loss
 
 FIRST_BANK_SEED = 90_000_000  # of TRAINING_SEEDS
 HELD_OUT_BANK_SEED = HELD_OUT_SEEDS[90_000_000]
@@ -247,13 +247,7 @@ def main() -> None:
         arguments.start,
         arguments.step,
     )
-    first = 0
-    for phase in SCHEDULE:
-        if trainer.step < first + phase.steps:
-            print(phase, flush=True)
-            trainer.train(phase, max(0, trainer.step - first))
-            trainer.report()
-        first += phase.steps
+    follow(SCHEDULE, trainer)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,9 +99,10 @@ def outcomes(
         found: the journal's lines, by contender and video; not all need be there.
     """
     reference = contenders[0]
-    right = _outcome(reference, reference, videos, found).right
-    by_answers = right is None or right >= HARDLY_EVER
-    return [_outcome(each, reference, videos, found, by_answers) for each in contenders]
+    first = _outcome(reference, reference, videos, found)  # it loses nothing, however judged
+    by_answers = first.right is None or first.right >= HARDLY_EVER
+    others = [_outcome(each, reference, videos, found, by_answers) for each in contenders[1:]]
+    return [replace(first, by_answers=by_answers), *others]
 
 
 def _outcome(
