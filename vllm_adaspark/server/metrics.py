@@ -33,7 +33,7 @@ from .refusals import LABELS, REQUESTS, REQUESTS_HELP
 
 logger = init_logger("vllm.adaspark")
 
-SECONDS = 5.0  # Prometheus gives up after ten
+SECONDS = 8.0  # Prometheus gives up after ten
 FRESH_SECONDS = 1.0
 ENGINE = ["model_name", "engine"]  # as vLLM labels its own
 

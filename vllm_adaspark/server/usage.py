@@ -38,7 +38,7 @@ from .refusals import count_error, count_refusal
 logger = init_logger("vllm.adaspark")
 
 LAST_EVENT = "event: response.completed\ndata: "  # of a streamed /v1/responses
-SECONDS = 5.0  # that an answer may wait for its account, while a step of others is under way
+SECONDS = 30.0  # that an answer may wait for its account, while a step of others is under way
 
 
 def attach(app: FastAPI) -> None:
