@@ -52,7 +52,8 @@ def test_a_folder_alone_gets_stock_questions(clips: Path) -> None:
 
 PLACES = ["inside", "outside"]
 CHOSEN = {"B": "B", "b.": "B", "(A) inside": "A", "Outside!": "B", "Option A": "A", "Because": None,
-          "C": None, "": None}  # fmt: skip
+          "C": None, "": None, "A busy street": None, "a: inside": "A", "B outside": "B",
+          "A\nBecause": "A"}  # fmt: skip
 
 
 def test_a_file_of_questions(clips: Path, tmp_path: Path) -> None:
@@ -81,6 +82,51 @@ def test_a_file_of_questions(clips: Path, tmp_path: Path) -> None:
     assert grouped == [[what, who], [where], [many]]
 
 
+def test_characters_that_people_and_editors_write(clips: Path, tmp_path: Path) -> None:
+    """Breaks of a line within a string, a byte order mark, and the ends of lines of Windows."""
+    file = tmp_path / "q.jsonl"
+    lines = [{"video": "b.mp4", "question": q} for q in ("a\u2028b", "a\x85b", "日本?")]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [each.text for each in questions.read(file, clips)] == ["a\u2028b", "a\x85b", "日本?"]
+
+
+def test_a_video_has_one_name_however_it_is_written(clips: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(clips.parent)
+    file = tmp_path / "q.jsonl"
+    lines = [{"video": video, "question": "?"} for video in ("b.mp4", str(clips / "b.mp4"))]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(QuestionsError, match="line 2: the same question as in line 1"):
+        questions.read(file, Path(clips.name))
+
+
+SAME = [
+    ("是。", "是"),
+    ("“Yes!”", "yes"),
+    ("Cafe\u0301", "café"),
+    ("**3**", "３"),
+    ("- five", "Five"),
+]
+OTHER = [("-5", "5"), ("C++", "C"), ("0.5", "5"), (".5", "5"), ("A+", "A"), ("+", "<"), ("", "0")]
+
+
+@pytest.mark.parametrize(
+    "one, other, same", [(*p, True) for p in SAME] + [(*p, False) for p in OTHER]
+)
+def test_what_is_around_the_words(clips: Path, one: str, other: str, same: bool) -> None:
+    assert questions.Question(clips, "a", "?").same(one, other) == same
+
+
+def test_options_that_differ_by_signs_and_numbers(clips: Path, tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    signs = {"video": "b.mp4", "question": "Which?", "options": ["+", "<", "5", "-5"], "answer": -5}
+    many = {"video": "b.mp4", "question": "How many?", "options": [1, 2.5], "answer": [2.5]}
+    file.write_text("\n".join(map(json.dumps, (signs, many))))
+    which, how_many = questions.read(file, clips)
+    assert which.answers == ("D",) and which.chosen("-5.") == "D" and which.chosen("<") == "B"
+    assert how_many.options == ("1", "2.5") and how_many.answers == ("B",)
+
+
 WRONG_LINES = {
     "not JSON": ("{", "not JSON"),
     "a list": ("[1]", "expected an object"),
@@ -92,6 +138,13 @@ WRONG_LINES = {
         r"unknown key 'anwser' \(did you mean 'answer'\?\)",
     ),
     "one option": ('{"video": "b.mp4", "question": "?", "options": ["a"]}', "2 to 26 options"),
+    "options that are none": (
+        '{"video": "b.mp4", "question": "?", "options": {"A": "a", "B": "b"}}',
+        "2 to 26 options, in words",
+    ),
+    "half a character": ('{"video": "b.mp4", "question": "\\ud83d"}', "not JSON: .*surrogates"),
+    "too deep": ('{"video": ' + "[" * 100_000, "not JSON: .*recursion"),
+    "a long name": ('{"video": "' + "b" * 5000 + '", "question": "?"}', "no such file in"),
     "equal options": (
         '{"video": "b.mp4", "question": "?", "options": ["a", "A."]}',
         "two of them are the same",
@@ -251,18 +304,44 @@ def test_the_journal_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_another_run_in_the_same_folder_is_an_error(tmp_path: Path, changes, words: str) -> None:
-    journal.Journal(tmp_path, ABOUT)
+    journal.Journal(tmp_path, ABOUT).add({"contender": "dense", "video": "a.mp4"})
     with pytest.raises(journal.JournalError, match=f"--out .* holds a run with {words}.*--out"):
         journal.Journal(tmp_path, ABOUT | changes)
+
+
+def test_a_run_that_never_answered_binds_nobody(tmp_path: Path) -> None:
+    """A misspelt option of vLLM's, say, with which no engine started."""
+    journal.Journal(tmp_path, ABOUT)
+    other = ABOUT | {"options": {"max_tokens": 5}}
+    journal.Journal(tmp_path, other).add({"contender": "dense", "video": "a.mp4"})
+    assert len(journal.Journal(tmp_path, other)) == 1
+    with pytest.raises(journal.JournalError, match="other options"):
+        journal.Journal(tmp_path, ABOUT)
+
+
+@pytest.mark.parametrize("said", ["a\u2028b\x85c", "\x0b\x0c\x1c\r", "日本 \0 🙂"])
+def test_an_answer_of_any_characters_is_read_back(tmp_path: Path, said: str) -> None:
+    line = {"contender": "dense", "video": f"{said}.mp4", "answers": [{"text": said}]}
+    journal.Journal(tmp_path, ABOUT | {"questions": [said]}).add(line)
+    again = journal.Journal(tmp_path, ABOUT | {"questions": [said]})
+    assert again.find("dense", f"{said}.mp4") == line
 
 
 def test_a_journal_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(journal.JournalError, match=r"--out .*file"):
         journal.Journal(tmp_path / "file", ABOUT)
-    (tmp_path / journal.NAME).write_text("not JSON\n")
-    with pytest.raises(journal.JournalError, match="damaged"):
-        journal.Journal(tmp_path, ABOUT)
+    good = json.dumps({"about": ABOUT})
+    for text in ("not JSON", "[]", "3", "null", "{}", f"{good}\n[]", f'{good}\n{{"video": "a"}}'):
+        (tmp_path / journal.NAME).write_text(text + "\n")
+        with pytest.raises(journal.JournalError, match="damaged"):
+            journal.Journal(tmp_path, ABOUT)
+    (tmp_path / "sub").mkdir()
+    made = journal.Journal(tmp_path / "sub", ABOUT)
+    made.path.unlink()
+    made.path.mkdir()
+    with pytest.raises(journal.JournalError, match="cannot be written"):
+        made.add({"contender": "dense", "video": "a.mp4"})
 
 
 def test_fingerprints_tell_checkpoints_apart(tmp_path: Path) -> None:

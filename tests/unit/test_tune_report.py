@@ -17,6 +17,7 @@ import pytest
 
 from vllm_adaspark.cli import main, offline
 from vllm_adaspark.cli.tune import _loss
+from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.tune import compare, grid, intervals, report
 from vllm_adaspark.tune.engine import Asker
 from vllm_adaspark.tune.grid import Contender
@@ -262,6 +263,9 @@ def test_the_page_says_what_to_take_and_how_sure_that_is(tmp_path: Path) -> None
         grid.contender("adaspark", selection="top_k", keep=0.2, cube=[8, 4, 4]),
         grid.contender("adatp", fastv=True, flops=0.3),
         grid.contender("adatp", layers=[2, 8], keep=[0.5, 0.4], refill=True, keep_budget=False),
+        grid.contender("adatp", refill=False, keep_budget=True),
+        grid.contender("adaspark", flops=None, trace=False, p_attn=0.3),
+        grid.contender("adaspark", enabled=False),
     ],
 )
 def test_the_server_line_serves_it(contender: Contender, capsys) -> None:
@@ -285,6 +289,25 @@ def test_what_a_checkpoint_can_say() -> None:
         (grid.contender("adaspark"), None),
     ):
         assert report.checkpoint_settings(contender) == want
+    served = grid.contender("adaspark", p_attn=0.3, trace=True, report_file="/tmp/x")
+    assert report.checkpoint_settings(served) == {"p_attn": 0.3}
+
+
+@pytest.mark.parametrize(
+    "trained, settings",
+    [
+        ({"p_attn": 0.9, "dense_layers": 1}, {"p_attn": 0.3, "prune": 0.5}),
+        ({"importance": "norm", "p_ffn": 0.3}, {"paper": True}),
+        ({"paper": True}, {"p_ffn": 0.4}),
+        ("off", {"p_attn": 0.3}),
+    ],
+)
+def test_a_checkpoint_keeps_what_it_says_itself(trained, settings) -> None:
+    said = report.checkpoint_settings(Contender("a", "adaspark", settings), trained)
+    if isinstance(trained, str):
+        assert said == settings
+    else:
+        assert AdaSparkConfig.settled(said, None) == AdaSparkConfig.settled(trained, settings)
 
 
 def test_the_picture_shows_something(tmp_path: Path) -> None:
@@ -300,6 +323,20 @@ def test_the_picture_shows_something(tmp_path: Path) -> None:
     ):
         image = Image.open(draw(made(found), tmp_path)).convert("RGB")
         assert image.size[0] > 1000 and len(image.getcolors(1 << 24)) > 50
+
+
+def test_names_are_words_and_nothing_else(tmp_path: Path) -> None:
+    """Not a formula of matplotlib's, a column of the table, or two lines."""
+    file = tmp_path / "grid.jsonl"
+    file.write_text(json.dumps({"name": " $x^$\n|y ", "p_attn": 0.4}))
+    mine = grid.read(file, STOCK)[1]
+    found = found_without_mild()
+    run = made([found[0], replace(found[1], contender=mine)])
+    assert mine.name == "$x^$ |y" and "| **$x^$ \\|y** |" in report.page(run)
+    pytest.importorskip("matplotlib")
+    from vllm_adaspark.tune.picture import draw
+
+    assert draw(run, tmp_path).exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vllm_adaspark.tune.questions import STOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "needle" / "checkpoint"
-PROCESS = run.process
+PROCESS, FAKE = run.process, fake_engine.thread
 GRID = ['{"p_attn": 0.6}', '{"p_attn": 0.2}', '{"method": "adatp", "flops": 0.5}']
 QUESTIONS = [f"What is {n}?" for n in range(4)]
 
@@ -154,6 +154,31 @@ def test_stock_questions(tune, clips: Path, tmp_path: Path) -> None:
     assert asked == set(STOCK)
 
 
+def test_questions_may_stand_behind_an_option(tune, clips: Path, tmp_path: Path) -> None:
+    code, _, err = tune("--lose", "1%", clips / "questions.jsonl", questions=None)
+    assert code == 0 and "12 questions about 3 videos" in err
+
+
+def test_linked_videos_are_read_where_they_lie(tune, clips: Path, tmp_path: Path, monkeypatch):
+    """vLLM allows a file by where its link leads to."""
+    (tmp_path / "links").mkdir()
+    for n in range(2):
+        (tmp_path / "links" / f"{n}.mp4").symlink_to(clips / f"{n}.mp4")
+    folders = []
+    monkeypatch.setattr(run, "process", lambda job: folders.append(job.folder) or FAKE(job))
+    assert tune(videos=tmp_path / "links", questions=None)[0] == 0
+    assert set(folders) == {clips}
+
+
+def test_a_full_disk_is_told(tune, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_adaspark.tune.report.write", full)
+    code, _, err = tune()
+    assert code == 1 and "the report cannot be written: " in err and "No space left" in err
+
+
 REFUSED = {
     "no videos": (dict(videos=ROOT / "docs", questions=None), (), "no videos in it"),
     "wrong line": (dict(questions="bad.jsonl"), (), "bad.jsonl, line 1: not JSON"),
@@ -161,6 +186,14 @@ REFUSED = {
     "method": (dict(grid=None), ("--methods", "videonsa"), "has no gates"),
     "both": ({}, ("--quick",), "--grid and --methods or --quick"),
     "setting": ({}, ("--p-attn", "0.3"), "--p-attn: settings are tried by the grid"),
+    "setting as vLLM takes it": ({}, ("--p_attn", "0.3"), "--p_attn: settings are tried by the"),
+    "settings in JSON": (
+        {},
+        ("--additional-config", '{"adaspark": {"p_attn": 0.5}}'),
+        "--additional-config adaspark: settings and methods are tried by the grid",
+    ),
+    "model": ({}, ("--model", "x"), "--model: MODEL is the first argument"),
+    "answer": ({}, ("--max-tokens", "200000"), "what fits: a shorter answer"),
     "tokens": ({}, ("--max-tokens", "0"), "--max-tokens 0: expected 1 or more"),
     "frames": ({}, ("--fps", "0"), "--fps 0: expected a number above 0"),
     "loss": ({}, ("--lose", "7"), "'7': expected a share of answers, 1% or 0.01"),

@@ -102,7 +102,7 @@ def _analyze(
         offline.prepare_environment()
         revision = ["--revision", args.revision] if args.revision else []
         options = offline.engine_options(
-            model, sampling, file.absolute().parent, [*args.rest, *revision]
+            model, sampling, file.resolve().parent, [*args.rest, *revision]
         )
         _fix(options, cost.max_model_len)
         offline.say("starting the engine")

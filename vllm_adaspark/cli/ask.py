@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         cost = fitting_cost(model, video, config, sampling, answer_tokens=args.max_tokens + 256)
         offline.prepare_environment()
         rest = [*args.rest, *(["--revision", args.revision] if args.revision else [])]
-        options = offline.engine_options(model, sampling, file.absolute().parent, rest)
+        options = offline.engine_options(model, sampling, file.resolve().parent, rest)
         offline.say("starting the engine")
         engine = offline.engine(options, model, args.method, settings, config.cube_volume, cost)
         llm = stack.enter_context(engine)

@@ -193,7 +193,7 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
     else:
         lines += [
             f"does not fit: the model has {model.max_positions:,} positions. What would:",
-            *(f"  {way}" for way in ways_to_fit(cost)),
+            *(f"  {way}" for way in ways_to_fit(cost, model)),
         ]
     return "\n".join(lines)
 
@@ -213,16 +213,19 @@ def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: i
         raise UsageError(str(error)) from None
     if not cost.fits:
         raise UsageError(
-            f"the prompt has {cost.prompt_tokens:,} tokens, more than the model's "
-            f"{model.max_positions:,} positions hold; what fits: {' or '.join(ways_to_fit(cost))}"
+            f"the prompt has {cost.prompt_tokens:,} tokens, with its answer more than the model's "
+            f"{model.max_positions:,} positions hold; what fits: "
+            f"{' or '.join(ways_to_fit(cost, model))}"
         )
     return cost
 
 
-def ways_to_fit(cost: Any) -> list[str]:
+def ways_to_fit(cost: Any, model: Any) -> list[str]:
     """Options with which a video that does not fit would."""
     options = {"--max-frames": cost.fitting_frames, "--max-pixels": cost.fitting_pixels}
     ways = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if cost.prompt_tokens < model.max_positions:
+        ways.append("a shorter answer")
     return ways or ["a shorter video: not even the fewest and smallest frames fit"]
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..settings import CHECKPOINT_KEY
 from . import PROGRAM, CommandError, UsageError
 from .redact import redact_arguments
 from .settings import add_sampling
@@ -75,7 +76,9 @@ def _loss(text: str) -> float:
     except ValueError:
         value = -1.0
     if rest.strip() or not 0 <= value < 1 or (not percent and value >= 0.5):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a share of answers, 1% or 0.01")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a share of answers, 1% or 0.01; from a half on as 50%"
+        )
     return value
 
 
@@ -90,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens}: expected 1 or more")
+    if args.rest and not args.rest[0].startswith("-"):  # QUESTIONS, behind an option
+        args.videos.append(Path(args.rest.pop(0)))
     if len(args.videos) > 2:
         raise UsageError(f"{args.videos[2]}: expected VIDEOS and at most one file of QUESTIONS")
     try:
@@ -102,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with _ended_by_a_signal():
             failed = run_all(plan.work, plan.job, say)
+    except JournalError as error:
+        raise CommandError(str(error)) from None
     except KeyboardInterrupt:
         _report(plan, failed)
         say(
@@ -149,7 +156,7 @@ def _report(plan: Any, failed: dict[str, str]) -> str:
     choice = compare.choose(found, args.lose)
     devices = dict.fromkeys(line["device"] for line in lines.values() if "device" in line)
     made = report.Run(
-        model=args.model,
+        model=plan.model.name,
         videos=work.videos,
         found=found,
         choice=choice,
@@ -163,12 +170,15 @@ def _report(plan: Any, failed: dict[str, str]) -> str:
             "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         },
         command=args.shown,
+        trained=plan.model.config.get(CHECKPOINT_KEY),
     )
-    files = report.write(made, args.out)
     try:
+        files = report.write(made, args.out)
         files.append(draw(made, args.out))
     except MatplotlibMissing as error:
         files.append(f"no picture ({error}; then the same command draws it)")
+    except OSError as error:
+        raise CommandError(f"the report cannot be written: {error}") from None
     shown = "\n".join(map(str, files))
     line = report.server_line(made, made.choice.outcome.contender)
     return f"{report.verdict(made).replace('**', '')}\n\n{line}\n\n{shown}"

@@ -216,9 +216,11 @@ def _of_entry(entry: Any, where: str, model: Model) -> Contender:
         raise GridError(f"{where}: name={name!r}: expected words")
     if why := why_not(model, str(method)):
         raise GridError(f"{where}: method={method!r}: {why}")
+    words = settings_class(method).words
+    settings = {k: v for k, v in settings.items() if v is not False or k not in words}  # not said
     made = contender(method, **settings)
     check(made, model, where)
-    return Contender(name, made.method, settings) if name else made
+    return Contender(" ".join(name.split()), made.method, settings) if name else made
 
 
 def check(made: Contender, model: Model, where: str) -> Settings:

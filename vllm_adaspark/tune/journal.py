@@ -48,12 +48,11 @@ class Journal:
             lines = _whole_lines(self.path)
         except OSError as error:
             raise JournalError(f"--out {folder}: {error.strerror}") from None
-        if not lines:
-            self._lines: dict[tuple[str, str], Line] = {}
-            self._append({"about": about})
-            return
-        _refuse_another(lines[0].get("about", {}), about, folder)
         self._lines = {(line["contender"], line["video"]): line for line in lines[1:]}
+        if self._lines:
+            _refuse_another(lines[0]["about"], about, folder)
+        elif not lines or lines[0]["about"] != about:  # a run that never answered binds nobody
+            self._write({"about": about}, "w")
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -65,11 +64,14 @@ class Journal:
     def add(self, line: Line) -> None:
         """Remember, on disk too."""
         self._lines[line["contender"], line["video"]] = line
-        self._append(line)
+        self._write(line, "a")
 
-    def _append(self, line: Line) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _write(self, line: Line, mode: str) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise JournalError(f"{self.path} cannot be written: {error.strerror}") from None
 
 
 def _whole_lines(path: Path) -> list[Line]:
@@ -81,12 +83,18 @@ def _whole_lines(path: Path) -> list[Line]:
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.split("\n")[:-1]]
     except ValueError as error:
         raise JournalError(f"{path} is damaged: {error}; give another --out") from None
+    for number, line in enumerate(lines, start=1):
+        keys = {"contender", "video"} if number > 1 else {"about"}
+        if not isinstance(line, dict) or not keys <= line.keys():
+            raise JournalError(f"{path} is damaged: line {number} is not ours; give another --out")
+    return lines
 
 
-def _refuse_another(there: Mapping[str, Any], about: Mapping[str, Any], folder: Path) -> None:
+def _refuse_another(there: Any, about: Mapping[str, Any], folder: Path) -> None:
+    there = there if isinstance(there, dict) else {}
     for key, words in WHAT.items():
         if there.get(key) != about.get(key):
             raise JournalError(

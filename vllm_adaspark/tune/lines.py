@@ -19,7 +19,8 @@ def read(path: Path, named: str, error: type[ValueError]) -> Iterator[tuple[int,
         error: raised where the file cannot be read or a line is not JSON.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # A string may hold any break of a line but this; a byte order mark may come first.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as failed:
         raise error(f"{named} {str(path)!r} cannot be read: {failed}") from None
     return _parsed(path, lines, error)
@@ -34,6 +35,7 @@ def _parsed(
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError as failed:
+            json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as failed:
             raise error(f"{where}: not JSON: {failed}") from None
         yield number, where, entry

@@ -63,7 +63,7 @@ def _losses(axis: Any, run: Run) -> None:
     for each in _worth_a_name(drawn, best):
         left = each.flops > RIGHT
         axis.annotate(
-            each.contender.name.removeprefix(f"{each.contender.method} "),
+            _plain(each.contender.name.removeprefix(f"{each.contender.method} ")),
             (each.flops, each.loss.value),
             xytext=(-7 if left else 7, 7),
             textcoords="offset points",
@@ -71,7 +71,7 @@ def _losses(axis: Any, run: Run) -> None:
             ha="right" if left else "left",
         )
     axis.set_xlabel("share of the dense model's FLOPs")
-    axis.set_ylabel(f"answers lost against {run.reference.contender.name}")
+    axis.set_ylabel(f"answers lost against {_plain(run.reference.contender.name)}")
     axis.set_title(f"{len(run.questions)} questions about {len(run.videos)} videos", fontsize=10.5)
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -106,7 +106,7 @@ def _layers(plt: Any, axis: Any, run: Run) -> None:
     for key in ["alive"] if "alive" in layers else layers:
         kept = layers[key]
         axis.plot(range(len(kept)), kept, "o-", ms=4, color=colors[key], label=names[key])
-    axis.set_title(f"What {best.contender.name} keeps", fontsize=10.5)
+    axis.set_title(f"What {_plain(best.contender.name)} keeps", fontsize=10.5)
     axis.set_xlabel("layer")
     axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -128,6 +128,11 @@ def _kind(outcome: Any) -> str:
 
 def _marker(kind: str) -> str:
     return {"dense": "s", "adatp": "^", "fastv": "v", "adaspark, prune": "D"}.get(kind, "o")
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib takes for no formula."""
+    return name.replace("$", r"\$")
 
 
 def _rgb(color: str) -> tuple[float, float, float]:

@@ -15,10 +15,11 @@ from ..cli.checkpoints import trained_for
 from ..cli.inspect import fitting_cost
 from ..cli.offline import say
 from ..cli.redact import redact_arguments
-from ..cli.settings import names
+from ..cli.settings import ADDITIONAL, names
+from ..cli.vllm_options import take_json
 from ..methods import OF_ARCHITECTURE, settings_class
 from ..models.layout import Sampling, Video
-from ..settings import Settings
+from ..settings import METHOD_KEY, SERVER_KEY, Settings
 from . import grid, questions
 from .compare import by_video
 from .engine import Job
@@ -62,7 +63,7 @@ class Plan:
             takes_prune=model.layout.takes_prune,
             layers=model.layers,
         )
-        methods = [name for name in args.methods.split(",") if name]
+        methods = [name.strip() for name in args.methods.split(",") if name.strip()]
         if args.grid and (methods or args.quick):
             raise UsageError("--grid and --methods or --quick: leave one of them out")
         contenders = (
@@ -102,7 +103,8 @@ class Plan:
             model,
             sampling,
             settled,
-            Path(os.path.commonpath([q.video.absolute().parent for some in videos for q in some])),
+            # A link's target, since vLLM asks where that lies.
+            Path(os.path.commonpath([q.video.resolve().parent for some in videos for q in some])),
             clips,
             left_out,
             work,
@@ -221,12 +223,21 @@ class Clips:
 
 
 def _refuse_misspelt(args: argparse.Namespace, contender: Contender) -> None:
-    """Settings are the grid's: one among vLLM's options is a mistake."""
+    """Settings are the grid's, and MODEL says the model: one among vLLM's options is a mistake."""
     cls = settings_class(contender.method)
     flags = {"--" + name.replace("_", "-") for name in [*names(cls), *cls.words, "p"]}
     for word in args.rest:
-        if word.partition("=")[0] in flags:
+        option = word.partition("=")[0].replace("_", "-")
+        if option in flags:
             raise UsageError(f"{word}: settings are tried by the grid; give --grid FILE with it")
+        if option == "--model":
+            raise UsageError(f"{word}: MODEL is the first argument; leave it out")
+    said = take_json(args.rest, ADDITIONAL)[0].keys() & {SERVER_KEY, METHOD_KEY}
+    if said:
+        raise UsageError(
+            f"{ADDITIONAL} {', '.join(sorted(said))}: settings and methods are tried by the grid; "
+            "give --grid FILE with them"
+        )
 
 
 def _fingerprint(args: argparse.Namespace, model: Model) -> str:

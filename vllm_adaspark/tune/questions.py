@@ -8,14 +8,16 @@ A file has one JSON object a line, as examples/finetune.py reads them::
 
 ``answer`` may be left out; then answers can only be compared with the dense model's.  It may be a
 list of answers that are all right.  With ``options`` the model is asked for a letter, and the
-answer is that letter or the option's text.
+answer is that letter or the option's text.  Numbers may stand for words.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,11 @@ STOCK = (
 )
 LETTERS = string.ascii_uppercase
 CHOOSE = "Answer with the option's letter."
+# A letter at an answer's beginning that names an option; "A man" and "I see" are words.
+NAMED = r"\W*(?:option\s+)?([{letters}])(?!\w)(?!(?<=[aAiI]) +[^\W\d_])"
+# What may stand around an answer's words: not a number's sign or point, nor the end of "C++".
+BEFORE = re.compile(r"(?:(?!(?<!\.)-?\.?\d)[\W_])+")
+AFTER = re.compile(r"(?:[^\w+#]|_)+$")
 
 
 class QuestionsError(ValueError):
@@ -72,7 +79,7 @@ class Question:
         for letter, option in zip(letters, self.options):
             if plain(option) == said:
                 return letter
-        named = re.match(rf"\W*(?:option\s+)?([{letters or '-'}])(?!\w)", answer, re.IGNORECASE)
+        named = re.match(NAMED.format(letters=letters or "-"), answer, re.IGNORECASE)
         return named[1].upper() if named else None
 
     def same(self, one: str, other: str) -> bool:
@@ -94,8 +101,14 @@ class Question:
 
 
 def plain(answer: str) -> str:
-    """An answer in small letters, without what is around its words and a full stop at its end."""
-    return " ".join(answer.casefold().split()).strip(string.punctuation + " ")
+    """An answer in small letters, without what is around its words, a full stop for example.
+
+    Of one of signs alone, "+" for example, they stay.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
+    text = text.replace("\u2212", "-")  # the sign of minus
+    bare = text[found.end() if (found := BEFORE.match(text)) else 0 :]
+    return AFTER.sub("", bare) or text.strip(".?! ")
 
 
 def find_videos(source: Path) -> list[Path]:
@@ -177,11 +190,20 @@ def _text(entry: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
+def _words(value: Any) -> Any:
+    """A number as words, anything else as it is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else value
+
+
 def _options(entry: dict[str, Any], where: str) -> tuple[str, ...]:
     options = entry.get("options") or []
+    options = [_words(o) for o in options] if isinstance(options, list) else options
     words = isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
     if not words or (options and not 2 <= len(options) <= len(LETTERS)):
-        raise QuestionsError(f"{where}: options={options!r}: expected a list of 2 to 26 options")
+        raise QuestionsError(
+            f"{where}: options={options!r}: expected a list of 2 to 26 options, in words"
+        )
     if len({plain(option) for option in options}) < len(options):
         raise QuestionsError(f"{where}: options={options!r}: two of them are the same")
     return tuple(options)
@@ -193,7 +215,7 @@ def _answers(entry: dict[str, Any], options: tuple[str, ...], where: str) -> tup
     if given is None:
         return ()
     answers = given if isinstance(given, list) else [given]
-    answers = [str(a) if isinstance(a, int) and not isinstance(a, bool) else a for a in answers]
+    answers = [_words(answer) for answer in answers]
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise QuestionsError(
             f"{where}: answer={given!r}: expected words, or a list of them; leave it out if nobody "
@@ -215,11 +237,14 @@ def _answers(entry: dict[str, Any], options: tuple[str, ...], where: str) -> tup
 def _existing(video: str, folders: Sequence[Path], where: str) -> Path:
     for folder in folders:
         path = folder / video
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError):  # a name longer than any file's
+            if path.is_file():
+                return path
     searched = " and ".join(dict.fromkeys(str(folder) for folder in folders))
     raise QuestionsError(f"{where}: video={video!r}: no such file in {searched}")
 
 
 def _name(video: Path, folder: Path) -> str:
-    return str(video.relative_to(folder)) if video.is_relative_to(folder) else str(video)
+    video, folder = video.absolute(), folder.absolute()
+    name = str(video.relative_to(folder) if video.is_relative_to(folder) else video)
+    return name.encode(errors="backslashreplace").decode()  # not all names of files are text

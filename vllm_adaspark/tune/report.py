@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..settings import CHECKPOINT_KEY
+from ..methods import settings_class
+from ..settings import CHECKPOINT_KEY, SERVER_KEY
 from .compare import DENSE_ENOUGH, Choice, Outcome, first_dense
 from .grid import Contender
 from .questions import Question
@@ -33,6 +34,7 @@ class Run:
         missing: answers (of a contender about a video) that are still to come.
         about: versions, machine and date, as told.
         command: that goes on with the run, or asks again.
+        trained: the ``adaspark_config`` that the checkpoint has.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Run:
     missing: int
     about: Mapping[str, str]
     command: str
+    trained: Mapping[str, Any] | str | None = None
 
     @property
     def questions(self) -> list[Question]:
@@ -60,7 +63,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     files = [folder / PAGE, folder / NUMBERS]
     files[0].write_text(page(run) + "\n", encoding="utf-8")
     files[1].write_text(json.dumps(numbers(run), indent=1) + "\n", encoding="utf-8")
-    settings = checkpoint_settings(run.choice.outcome.contender)
+    settings = checkpoint_settings(run.choice.outcome.contender, run.trained)
     path = folder / SETTINGS
     if settings is None:
         path.unlink(missing_ok=True)  # an earlier report's
@@ -95,22 +98,44 @@ def numbers(run: Run) -> dict[str, Any]:
 # -- settings to copy -----------------------------------------------------------------------------
 
 
-def checkpoint_settings(contender: Contender) -> dict[str, Any] | None:
-    """``adaspark_config`` for the checkpoint's config.json; None where a server must be told.
+def checkpoint_settings(
+    contender: Contender, trained: Mapping[str, Any] | str | None = None
+) -> dict[str, Any] | None:
+    """``adaspark_config`` for the checkpoint's config.json, in the place of the one it has; None
+    where a server must be told.
 
-    A checkpoint cannot name AdaTP, and "off" of a checkpoint would only hide the plugin.
+    A checkpoint cannot name AdaTP, and "off" of a checkpoint would only hide the plugin.  What only
+    an operator may set changes no answer and is left out.
     """
     if contender.method == "adatp" or not contender.settings or "off" in contender.settings:
         return None
-    return contender.settings
+    cls = settings_class(contender.method)
+    operators = {spec.name for spec in fields(cls) if not spec.metadata["checkpoint"]}
+    said = contender.settings
+    if isinstance(trained, Mapping) and trained:
+        said = cls.spelt_out(trained) | cls.spelt_out(said)
+    return {key: value for key, value in said.items() if key not in operators} or None
 
 
 def server_line(run: Run, contender: Contender) -> str:
     """The command that serves the model with a contender's settings."""
-    settings = [word for item in contender.settings.items() for word in flag(*item)]
+    named = contender.settings
+    flags = {key: value for key, value in named.items() if _has_flag(contender.method, key, value)}
+    settings = [word for item in flags.items() for word in flag(*item)]
     method = ["--method", contender.method] if contender.method == "adatp" else []
+    if flags != named:
+        others = {key: value for key, value in named.items() if key not in flags}
+        settings += ["--additional-config", json.dumps({SERVER_KEY: others})]
     words = shlex.join([PROGRAM, "serve", run.model, *method, *settings])
     return " ".join([words, *run.flags])
+
+
+def _has_flag(method: str, name: str, value: Any) -> bool:
+    """Whether a flag of ``vllm-adaspark serve`` can say a setting."""
+    if value is False:
+        defaults = {spec.name: spec.default for spec in fields(settings_class(method))}
+        return name != "enabled" and defaults.get(name) is True
+    return value is not None and name != "enabled"
 
 
 def flag(name: str, value: Any) -> list[str]:
@@ -200,7 +225,7 @@ def _judged(run: Run) -> str:
 def _copy(run: Run) -> str:
     best = run.choice.outcome.contender
     said = [f"    {server_line(run, best)}"]
-    settings = checkpoint_settings(best)
+    settings = checkpoint_settings(best, run.trained)
     if settings is not None:
         said.append(
             f"or, in the checkpoint's `config.json` ([{SETTINGS}]({SETTINGS})), so that every "
@@ -338,4 +363,5 @@ def seconds(value: float | None) -> str:
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -250,9 +250,10 @@ class Progress:
 
     def _how_far(self) -> str:
         done = f"{len(self._work.journal)} of {self._work.total}"
-        if not self._done:
+        left = self._left()
+        if not self._done or not left:
             return done
-        return f"{done}, about {span(self._left() * self._seconds / self._done)} left"
+        return f"{done}, about {span(left * self._seconds / self._done)} left"
 
 
 def span(seconds: float) -> str:
