@@ -12,7 +12,7 @@ What the keys are does not matter for the time, so all of a video's are the same
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 from vllm_adaspark.paged.scratch import Scratch
 from vllm_adaspark.paged.state import StepRows
+from vllm_adaspark.paged.tiles import TilePlan
 
 from .attention import SHAPE
 from .decoding import dtype_here
@@ -162,8 +163,14 @@ class Layer:
             "time_s": kernel + choosing + planning / LAYERS,
             "work": kept / SHAPE["kv_heads"],
             "parts": {"planning": planning, "choosing": choosing, "kernel": kernel},
-            "step_bytes": scratch.bytes,
+            "step_bytes": scratch.bytes + tensor_bytes(plan.attention),
         }
+
+
+def tensor_bytes(plan: TilePlan) -> int:
+    """Of the tensors that the plan itself is made of."""
+    held = (getattr(plan, field.name) for field in fields(plan))
+    return sum(each.nbytes for each in held if isinstance(each, torch.Tensor))
 
 
 def plan_many(plan: Many, p: float) -> dict:

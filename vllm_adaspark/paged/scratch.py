@@ -6,14 +6,15 @@ import math
 
 import torch
 
-LEAST = 1 << 21  # numbers; untouched ones cost nothing
+LEAST = 1 << 23  # bytes; untouched ones cost nothing
 
 
 class Scratch:
     """Buffers by name.
 
     On a CPU the page faults of fresh memory take half as long as the work in it.  What a name
-    held is lost when it is taken again.
+    held is lost when it is taken again, for whatever and in whatever dtype: the largest buffers of
+    choosing are those of the tables, which are made when the choice is.
     """
 
     def __init__(self) -> None:
@@ -23,9 +24,9 @@ class Scratch:
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """Uninitialised ``[*shape]``, contiguous."""
-        number = math.prod(shape)
+        number = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < number or buffer.dtype != dtype:
-            buffer = torch.empty(max(number, LEAST), dtype=dtype, device=device)
+        if buffer is None or len(buffer) < number:
+            buffer = torch.empty(max(number, LEAST), dtype=torch.uint8, device=device)
             self._buffers[name] = buffer
-        return buffer[:number].view(shape)
+        return buffer[:number].view(dtype).view(shape)

@@ -46,7 +46,7 @@ class Sequences:
 class VirtualBatch:
     """Arguments for a paged attention kernel; ``n = kv_heads * tiles`` virtual sequences.
 
-    The table may lie in the step's scratch: it lasts until the next layer's is made.
+    The table may lie in the step's scratch: it lasts until the next layer chooses.
     """
 
     seq_lens: torch.Tensor  # [n] int32
@@ -76,21 +76,20 @@ def build_tables(chosen: torch.Tensor, plan: TilePlan, block_size: int) -> Virtu
     def buffer(name: str, dtype: torch.dtype, *, spare: int = 0) -> torch.Tensor:
         return plan.scratch.take(name, (kv_heads, tiles, width + spare), dtype, chosen.device)
 
-    kept = buffer("kept", torch.bool)
+    kept = buffer("kept", torch.bool)  # the others lie where the scores were
     if len(chosen) == tiles:  # the sparse tiles are all there are, in the same order
         torch.bitwise_or(chosen.transpose(0, 1), plan.always, out=kept)
     else:
         kept.copy_(plan.always.expand(shape))
         kept[:, plan.sparse_tiles] |= chosen.transpose(0, 1)
 
-    if plan.virtual_blocks is None:  # made by the first layer of a step, used by all
-        head = torch.arange(kv_heads, dtype=torch.int32, device=kept.device)[:, None, None]
-        plan.virtual_blocks = plan.blocks * kv_heads + head
+    head = torch.arange(kv_heads, dtype=torch.int32, device=kept.device)[:, None, None]
+    virtual = torch.add(plan.blocks * kv_heads, head, out=buffer("products", torch.int32))
     # Compact to the left: the k-th kept block goes to column k, all others to a spare column 0.
-    column = torch.cumsum(kept, -1, out=buffer("column", torch.int64))
+    column = torch.cumsum(kept, -1, out=buffer("logits", torch.int64))
     kept_blocks = column[..., -1].int()  # [kv_heads, tiles]
-    table = buffer("table", torch.int32, spare=2).zero_()
-    table.scatter_(-1, column.mul_(kept), plan.virtual_blocks)
+    table = buffer("probabilities", torch.int32, spare=2).zero_()
+    table.scatter_(-1, column.mul_(kept), virtual)
 
     seq_lens = kept_blocks * block_size - plan.tail_gap
     return VirtualBatch(seq_lens.view(-1), table.flatten(0, 1)[:, 1:], kept_blocks)

@@ -65,7 +65,6 @@ class TilePlan:
     num_tokens: int
     first_layer: int = 0  # layers below it are dense
     shared: Any = None  # what the adapter's first layer made for all of them
-    virtual_blocks: torch.Tensor | None = None  # [kv_heads, tiles, blocks] int32, see tables.py
     scratch: Scratch = field(default_factory=Scratch)  # for choosing and for tables
 
 

@@ -156,7 +156,7 @@ def _score_together(
     first = int(job.own_block[0, tiles].min())
     logits[..., first:] += _bias(plan.candidates[tile, first:width])[None, :, None, :]
     each = torch.softmax(
-        logits, -1, out=plan.scratch.take("each", logits.shape, torch.float32, device)
+        logits, -1, out=plan.scratch.take("probabilities", logits.shape, torch.float32, device)
     )
     probs[tile, :, :width] = each.mean(2).transpose(0, 1)  # [tiles, kv_heads, blocks]
 
