@@ -1,9 +1,9 @@
 """How far the tile rule strays from the paper: density and output error, as tables and a picture.
 
-``make fidelity`` (``python benchmarks/fidelity.py``) runs both rules of
-vllm_adaspark/methods/adaspark/reference.py on the inputs of benchmarks/inputs.py, prints the tables
-and writes them to docs/fidelity.md and docs/fidelity.png.  Seeds are fixed; about a minute on two
-cores.
+``make fidelity`` (``python benchmarks/fidelity.py``) runs both rules
+(paper.py and reference.py in vllm_adaspark/methods/adaspark/) on the inputs of inputs.py, prints
+the tables and writes them to docs/fidelity.md and docs/fidelity.png.  Seeds are fixed; about a
+minute on two cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import inputs
 import torch
 from inputs import BLOCK, HEADS, KINDS, QUESTION, Inputs
 
-from vllm_adaspark.methods.adaspark.reference import Tile, paper_attention, tile_attention
+from vllm_adaspark.methods.adaspark.paper import paper_attention
+from vllm_adaspark.methods.adaspark.reference import Tile, tile_attention
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

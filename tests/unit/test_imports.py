@@ -14,6 +14,7 @@ PURE = (
     "methods.adaspark.choose",
     "methods.adaspark.ffn",
     "methods.adaspark.budget",
+    "methods.adaspark.paper",
     "methods.adaspark.reference",
     "methods.videonsa.faithful",
     "methods.videonsa.faithful_reference",

@@ -7,12 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_adaspark.methods.adaspark.reference import (
-    paper_attention,
-    paper_ffn,
-    tile_attention,
-    tile_ffn,
-)
+from vllm_adaspark.methods.adaspark.paper import paper_attention, paper_ffn
+from vllm_adaspark.methods.adaspark.reference import tile_attention, tile_ffn
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
 
 B = 8  # KV block

@@ -1,15 +1,11 @@
-"""The paper, and the rule the fast path uses, in plain PyTorch: the twin that tests trust.
+"""The rule that the fast path uses, in plain PyTorch: the twin that tests trust.
 
-Two rules for each of AdaSpark's two sparsities (arXiv 2604.08077, AdaS-Attn and AdaS-FFN):
+The paper's rule (paper.py) chooses for every query token; this is what a paged, chunked engine can
+do fast.  A cube is a full KV block of video tokens, the tokens of a cube (or of two) choose
+together, once per KV head, and a cube that a chunk edge cuts through runs dense.  The fast path
+must equal this one: index sets exactly, outputs to rounding.
 
-* ``paper_*``: the paper to the letter.  Every query token and query head chooses its own cubes;
-  every cube chooses its own active tokens.
-* ``tile_*``: what a paged, chunked engine can do fast.  A cube is a full KV block of video tokens,
-  the tokens of a cube (or of two) choose together, once per KV head, and a cube that a chunk edge
-  cuts through runs dense.  The fast path must equal this one: index sets exactly, outputs to
-  rounding.
-
-How far the second strays from the first is measured by ``make fidelity`` (docs/fidelity.md).
+How far it strays from the paper's is measured by ``make fidelity`` (docs/fidelity.md).
 
 Written for reading, not for speed: loops, one request at a time, and a choice by Python's
 ``sorted`` (reference_choice.py).  Half-precision inputs are widened to float32; float64 stays.  Not
@@ -44,86 +40,6 @@ class Tile:
     # How much a probability or a cumulated mass would have to change before another cube is
     # chosen; about 1e-6 or less is a tie that float32 rounding may break either way.
     margin: float
-
-
-def paper_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cube_of: torch.Tensor, p: float, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """AdaS-Attn for every query token and query head on its own.
-
-    A query keeps the Top-p of the cubes before its own (text: of the cubes that have ended), and
-    attends to these, to its own cube causally, and to all text before it.
-
-    Args:
-        q: ``[n, heads, d]`` post-RoPE queries.
-        k, v: ``[n, kv_heads, d]`` post-RoPE keys, and values.
-        cube_of: ``[n]`` cube of each token, counted from 0 in sequence order, every number in use;
-            -1 is text.  At least one cube.
-        p: probability mass to keep, in (0, 1].
-        scale: of the logits, usually ``d ** -0.5``.
-
-    Returns:
-        ``[n, heads, d]`` output and ``[n, heads, cubes]`` bool, the preceding cubes kept.
-    """
-    q, k, v = _wide(q), _wide(k), _wide(v)
-    n, heads, _ = q.shape
-    group = heads // k.shape[1]
-    members = [(cube_of == j).nonzero().flatten() for j in range(int(cube_of.max()) + 1)]
-    mean_keys = torch.stack([k[tokens].mean(0) for tokens in members])  # [cubes, kv_heads, d]
-    logits = _logits(q, scale * mean_keys)  # [n, heads, cubes]
-
-    kept = torch.zeros(n, heads, len(members), dtype=torch.bool)
-    for token in range(n):
-        own = int(cube_of[token])
-        ended = sum(int(tokens[-1]) < token for tokens in members)
-        preceding = own if own >= 0 else ended  # how many; cubes count in sequence order
-        for head in range(heads if preceding else 0):
-            probs = logits[token, head, :preceding].softmax(-1)
-            kept[token, head, :preceding] = top_p(probs, p, min_keep=1)[0]
-
-    at = torch.arange(n)
-    out = torch.empty_like(q)
-    for rows in at.split(64):  # [m] queries
-        always = (cube_of == -1) | (cube_of == cube_of[rows, None])  # [m, n] text and own cube
-        for head in range(heads):
-            visible = (always | kept[rows, head][:, cube_of]) & (at <= rows[:, None])
-            keys, values, here = k[:, head // group], v[:, head // group], slice(head, head + 1)
-            out[rows, here] = _attend(q[rows, here], keys, values, visible, scale)
-    return out, kept
-
-
-def paper_ffn(
-    x: torch.Tensor,
-    ffn: Callable[[torch.Tensor], torch.Tensor],
-    cube_of: torch.Tensor,
-    p: float,
-    compensation: str = "mean",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The paper's AdaS-FFN: in every cube the tokens that hold ``p`` of the norm mass run the FFN.
-
-    Args:
-        x: ``[n, hidden]`` residual stream before the post-attention norm.
-        ffn: norm and FFN, ``[m, hidden]`` to ``[m, hidden]``, without the residual.
-        cube_of: ``[n]`` as in :func:`paper_attention`; text always runs the FFN.
-        compensation: ``"mean"``: a skipped token gets the mean FFN output of its cube's active
-            tokens; ``"bypass"``: it gets nothing; ``"centroid"``: the FFN of the skipped tokens'
-            mean (ours; here of the stream before the norm).
-
-    Returns:
-        ``[n, hidden]`` the residual stream after the FFN, and ``[n]`` bool, the active tokens.
-    """
-    x = _wide(x)
-    y = torch.empty_like(x)
-    active = cube_of == -1
-    y[active] = x[active] + ffn(x[active])
-    for cube in range(int(cube_of.max()) + 1):
-        tokens = (cube_of == cube).nonzero().flatten()
-        norms = x[tokens].norm(dim=-1)
-        runs, _ = top_p(norms / norms.sum(), p, min_keep=1)
-        branch = _ffn_of(x[tokens], ffn, runs, compensation)
-        y[tokens] = x[tokens] + branch
-        active[tokens] = runs
-    return y, active
 
 
 def tile_attention(
@@ -170,7 +86,7 @@ def tile_attention(
     """
     start, end = chunk
     dtype = q.dtype
-    q, k, v = _wide(q[start:end]), _wide(k[:end]), _wide(v[:end])
+    q, k, v = wide(q[start:end]), wide(k[:end]), wide(v[:end])
     _, heads, d = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
@@ -234,7 +150,7 @@ def tile_attention(
                     visible[:, cubes[b].start : cubes[b].stop] = False
             of_group = slice(kv_head * group, (kv_head + 1) * group)
             keys, values = k[:, kv_head], v[:, kv_head]
-            out[rows, of_group] = _attend(q[rows, of_group], keys, values, visible, scale)
+            out[rows, of_group] = attend(q[rows, of_group], keys, values, visible, scale)
         tiles.append(Tile(block, tokens, kind, dense, candidates, kept, margin))
     return out, tiles
 
@@ -302,7 +218,7 @@ def tile_ffn(
         tokens that ran.
     """
     start, end = chunk
-    x, h = _wide(x), _wide(h)
+    x, h = wide(x), wide(h)
     branch = ffn(h[start:end])
     active = torch.ones(end - start, dtype=torch.bool)
     if not config.sparse_ffn or layer < config.dense_layers:
@@ -330,7 +246,7 @@ def tile_ffn(
     for tokens, which in zip(cubes, runs, strict=True):
         rows = slice(tokens.start - start, tokens.stop - start)  # of branch and active
         h_cube = h[tokens.start : tokens.stop]
-        branch[rows], active[rows] = _ffn_of(h_cube, ffn, which, config.compensation), which
+        branch[rows], active[rows] = ffn_of(h_cube, ffn, which, config.compensation), which
     return branch, active
 
 
@@ -387,18 +303,18 @@ def _largest_logits(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     group = q.shape[1] // keys.shape[2]
     each = keys.repeat_interleave(group, dim=2)  # [cubes, n, heads, d]
     if each.shape[1] == 1:
-        return _logits(q, keys[:, 0])
+        return mean_logits(q, keys[:, 0])
     products = q[:, None, None] * each  # [m, cubes, n, heads, d]
     return products.amax(2).sum(-1).transpose(1, 2)
 
 
-def _logits(q: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:
+def mean_logits(q: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:
     """``[m, heads, d]`` x ``[cubes, kv_heads, d]`` to ``[m, heads, cubes]``."""
     group = q.shape[1] // mean_keys.shape[1]
     return torch.einsum("mhd,chd->mhc", q, mean_keys.repeat_interleave(group, dim=1))
 
 
-def _attend(
+def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention of ``[m, heads, d]`` queries to the ``visible [m, n]`` of ``[n, d]`` keys."""
@@ -407,7 +323,7 @@ def _attend(
     return logits.softmax(-1) @ v[seen]
 
 
-def _ffn_of(
+def ffn_of(
     h: torch.Tensor,
     ffn: Callable[[torch.Tensor], torch.Tensor],
     active: torch.Tensor,
@@ -423,5 +339,5 @@ def _ffn_of(
     return branch
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
