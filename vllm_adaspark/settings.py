@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
@@ -40,6 +41,7 @@ OFF = "off"
 
 # Shares are whole thousandths, so that "how many are 0.1 of 30" has one answer (choose._count).
 SHARE_STEPS = 1000
+LARGEST = sys.float_info.max  # JSON has larger integers, and an infinity
 
 
 _short = reprlib.Repr()
@@ -67,10 +69,11 @@ def setting(
         doc: what it means, shown by the command line.
         request: whether a request may set it.
         checkpoint: whether a checkpoint may.
-        rule: what is allowed: ``choices``, ``low`` and ``high`` of an integer, ``share`` for a
-            number above 0 and at most 1, ``budget`` for such a number or None, ``part`` for a
-            number from 0 to below 1, ``check`` for a function of ("name=value" for its error, the
-            value) to the value in its canonical type; by the default's type otherwise.
+        rule: what is allowed: ``choices``, ``low`` and ``high`` of a number (whole if the default
+            is), ``share`` for a number above 0 and at most 1, ``budget`` for such a number or None,
+            ``part`` for a number from 0 to below 1, ``check`` for a function of ("name=value" for
+            its error, the value) to the value in its canonical type; otherwise what the default is:
+            true or false, a number, or a path or None.
     """
     who = {"request": request, "checkpoint": checkpoint}
     return field(default=default, metadata={"doc": doc, **who, **rule})
@@ -360,19 +363,27 @@ def _checked(spec: dataclasses.Field, value: Any) -> Any:
             allowed = ", ".join(repr(c) for c in rule["choices"])
             raise SettingsError(f"{problem}: expected one of {allowed}")
         return value
-    if "low" in rule:
-        if not _is_int(value) or not rule["low"] <= value <= rule["high"]:
-            raise SettingsError(
-                f"{problem}: expected an integer from {rule['low']} to {rule['high']}"
-            )
-        return value
     if isinstance(spec.default, bool):
         if not isinstance(value, bool):
             raise SettingsError(f"{problem}: expected true or false")
         return value
+    if isinstance(spec.default, int | float):
+        return _checked_number(problem, value, rule, whole=isinstance(spec.default, int))
     if value is not None and (not isinstance(value, str) or not value):
         raise SettingsError(f"{problem}: expected a path or null")
     return value
+
+
+def _checked_number(problem: str, value: Any, rule: Mapping[str, Any], whole: bool) -> int | float:
+    low, high = rule.get("low", -LARGEST), rule.get("high", LARGEST)
+    if (_is_int(value) if whole else _is_number(value)) and low <= value <= high:
+        return value if whole else float(value)
+    bounds = [
+        f" {word} {rule[key]}" for word, key in (("from", "low"), ("to", "high")) if key in rule
+    ]
+    raise SettingsError(
+        f"{problem}: expected a{'n integer' if whole else ' number'}{''.join(bounds)}"
+    )
 
 
 def _checked_share(problem: str, value: Any, rule: Mapping[str, Any]) -> float:

@@ -89,7 +89,8 @@ class RequestAccounts:
         if torch.cuda.is_available():
             end = torch.cuda.Event()
             end.record()
-        self._behind.append(Step(list(request_ids), rows, keep_counts(self._runtime.plan), end))
+        plan = keep_counts(self._runtime.told_plan())
+        self._behind.append(Step(list(request_ids), rows, plan, end))
 
     def remember_finished(self, request_ids: set[str]) -> None:
         if request_ids:

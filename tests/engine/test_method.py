@@ -21,6 +21,7 @@ def test_a_toy_method_is_served_counted_and_traced(checkpoint) -> None:
         # Beside each other, and from the prefix cache: the same.
         again = ask(llm, prompts)
         (off,) = ask(llm, [video_prompt(video) | {"mm_processor_kwargs": {"adaspark": "off"}}])
+        (stock_like,) = last_reports(llm)
         (traces,) = llm.collective_rpc("adaspark_traces")
         oldest = traces[-1]["id"]
         (heat,) = llm.collective_rpc("adaspark_trace", args=(oldest, "heat", "cube:20"))
@@ -38,6 +39,9 @@ def test_a_toy_method_is_served_counted_and_traced(checkpoint) -> None:
     assert again[0].difference(sparse) < 1e-3 and again[1].difference(everything) < 1e-3
 
     assert (windowed["mode"], whole["mode"]) == ("sparse", "dense")
+    # Its steps have no plan, and yet its video is counted.
+    assert stock_like["reason"] == "off"
+    assert stock_like["video_tokens"] == windowed["video_tokens"] == 1680
     assert windowed["settings"] == {"window": WINDOW, "trace": True}
     assert windowed["attention_density"] == pytest.approx(density(windowed, WINDOW), abs=1e-6)
     assert windowed["flops_ratio"] < 1 == whole["flops_ratio"]

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from vllm_adaspark import ARCHITECTURE, __version__
 from vllm_adaspark.cli import COMMANDS, doctor, main, media, serve, settings
 from vllm_adaspark.methods import built_in, settings_class
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.settings import Settings, setting
 
 PROGRAM = "import sys; from vllm_adaspark.cli import main; sys.exit(main())"
 TOY = "engine.sliding_window:SlidingWindow"
@@ -87,10 +89,25 @@ def test_help_names_every_setting_of_the_method(call):
     assert "--window" in text and "--p-attn" not in text
 
 
+def test_help_of_a_setting_may_hold_any_text(call, monkeypatch):
+    @dataclass(frozen=True)
+    class Percent(Settings):
+        most: float = setting(40.0, "% of the cubes, 100 % at most", low=0, high=100)
+
+    monkeypatch.setattr(settings, "settings_class", lambda method: Percent)
+    code, text, _ = call("serve", "--help")
+    assert code == 0 and "% of the cubes, 100 % at most (default: 40.0)" in " ".join(text.split())
+
+
 def test_an_unknown_method_is_refused(call):
-    for method in ("sparkle", "no.module:Class", "adaspark.settings", "."):
+    no_methods = ("json:dumps", "json:JSONDecoder", "vllm_adaspark.methods.base:Method", "")
+    for method in ("sparkle", "no.module:Class", "adaspark.settings", ".", *no_methods):
         code, _, err = call("serve", "m", "--method", method, "--print")
         assert code == 2 and f"method={method!r}: no such method" in err and "adaspark" in err
+    for method in (5, 0, ["adaspark"], {}):
+        named = json.dumps({"method": method})
+        code, _, err = call("serve", "m", "--additional-config", named, "--print")
+        assert code == 2 and f"method={method!r}: no such method" in err
     code, _, err = call(
         "serve", "m", "--method", TOY, "--additional-config", '{"method": "adaspark"}', "--print"
     )

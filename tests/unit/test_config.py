@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.settings import SettingsError
+from vllm_adaspark.settings import Settings, SettingsError, setting
 
 # Keys that a request may not set; these decide what is computed, so a checkpoint may.
 TRAINED_KEYS = {"dense_below": 4, "cube_queries": 4, "tile_cubes": 2, "score": "bounds"}
@@ -140,6 +140,41 @@ def test_bad_value_names_key_value_and_what_is_allowed(key, value, allowed):
 def test_edge_values_are_accepted(key, value):
     got = getattr(AdaSparkConfig().override({key: value}), key)
     assert got == (tuple(value) if key == "cube" else value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(Settings):
+    """A method's settings that leave out some of what ``setting`` takes."""
+
+    number: int = setting(4, "any number")
+    count: int = setting(2, "a number of something", low=0)
+    weight: float = setting(0.5, "any weight")
+    angle: float = setting(10.0, "an angle", low=-90, high=90.5)
+
+
+def test_a_setting_without_bounds_is_what_its_default_is():
+    said = Numbers().override({"number": -7, "count": 10**6, "weight": 3, "angle": 90.5})
+    assert (said.number, said.count, said.weight, said.angle) == (-7, 10**6, 3.0, 90.5)
+    assert isinstance(said.weight, float)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("number", 1.5, "an integer"),
+        ("number", True, "an integer"),
+        ("number", None, "an integer"),
+        ("count", -1, "an integer from 0"),
+        ("weight", "1", "a number"),
+        ("weight", float("nan"), "a number"),
+        ("weight", float("inf"), "a number"),
+        ("weight", 10**400, "a number"),
+        ("angle", 91, "a number from -90 to 90.5"),
+    ],
+)
+def test_what_is_no_such_number_is_refused(key, value, allowed):
+    with pytest.raises(SettingsError, match=f"{key}=.*: expected {allowed}$"):
+        Numbers().override({key: value})
 
 
 @pytest.mark.parametrize("key", ["p_attn", "p_ffn", "keep"])

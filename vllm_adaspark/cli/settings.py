@@ -49,8 +49,11 @@ def method_named(arguments: Sequence[str], model: str | None = None) -> str:
         raise UsageError(
             f"--method {flag} and {ADDITIONAL} {METHOD_KEY}={told!r}: leave one of them out"
         )
-    if flag or told or not model:
-        return flag or told or DEFAULT
+    named = told if flag is None else flag
+    if named is not None:
+        return named
+    if not model:
+        return DEFAULT
     return OF_ARCHITECTURE.get(trained_for(str(model), config_of(str(model))), DEFAULT)
 
 
@@ -110,16 +113,15 @@ def _add_setting(group: argparse._ArgumentGroup, spec: Any) -> None:
         options = {"choices": rule["choices"]}
     elif rule.keys() & {"share", "budget", "part"}:
         options = {"type": float, "metavar": "SHARE"}
-    elif "low" in rule:
-        options = {"type": int, "metavar": "N"}
     elif "check" in rule:
         options = {"type": _value, "metavar": "VALUE"}
+    elif isinstance(spec.default, int | float):
+        options = {"type": type(spec.default), "metavar": "N"}
     else:
         options = {"metavar": "PATH"}
     default = f" (default: {spec.default})" if spec.default not in (None, False) else ""
-    group.add_argument(
-        _flag(spec.name), dest=spec.name, default=None, help=rule["doc"] + default, **options
-    )
+    help_text = (rule["doc"] + default).replace("%", "%%")
+    group.add_argument(_flag(spec.name), dest=spec.name, default=None, help=help_text, **options)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -49,7 +49,7 @@ from ..paged.heads import HeadRanks
 from ..paged.plan import StepPlan
 from ..paged.state import BlockSummaries, BlockSums, StepRows
 from ..requests import Prompt, Request
-from ..settings import METHOD_KEY, Settings, SettingsError
+from ..settings import METHOD_KEY, Settings, SettingsError, shown
 from . import OF_ARCHITECTURE
 
 BUILT_IN = {
@@ -292,7 +292,11 @@ class Method:
         raise NotImplementedError
 
     def ffn(self, plan: StepPlan, call: FFNCall) -> torch.Tensor | None:
-        """The FFN's output ``[tokens, hidden]``, or None for the stock one."""
+        """The FFN's output ``[tokens, hidden]``, or None for the stock one.
+
+        It is asked for in steps whose ``plan.ffn`` is not None.  What it leaves out is counted and
+        traced if it says so (``StepPlan.ran``).
+        """
         return None
 
 
@@ -314,7 +318,7 @@ def method_name(additional: Mapping[str, Any] | None, architectures: Sequence[st
             f"{', '.join(architectures)} was trained for {trained} and has weights that no other "
             f"method uses; leave {METHOD_KEY} out"
         )
-    return asked or trained or "adaspark"
+    return trained or "adaspark" if asked is None else asked
 
 
 def load(name: str) -> type[Method]:
@@ -323,14 +327,17 @@ def load(name: str) -> type[Method]:
     Raises:
         SettingsError: there is none.
     """
-    module, _, cls = BUILT_IN.get(name, name).partition(":")
     try:
-        return getattr(import_module(module), cls)
+        module, _, cls = BUILT_IN.get(name, name).partition(":")
+        method = getattr(import_module(module), cls)
+        if not issubclass(method, Method) or not issubclass(method.settings_class, Settings):
+            raise TypeError("it must derive from Method, and its settings from Settings")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SettingsError(
-            f"--additional-config {METHOD_KEY}={name!r}: no such method ({error}); allowed: "
+            f"--additional-config {METHOD_KEY}={shown(name)}: no such method ({error}); allowed: "
             f"{', '.join(BUILT_IN)}, or module:class"
         ) from error
+    return method
 
 
 def method_class(hf_config: Any) -> type[Method]:

@@ -81,6 +81,17 @@ class StepPlan:
         """Whether some tokens of this step do not go on to the next layer."""
         return self.depths is not None and self.depths.dropping and layer in self.depths.events
 
+    def ran(self, layer: int, active: torch.Tensor) -> None:
+        """Note which tokens of ``ffn.tokens`` a layer's FFN ran, for accounts and traces.
+
+        Args:
+            layer: its index in the model.
+            active: ``[cubes, block_size]`` bool.
+        """
+        self.ffn_active[layer] = active.sum(1)
+        if self.trace is not None:
+            self.trace.tokens(layer, active)
+
     def dropping(self, row: int) -> dict[str, Any] | None:
         """How many video tokens a prompt in this step loses between its layers; for its trace.
 

@@ -151,9 +151,7 @@ class AdaSpark(Method):
         if cubes is None or call.layer < cubes.dense_layers_range[0]:
             return None
         active = call.agree(active_tokens(call.x, call.residual, cubes, call.layer))
-        plan.ffn_active[call.layer] = active.sum(1)
-        if plan.trace is not None:
-            plan.trace.tokens(call.layer, active)
+        plan.ran(call.layer, active)
         if call.fused is not None:
             return call.fused(call.x, active, cubes)
         return sparse_ffn(call.x, call.dense, active, cubes, call.mapped)
