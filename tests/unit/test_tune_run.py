@@ -12,6 +12,7 @@ from pathlib import Path
 import fake_engine
 import pytest
 import video as demo_video  # examples/demo
+from video_files import encode
 
 from vllm_adaspark.cli import main
 from vllm_adaspark.tune import run
@@ -157,6 +158,16 @@ def test_stock_questions(tune, clips: Path, tmp_path: Path) -> None:
 def test_questions_may_stand_behind_an_option(tune, clips: Path, tmp_path: Path) -> None:
     code, _, err = tune("--lose", "1%", clips / "questions.jsonl", questions=None)
     assert code == 0 and "12 questions about 3 videos" in err
+
+
+def test_a_single_frame_is_left_out(tune, clips: Path, tmp_path: Path) -> None:
+    """It can be read, but Qwen takes frames in pairs; the others are asked about."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.mp4").write_bytes(encode(frames=1))
+    (tmp_path / "more" / "b.mp4").symlink_to(clips / "0.mp4")
+    code, _, err = tune(videos=tmp_path / "more", questions=None)
+    assert code == 0 and "left out: a.mp4: the video has 1 frame(s)" in err
+    assert "3 questions about 1 videos" in err
 
 
 def test_linked_videos_are_read_where_they_lie(tune, clips: Path, tmp_path: Path, monkeypatch):

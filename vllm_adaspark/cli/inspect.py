@@ -198,11 +198,15 @@ def render(model, video, config, cost, flags: list[str], *, kv_dtype: str) -> st
     return "\n".join(lines)
 
 
+class TooLong(UsageError):
+    """A prompt that the model has too few positions for."""
+
+
 def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: int) -> Any:
     """``cost.cost`` of a question about a video.
 
     Raises:
-        UsageError: it cannot be asked, or the model has too few positions for it.
+        UsageError: it cannot be asked; ``TooLong``: the model has too few positions for it.
     """
     from ..accounts import cost as costs
     from ..models.layout import LayoutError
@@ -212,7 +216,7 @@ def fitting_cost(model: Any, video: Any, config: Any, sampling: Any, **tokens: i
     except LayoutError as error:
         raise UsageError(str(error)) from None
     if not cost.fits:
-        raise UsageError(
+        raise TooLong(
             f"the prompt has {cost.prompt_tokens:,} tokens, with its answer more than the model's "
             f"{model.max_positions:,} positions hold; what fits: "
             f"{' or '.join(ways_to_fit(cost, model))}"

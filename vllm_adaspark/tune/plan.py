@@ -12,7 +12,7 @@ from typing import Any
 from ..accounts.cost import Cost, Model
 from ..cli import UsageError, media
 from ..cli.checkpoints import trained_for
-from ..cli.inspect import fitting_cost
+from ..cli.inspect import TooLong, fitting_cost
 from ..cli.offline import say
 from ..cli.redact import redact_arguments
 from ..cli.settings import ADDITIONAL, names
@@ -179,26 +179,22 @@ class Clips:
         Raises:
             UsageError: none can be read, or one is too long for the model.
         """
-        left_out = {}
-        for path, name in ((some[0].video, some[0].name) for some in videos):
+        readable, left_out = [], {}
+        for some in videos:
+            path, name = some[0].video, some[0].name
+            text = TEXT_TOKENS + max(len(question.prompt.encode()) for question in some)
             try:
-                video = media.probe(path.read_bytes(), name)
+                self._read[name] = media.probe(path.read_bytes(), name), text
+                self.costs[name] = self._cost(name, config)
+            except TooLong as error:
+                raise UsageError(f"VIDEO {name!r}: {error}") from None
             except (UsageError, OSError) as error:
                 left_out[name] = str(error).removeprefix(f"VIDEO {name!r}: ")
                 say(f"left out: {name}: {left_out[name]}")
             else:
-                self._read[name] = video, 0
-        readable = [some for some in videos if some[0].name in self._read]
+                readable.append(some)
         if not readable:
             raise UsageError(f"none of the {len(videos)} videos can be read")
-        for some in readable:
-            name = some[0].name
-            text = TEXT_TOKENS + max(len(question.prompt.encode()) for question in some)
-            self._read[name] = self._read[name][0], text
-            try:
-                self.costs[name] = self._cost(name, config)
-            except UsageError as error:
-                raise UsageError(f"VIDEO {name!r}: {error}") from None
         return readable, left_out
 
     @property
