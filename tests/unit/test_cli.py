@@ -595,6 +595,10 @@ def test_inspect_reads_durations(call, text, seconds):
         ("--duration soon --size 3x3", "--duration 'soon': expected a length"),
         ("--duration 0s --size 3x3", "--duration '0s': expected a length"),
         ("--duration 1h --size 9000x9", "at most 200:1"),
+        ("--duration 99999h --size 99x99", "1.08e+10 frames are more than any file's"),
+        ("--duration 1h --size 99x99 --source-fps inf", "inf frames are more than any file's"),
+        ("CLIP --text-tokens 999999999", "more than the model's 128,000 positions"),
+        ("CLIP --model onevision-7b --prune 0.5", "prune=0.5: not for llava-hf/llava-onevision"),
     ],
 )
 def test_inspect_refuses(call, clip, tmp_path, arguments, message):
@@ -687,6 +691,8 @@ def test_ask_says_how_a_long_video_would_fit(call, clip, tmp_path):
     code, _, err = call("ask", clip, "q", "--model", tmp_path, "--max-tokens", "16")
     assert code == 2
     assert "more than the model's 512 positions" in err and "--max-frames" in err
+    code, _, err = call("ask", clip, "q", "--model", "7b", "--max-tokens", "200000")
+    assert code == 2 and "what fits: a shorter answer" in err
 
 
 # -- doctor ---------------------------------------------------------------------------------------

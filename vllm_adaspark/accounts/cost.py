@@ -204,7 +204,12 @@ def cost(
         text_tokens: of the prompt, chat template included.
         answer_tokens: to leave for the answer.
         kv_element_bytes: 2 for a bfloat16 KV cache, 1 for fp8.
+
+    Raises:
+        LayoutError: the model cannot be asked so about this video.
     """
+    if config.dropped_share and not model.layout.takes_prune:
+        raise LayoutError(f"prune={config.dropped_share}: not for {model.name}; leave it out")
     shape, rules = model.shape, model.rules
     frames = rules.sampled(video, sampling)
     size = rules.resized(video, frames, sampling)

@@ -11,6 +11,7 @@ from typing import Any
 from . import PROGRAM, UsageError
 from .settings import add_sampling, add_settings, checked, given_settings, method_named
 
+MOST_FRAMES = 2**31 - 1  # of a file, whose containers count in 32 bits
 NUMBER = r"(\d+(?:\.\d+)?)"
 LENGTH = re.compile(f"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s?)?")  # 90s, 10m, 1h30m
 
@@ -65,9 +66,12 @@ def run(args: argparse.Namespace) -> int:
     model = media.find_model(args.model)
     sampling = media.sampling(args, model.rules)
     for name in ("text_tokens", "answer_tokens"):
-        if getattr(args, name) < 1:
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value < 1:
+            raise UsageError(f"{option} {value}: expected 1 or more")
+        if value > model.max_positions:
             raise UsageError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: expected 1 or more"
+                f"{option} {value}: more than the model's {model.max_positions:,} positions"
             )
     if args.video is None:
         video = _imagined(args)
@@ -125,8 +129,13 @@ def _imagined(args: argparse.Namespace):
         raise UsageError(f"--duration {args.duration!r}: expected a length, e.g. 90s, 10m or 1h30m")
     if not args.source_fps > 0:
         raise UsageError(f"--source-fps {args.source_fps:g}: expected a number above 0")
-    frames = round(seconds * args.source_fps)
-    return Video(frames, args.source_fps, int(size[1]), int(size[2]))
+    frames = seconds * args.source_fps
+    if not frames <= MOST_FRAMES:
+        raise UsageError(
+            f"--duration {args.duration} and --source-fps {args.source_fps:g}: {frames:.3g} frames "
+            f"are more than any file's ({MOST_FRAMES})"
+        )
+    return Video(round(frames), args.source_fps, int(size[1]), int(size[2]))
 
 
 def _flags(args: argparse.Namespace, cost: Any, of_frames: list[str]) -> list[str]:
@@ -261,7 +270,7 @@ def _clock(seconds: float) -> str:
 def _bytes(number: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
-            return f"{number:.3g} {unit}"
+            return f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:,.2f} GiB"
 

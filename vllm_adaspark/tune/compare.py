@@ -34,7 +34,8 @@ class Outcome:
 
     Attributes:
         contender: which.
-        refused: why the model or the engine did not run it; all else is nothing then.
+        refused: why the model or the engine did not run it, or not about some videos; all else is
+            nothing where it answered about none.
         videos, questions: how many it answered, of those that the reference did.
         loss: with its interval.
         same: share of answers that are the reference's.
@@ -113,7 +114,7 @@ def _outcome(
     by_answers: bool = True,
 ) -> Outcome:
     lines = [found.get((contender.name, questions[0].name)) for questions in videos]
-    refusals = [line["refused"] for line in lines if line and "refused" in line]
+    refused = next((line["refused"] for line in lines if line and "refused" in line), None)
     pairs, costs = [], []
     for questions, line in zip(videos, lines, strict=True):
         theirs = found.get((reference.name, questions[0].name))
@@ -124,7 +125,7 @@ def _outcome(
         mine = {answer["question"]: answer for answer in line["answers"]}
         pairs += [(each, said[each.prompt], mine[each.prompt]) for each in questions]
     if not pairs:
-        return Outcome(contender, refused=refusals[0] if refusals else None)
+        return Outcome(contender, refused=refused)
     told = [line["cost"] for line in costs]
     executed, dense = (sum(cost[key] for cost in told) for key in ("executed", "dense"))
     layers = {
@@ -134,6 +135,7 @@ def _outcome(
     }
     return Outcome(
         contender,
+        refused=refused,
         videos=len(costs),
         questions=len(pairs),
         loss=loss((pair[0].name, lost(*pair, by_answers)) for pair in pairs),

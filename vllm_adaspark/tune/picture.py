@@ -58,7 +58,7 @@ def _losses(axis: Any, run: Run) -> None:
     if best.loss is not None:
         axis.plot(best.flops, best.loss.value, "o", ms=16, mfc="none", mec=TEXT, mew=2)
     axis.axhline(run.wanted, color=TEXT, lw=1, ls="--")
-    axis.text(0.995, run.wanted, "may be lost ", color=TEXT, ha="right", va="bottom", fontsize=9,
+    axis.text(0.005, run.wanted, "may be lost", color=TEXT, ha="left", va="bottom", fontsize=9,
               transform=axis.get_yaxis_transform())  # fmt: skip
     for each in _worth_a_name(drawn, best):
         left = each.flops > RIGHT

@@ -246,9 +246,10 @@ def _table(run: Run) -> str:
     ordered = sorted(run.found[1:], key=lambda each: -(each.flops or 0))
     for each in [run.reference, *ordered]:
         name = f"**{each.contender.name}**" if each is chosen else each.contender.name
+        if each.refused:
+            what = "did not run" if each.loss is None else "did not run about all videos"
+            remarks.append(f"* {each.contender.name} {what}: {each.refused}")
         if each.loss is None:
-            if each.refused:
-                remarks.append(f"* {each.contender.name} did not run: {each.refused}")
             continue
         if each.mode != "sparse" and each is not run.reference:
             name += f", {each.mode}"
