@@ -317,13 +317,15 @@ def operator_settings(additional: Mapping[str, Any] | None, method: type[Setting
             nothing.
     """
     additional = additional or {}
-    ours = {spec.name for spec in fields(method) if "_" in spec.name or spec.name == "flops"}
+    own_keys = [SERVER_KEY, METHOD_KEY]
+    ours = {spec.name for spec in fields(method)} | method.words.keys()
     for key in additional:
-        near = difflib.get_close_matches(str(key).lower(), [SERVER_KEY], cutoff=0.8)
-        if key in ours or (near and key != SERVER_KEY):
+        near = difflib.get_close_matches(str(key).lower(), own_keys, n=1, cutoff=0.8)
+        if key in ours or (near and key not in own_keys):
             raise SettingsError(
-                f"--additional-config: {key!r} means nothing there; AdaSpark's settings go under "
-                f'its own key: \'{{"{SERVER_KEY}": {{"p_attn": 0.5}}}}\''
+                f"--additional-config: {shown(key)} means nothing there; AdaSpark's settings go "
+                f'under its own key: \'{{"{SERVER_KEY}": {{"p_attn": 0.5}}}}\', and another '
+                f"method is named by {METHOD_KEY!r}"
             )
     return additional.get(SERVER_KEY)
 
