@@ -16,6 +16,10 @@ if [ "${1-}" = --check ]; then
 fi
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-$here/results}
+if [ "${out#-}" != "$out" ]; then
+    echo "usage: $0 [--check] [FOLDER]" >&2
+    exit 2
+fi
 python=${PYTHON:-python3}
 mkdir -p "$out"
 

@@ -24,11 +24,16 @@ base_url=${BASE_URL:-http://localhost:8000/v1}
 key=${OPENAI_API_KEY:-none}
 
 # A text as a JSON string, quotes included.
-quote() { printf '%s' "$1" | tr '\n\t' '  ' | sed 's/\\/\\\\/g; s/"/\\"/g; s/.*/"&"/'; }
+quote() { printf '%s' "$1" | tr '\n\r\t' '   ' | sed 's/\\/\\\\/g; s/"/\\"/g; s/.*/"&"/'; }
 
 ask() { curl --silent --show-error --fail-with-body -H "Authorization: Bearer $key" "$@"; }
 
-model=${MODEL:-$(ask "$base_url/models" | sed 's/.*"data":\[{"id":"\([^"]*\)".*/\1/')}
+if [ "${1#http*://}" = "$1" ] && [ ! -r "$1" ]; then
+    echo "$1: cannot be read" >&2
+    exit 1
+fi
+models=${MODEL:-$(ask "$base_url/models")}  # where nobody answers, that is the end
+model=$(printf '%s' "$models" | sed 's/.*"data":\[{"id":"\([^"]*\)".*/\1/')
 
 body() {
     printf '{"model": %s, "max_tokens": %d, "temperature": 0, ' \
@@ -46,9 +51,5 @@ body() {
     printf '}}, {"type": "text", "text": %s}]}]}' "$(quote "$2")"
 }
 
-if [ "${1#http*://}" = "$1" ] && [ ! -r "$1" ]; then
-    echo "$1: cannot be read" >&2
-    exit 1
-fi
 body "$@" | ask -H "Content-Type: application/json" --data-binary @- "$base_url/chat/completions"
 echo

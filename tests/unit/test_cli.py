@@ -336,6 +336,7 @@ def test_serve_names_plugins_and_keeps_others(served, monkeypatch):
         ("m --additional-config.adaspark.p 1", "unknown key 'p'"),
         ("m --additional-config.adaspark 3", "adaspark=3: expected an object"),
         ("m --additional-config.p_attn 0.5", "'p_attn' means nothing there; AdaSpark's settings"),
+        ("m --additional-config.prune 0.5", "'prune' means nothing there; AdaSpark's settings"),
         ("m --additional-config.adaspak.p_attn 0.5", "'adaspak' means nothing there"),
         ("m --additional-config.prune 0.5", "'prune' means nothing there"),
         ("m --additional-config.off true", "'off' means nothing there"),

@@ -24,6 +24,7 @@ import scenes  # noqa: E402
 import scoring  # noqa: E402
 import train_language  # noqa: E402
 import train_vision  # noqa: E402
+import write_questions  # noqa: E402
 
 CHECKPOINT = NEEDLE / "checkpoint"
 GRID = (4, 4)
@@ -400,3 +401,19 @@ def test_the_checkpoint_answers_in_stock_vllm():
     for skill, least in EXPECTED.items():
         share = sum(right[skill]) / len(right[skill])
         assert share >= least, f"{skill}: {share:.2f} of {len(right[skill])}"
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--videos", "0"], "videos=0"),
+        (["--first", "-1"], "first=-1"),
+        (["--patches", "8"], "patches=8: no scene has a question of every skill"),
+        (["--patches", "1"], "patches=1: must be at least 4"),
+    ],
+)
+def test_questions_that_cannot_be_written(tmp_path, monkeypatch, capsys, more, words) -> None:
+    monkeypatch.setattr("sys.argv", ["write_questions.py", str(tmp_path), *more])
+    with pytest.raises(SystemExit) as end:
+        write_questions.main()
+    assert end.value.code == 2 and words in capsys.readouterr().err

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {name: text for name, text in COMMANDS.items() if _exists(name)}
     parser = Parser(
         prog=PROGRAM,
-        description="Qwen2.5-VL on vLLM with AdaSpark: long video at a fraction of the FLOPs.",
+        description="Long video on vLLM at a fraction of the FLOPs (Qwen2.5-VL, LLaVA-OneVision).",
         epilog=f"'{PROGRAM} COMMAND --help' tells more of each.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
