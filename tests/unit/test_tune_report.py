@@ -58,9 +58,12 @@ def test_a_loss_is_drawn_by_videos() -> None:
 
 
 def test_intervals_hold_what_they_say() -> None:
-    """Of losses that are rare, where a resample shows nothing: nine in ten intervals hold them."""
+    """Of losses that are rare, and of few videos, where a resample shows little or nothing: nine in
+    ten intervals hold them.
+    """
     rng = np.random.default_rng(0)
-    for lost, won, videos, each in ((0.02, 0.0, 10, 6), (0.05, 0.02, 20, 3), (0.15, 0.05, 12, 5)):
+    rare = ((0.02, 0.0, 10, 6), (0.05, 0.02, 20, 3), (0.15, 0.05, 12, 5))
+    for lost, won, videos, each in (*rare, *((0.15, 0.05, n, 60 // n) for n in (1, 2, 3, 5))):
         held = 0
         for _ in range(60):
             drawn = rng.choice([1, -1, 0], (videos, each), p=[lost, won, 1 - lost - won])
@@ -308,6 +311,13 @@ def test_a_checkpoint_keeps_what_it_says_itself(trained, settings) -> None:
         assert said == settings
     else:
         assert AdaSparkConfig.settled(said, None) == AdaSparkConfig.settled(trained, settings)
+
+
+def test_questions_about_one_video_say_nothing_of_others(tmp_path: Path) -> None:
+    videos = asked(videos=1, each=60)
+    run = made(found_for(videos), videos=videos)
+    assert "**All are about one video**" in report.verdict(run)
+    assert "one video" not in report.verdict(made(found_for(asked())))
 
 
 def test_the_picture_shows_something(tmp_path: Path) -> None:

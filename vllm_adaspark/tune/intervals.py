@@ -6,7 +6,8 @@ answered the same ones, and what is hard for both cancels.
 
 A resample only shows what was seen.  If all of 60 answers agree, every resample says that nothing
 is lost, yet a loss of one answer in twenty would go unseen in one such run out of twenty.  So the
-interval of a loss (:func:`loss`) never ends nearer than that to the estimate.
+interval of a loss (:func:`loss`) never ends nearer than that to the estimate, and where videos are
+few it is widened (:func:`widened`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 
 RESAMPLES = 4000
 LEVEL = 0.95
+NORMAL = 1.96  # standard deviations on either side that hold so much
 SEED = 0
 
 
@@ -71,9 +73,9 @@ class Loss:
 
     Attributes:
         value: the estimate; below 0 where the setting does better than dense.
-        low, high: its interval, both ends at least ``unseen(questions)`` away.
+        low, high: its interval, both ends at least ``unseen(questions)`` away, or at -1 and 1.
         questions, videos: what it rests on.
-        drawn: half the width of the bootstrap's interval alone.
+        drawn: half the width of the interval that many videos would have.
     """
 
     value: float
@@ -108,14 +110,28 @@ def loss(losses: Iterable[tuple[Hashable, float]]) -> Loss:
     by_video: dict[Hashable, list[float]] = defaultdict(list)
     for video, lost in losses:
         by_video[video].append(lost)
-    drawn = bootstrap(("all", sum(lost), len(lost)) for lost in by_video.values())
-    questions = sum(map(len, by_video.values()))
-    least = unseen(questions)
+    whole = bootstrap(("all", sum(lost), len(lost)) for lost in by_video.values())
+    value, videos = whole.value, len(by_video)
+    single = np.concatenate([np.array(some, float) for some in by_video.values()])
+    apart = NORMAL * float(single.std()) / math.sqrt(len(single))  # if videos did not matter
+    wider, least = widened(videos), max(unseen(len(single)), apart)
     return Loss(
-        value=drawn.value,
-        low=min(drawn.low, drawn.value - least),
-        high=max(drawn.high, drawn.value + least),
-        questions=questions,
-        videos=len(by_video),
-        drawn=(drawn.high - drawn.low) / 2,
+        value=value,
+        low=max(-1.0, value - max(wider * (value - whole.low), least)),
+        high=min(1.0, value + max(wider * (whole.high - value), least)),
+        questions=len(single),
+        videos=videos,
+        drawn=max((whole.high - whole.low) / 2, apart),
     )
+
+
+def widened(videos: int) -> float:
+    """What the interval of a resample of so few videos is multiplied by.
+
+    It knows from them alone how videos differ, as an interval by Student's t does: whose quantile,
+    over the normal distribution's, is here in powers of 1 / (videos - 1).
+    """
+    if videos == 1:
+        return 1.0  # which shows no difference; the questions' own interval counts
+    free = videos - 1
+    return math.sqrt(videos / free) * (1 + 1.2 / free + 2.4 / free**2)

@@ -19,6 +19,7 @@ WHAT = {
     "grid": "another grid",
     "reference": "another grid",
     "questions": "other questions or videos",
+    "videos": "other videos",
     "options": "other options",
 }
 

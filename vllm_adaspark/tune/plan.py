@@ -85,6 +85,7 @@ class Plan:
             "model": {"name": model.name, "files": _fingerprint(args, model)},
             "grid": [each.to_dict() for each in contenders],
             "questions": [{"video": q.name, "question": q.prompt} for some in videos for q in some],
+            "videos": {some[0].name: f"{some[0].video.stat().st_size} bytes" for some in videos},
             "options": {
                 "max_tokens": args.max_tokens,
                 "frames": asdict(sampling),

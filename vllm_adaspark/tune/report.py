@@ -195,6 +195,8 @@ def verdict(run: Run) -> str:
             f"The estimate is just the {wanted} that may be lost: no number of questions would "
             "make it surely less."
         )
+    if best.videos == 1:
+        said.append("**All are about one video**: of other videos they say nothing.")
     if choice.maybe is not None:
         needed = choice.maybe.loss.needed(run.wanted)
         more = f"; about {needed:,} questions would tell" if needed else ""
@@ -280,8 +282,8 @@ def _words(run: Run) -> str:
             f"* *Lost*: answers that were right under {reference} and are no more, minus those "
             f"that were not and are now; where the file has no answer, or {reference} is hardly "
             f"ever right, those that differ from {reference}'s.  In square brackets a 95 % "
-            "interval: videos are drawn anew, and it never ends nearer to the estimate than a "
-            "loss that so many questions could miss.",
+            "interval: videos are drawn anew, it is wider where they are few, and it never ends "
+            "nearer to the estimate than a loss that so many questions could miss.",
             "* *KL*: how far the probabilities of an answer's first tokens moved, from the twenty "
             "most probable of each; at least so much.",
             "* The cheapest of many settings is a little lucky: ask it other questions before "
