@@ -157,6 +157,21 @@ def test_apportioned_tokens_are_the_budget() -> None:
         assert kept.tolist() == reference.quotas(targets.tolist())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shares", "kept"),
+    [
+        # The smaller segment, which has no token left, is the first that rounding would give one.
+        ([20, 9], [[0.1, 0.1], [0.096, 0.096]], [[2, 0], [2, 0]]),
+        # It is the only one: its boost has a cap that the first event reaches and the second not.
+        ([28, 18], [[0.001, 0.001], [0.0002, 0.001]], [[1, 0], [1, 0]]),
+    ],
+)
+def test_a_segment_without_tokens_takes_none_from_the_others(sizes, shares, kept) -> None:
+    places, settings = np.full(len(sizes), 1), AdaTPSettings(dedup="off")
+    got, _ = kept_per_segment(np.array(shares), np.array(sizes), places, settings)
+    assert got.tolist() == kept
+
+
 def scene(generator, frames: int, places: int):
     """Tokens of a video: segment and place of each, the segments' sizes."""
     cuts = torch.rand(frames, generator=generator) < 0.4

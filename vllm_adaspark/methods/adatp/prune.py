@@ -14,17 +14,19 @@ import torch
 from .settings import AdaTPSettings
 
 
-def apportion(targets: np.ndarray) -> np.ndarray:
+def apportion(targets: np.ndarray, most: np.ndarray | float = np.inf) -> np.ndarray:
     """Round ``targets [segments]`` to whole tokens whose sum is theirs, rounded down, at least 1.
 
-    What rounding down leaves goes first to segments that would keep nothing, then to those that
-    lost most by it; of equals to the earlier.
+    What rounding down leaves goes to segments that have ``most [segments]`` more than they keep:
+    first to those that would keep nothing, then to those that lost most by it; of equals to the
+    earlier.
     """
     kept = np.floor(targets + 1e-9).astype(np.int64)
     left = max(1, int(targets.sum() + 1e-9)) - int(kept.sum())
     first = np.lexsort((-(targets - kept), kept > 0))
+    first = first[(kept < most)[first]]
     kept[first[: max(0, left)]] += 1
-    return kept
+    return np.minimum(kept, most).astype(np.int64)
 
 
 def kept_per_segment(
@@ -46,7 +48,7 @@ def kept_per_segment(
     for event, of_event in enumerate(shares):
         dedup = settings.dedup == "all" or (settings.dedup == "first" and event == 0)
         most = distinct if dedup and not settings.refill else alive
-        alive = np.minimum(apportion(of_event * sizes), most)
+        alive = apportion(of_event * sizes, most)
         distinct = np.minimum(distinct, alive)
         kept.append(alive)
         dedups.append(dedup)

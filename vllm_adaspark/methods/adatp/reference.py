@@ -54,13 +54,17 @@ def boosted(
     return [more if yes else less for yes in about]
 
 
-def quotas(targets: list[float]) -> list[int]:
-    """Whole tokens for each segment; together as many as the targets' sum, rounded down."""
+def quotas(targets: list[float], there: list[int] | None = None) -> list[int]:
+    """Whole tokens for each segment; together as many as the targets' sum, rounded down.
+
+    What rounding down leaves goes to segments that have more tokens ``there`` than they keep.
+    """
     kept = [math.floor(target + 1e-9) for target in targets]
     left = max(1, math.floor(sum(targets) + 1e-9)) - sum(kept)
     empty = sorted((i for i, k in enumerate(kept) if not k), key=lambda i: -targets[i])
     others = sorted((i for i, k in enumerate(kept) if k), key=lambda i: kept[i] - targets[i])
-    for index in [*empty, *others][: max(0, left)]:
+    more = [i for i in [*empty, *others] if there is None or there[i] > kept[i]]
+    for index in more[: max(0, left)]:
         kept[index] += 1
     return kept
 
@@ -86,8 +90,7 @@ def survivors(
         settings: the request's.
     """
     number = max(segment) + 1
-    quota = quotas([share[s] * segment.count(s) for s in range(number)])
-    result = []
+    by_segment = []
     for s in range(number):
         ranked = sorted(
             (index for index, token in enumerate(alive) if segment[token] == s),
@@ -99,5 +102,7 @@ def survivors(
                 (repeats if place[alive[index]] in seen else best).append(index)
                 seen.add(place[alive[index]])
             ranked = [*best, *repeats] if settings.refill else best
-        result += [alive[index] for index in ranked[: quota[s]]]
-    return sorted(result)
+        by_segment.append([alive[index] for index in ranked])
+    targets = [share[s] * segment.count(s) for s in range(number)]
+    quota = quotas(targets, [len(ranked) for ranked in by_segment])
+    return sorted(token for s, ranked in enumerate(by_segment) for token in ranked[: quota[s]])
