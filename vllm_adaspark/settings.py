@@ -395,6 +395,11 @@ def _checked_share(problem: str, value: Any, rule: Mapping[str, Any]) -> float:
         allowed = "from 0 to below 1" if part else "above 0 and at most 1"
         or_null = ", or null" if "budget" in rule else ""
         raise SettingsError(f"{problem}: expected a number {allowed}{or_null}")
+    return rounded_share(value)
+
+
+def rounded_share(value: float) -> float:
+    """A share from 0 to 1 in whole thousandths; only 0 becomes 0, and only 1 becomes 1."""
     if value in (0, 1):
         return float(value)
     return min(max(round(value * SHARE_STEPS), 1), SHARE_STEPS - 1) / SHARE_STEPS

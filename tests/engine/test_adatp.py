@@ -91,7 +91,7 @@ def equals_twin(
         {"dedup": "all", "refill": True, "keep": [0.7, 0.6]},
         {"queries": "last", "tau_s": 1.5},
         {"layers": [3], "keep": 0.3, "tau_s": -1},
-        {"enabled": False},
+        {"enabled": False, "layers": [2, 9]},
     ],
     ids=["default", "by rank", "refilled", "last", "one event", "off"],
 )

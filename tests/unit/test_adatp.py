@@ -1,6 +1,7 @@
 """AdaTP's pure parts against the twin and by hand: settings, segments, counts, choice, schedule."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import msgspec
@@ -359,12 +360,25 @@ def test_what_is_told_travels_as_json() -> None:
     prompt = Prompt(30, {"video": [place]}, videos=videos)
     method = AdaTP(AdaTPSettings(), text, "cpu")
     told = {}
-    for name, settings in {"budget": {}, "all": {"keep": 1, "dedup": "off"}, "off": "off"}.items():
+    asked = {"budget": {}, "all": {"keep": 1, "dedup": "off"}, "off": {"off": True, "layers": [9]}}
+    for name, settings in asked.items():
         request = method.describe(AdaTPSettings().override(settings), prompt)
         told[name] = json.loads(json.dumps(method.told(request)))
         msgspec.msgpack.encode(method.told(request))  # takes no NumPy scalar, as vLLM's does not
     assert told["budget"]["budget"]["flops"] == 0.273 and told["budget"]["layers"] == [2]
     assert [each["off"] for each in told.values()] == [False, True, True]
+    assert told["off"]["budget"] is None and told["off"]["flops"] is None
+    # A prompt that runs dense for another reason keeps no budget below 1.
+    for left_out in ({"tokens": 23}, {"wants_all": True}):
+        request = method.describe(AdaTPSettings(flops=0.9), replace(prompt, **left_out))
+        assert method.told(request)["budget"] == {"flops": 0.9, "smallest": 1.0, "kept": False}
+    request = method.describe(AdaTPSettings(flops=0.9), prompt)
+    assert method.told(request)["budget"]["kept"]
+
+
+def test_shares_are_never_rounded_to_all() -> None:
+    kept = AdaTPSettings().override({"layers": [1, 2, 3], "keep": [0.9997, 0.00001, 1]}).keep
+    assert kept == (0.999, 0.001, 1.0)
 
 
 def test_a_prompt_without_text_after_its_video_asks_nothing() -> None:

@@ -299,6 +299,8 @@ def test_a_request_gets_no_more_blocks_than_the_server_has_memory_for() -> None:
     with pytest.raises(SettingsError, match="block_counts=4096: this server has memory for 32"):
         refuse(method, 4096, 64 * 32 + 1)
     refuse(VideoNSA(VideoNSASettings(block_counts=128), text_config, "cpu"), 128, 100_000)
+    off = method.settings.override({"off": True, "block_counts": 4096}, request=True)
+    method.refuse(off, {}, SimpleNamespace(tokens=100_000))
 
 
 # -- faults ---------------------------------------------------------------------------------------

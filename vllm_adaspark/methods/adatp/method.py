@@ -85,7 +85,8 @@ class AdaTP(Method):
             is_video=prompt.of(self.media),
             videos=tuple(prompt.videos),
             text_from=_text_from(prompt),
-            cost=self._cost(settings, prompt),
+            # What is named beside "off" was not checked, and does not count.
+            cost=self._cost(settings, prompt) if settings.enabled else None,
             wants_all=prompt.wants_all,
             question=prompt.question() if self._encodes(prompt.videos) else "",
         )
@@ -110,15 +111,21 @@ class AdaTP(Method):
         ``keep`` is the share that each event keeps, also where a budget chose it.
         """
         config, cost = request.config, request.cost
-        shares = cost.shares(config)
-        budget = None
-        if config.flops is not None:
-            kept = cost.least <= config.flops
-            budget = {"flops": config.flops, "smallest": cost.least, "kept": kept}
+        layers = keep = budget = None
+        nothing_goes = True
+        if cost is not None:
+            shares = cost.shares(config)
+            layers = [layer + 1 for layer in cost.events]
+            keep = (shares / np.array([1.0, *shares[:-1]])).round(4).tolist()
+            nothing_goes = float(shares[-1]) == 1 and config.dedup == "off"
+            if config.flops is not None:
+                smallest = 1.0 if request.runs_dense else cost.least
+                kept = smallest <= config.flops
+                budget = {"flops": config.flops, "smallest": smallest, "kept": kept}
         return {
-            "layers": [layer + 1 for layer in cost.events],
-            "keep": (shares / np.array([1.0, *shares[:-1]])).round(4).tolist(),
-            "flops": config.flops,
+            "layers": layers,
+            "keep": keep,
+            "flops": config.flops if budget else None,
             "tau_s": config.tau_s,
             "tau_t": config.tau_t,
             "alpha_boost": config.alpha_boost,
@@ -132,7 +139,7 @@ class AdaTP(Method):
             "order": config.order,
             "trace": config.trace,
             "budget": budget,
-            "off": not config.enabled or (float(shares[-1]) == 1 and config.dedup == "off"),
+            "off": nothing_goes,
         }
 
     # -- a step ------------------------------------------------------------------------------------

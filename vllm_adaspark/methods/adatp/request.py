@@ -77,7 +77,7 @@ class AdaTPRequest(Request):
         config: its settings.
         videos: in order; together they are the prompt's video tokens.
         text_from: the first token behind its videos; what follows asks.
-        cost: what its prompt costs.
+        cost: what its prompt costs; None if it is off.
         wants_all: whether the answer needs the last layer's output of every token.
         question: what is asked about the videos; empty if that is not known, or if nothing stands
             for it beside the frames.
@@ -99,6 +99,13 @@ class AdaTPRequest(Request):
         last_alone = self.config.queries == "last"
         return slice(max(self.text_from, tokens - 1) if last_alone else self.text_from, tokens)
 
+    @property
+    def runs_dense(self) -> str | None:
+        """Why its prompt runs dense though its settings drop tokens; None if it does not."""
+        if self.asks.start == self.asks.stop:
+            return "no_text"
+        return "prompt_logprobs" if self.wants_all else None
+
     @cached_property
     def frame_places(self) -> np.ndarray:
         """``[frames]`` how many tokens each frame has."""
@@ -117,14 +124,9 @@ class AdaTPRequest(Request):
             tokens: of the request that the step holds.
             look: compares the request's frames.
         """
-        self.progress.pruning, self.progress.reason = None, None
-        if tokens < len(self.is_video):
-            self.progress.reason = "one_step"
-        elif self.asks.start == self.asks.stop:
-            self.progress.reason = "no_text"
-        elif self.wants_all:
-            self.progress.reason = "prompt_logprobs"
-        else:
+        self.progress.pruning = None
+        self.progress.reason = "one_step" if tokens < len(self.is_video) else self.runs_dense
+        if self.progress.reason is None:
             self.progress.pruning = self.prune(look(self))
 
     def prune(self, seen: Look) -> Pruning:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...settings import SHARE_STEPS, Settings, SettingsError, setting, shown
+from ...settings import Settings, SettingsError, rounded_share, setting, shown
 
 DEDUPS = ("first", "all", "off")
 QUERIES = ("all", "last")
@@ -58,7 +58,7 @@ def _keep(problem: str, value: Any) -> tuple[float, ...] | None:
             f"{problem}: expected a number above 0 and at most 1, a list of one such number for "
             "each of the layers, or null"
         )
-    return tuple(max(1, round(n * SHARE_STEPS)) / SHARE_STEPS for n in shares)
+    return tuple(rounded_share(n) for n in shares)
 
 
 @dataclass(frozen=True)

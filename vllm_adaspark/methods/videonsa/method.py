@@ -112,6 +112,8 @@ class VideoNSA(Method):
 
     def refuse(self, settings: VideoNSASettings, named: Any, prompt: Prompt) -> None:
         """Refuse more blocks than there is memory for, and faithfully a prompt in several steps."""
+        if not settings.enabled:
+            return
         blocks = min(settings.block_counts, -(-prompt.tokens // BLOCK))
         if blocks > self._most_blocks:
             raise SettingsError(
