@@ -56,13 +56,13 @@ def found(case: Case, name: str, error: Exception, tries: int = 200) -> str:
 def work(
     seed: int, first: int, stride: int, names: list[str], end: float
 ) -> tuple[dict[str, Counter], list[str]]:
-    """One process's cases, of each family in turn; and what failed."""
+    """One process's cases, of each family in turn, at least one of each; and what failed."""
     torch.set_num_threads(1)
     os.nice(10)
     counts: dict[str, Counter] = {name: Counter() for name in names}
     failures: list[str] = []
     number, told = first, time.time()
-    while time.time() < end and len(failures) < 5:
+    while number == first or (time.time() < end and len(failures) < 5):
         for name in names:
             case = random_case(name, seed, number)
             counts[name]["cases"] += 1

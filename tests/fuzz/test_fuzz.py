@@ -32,6 +32,12 @@ def test_some_cases(family: str) -> None:
             raise AssertionError(f"seed {SEED}, case {number} of {family}") from error
 
 
+def test_a_run_without_time_checks_each_family_once(monkeypatch) -> None:
+    monkeypatch.setattr(families.os, "nice", lambda _: 0)
+    counts, failures = families.work(SEED, 0, 1, ["adatp", "prune"], end=0.0)
+    assert [counts[name]["cases"] for name in ("adatp", "prune")] == [1, 1] and not failures
+
+
 def one_less(choose: Callable) -> Callable:
     """A choice that leaves out the last of what it should keep."""
 

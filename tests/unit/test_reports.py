@@ -22,6 +22,7 @@ from vllm_adaspark.accounts.reports import (
 from vllm_adaspark.methods.adaspark.method import AdaSpark
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.requests import Prompt
 
 SHAPE = ModelShape(hidden=8, heads=4, kv_heads=4, head_size=2, intermediate=16)
 LAYERS = range(4)
@@ -41,6 +42,15 @@ def video(**settings) -> dict:
     config = AdaSparkConfig().override(settings)
     budget = (config.flops, 0.3) if config.flops and config.enabled else (None, None)
     return METHOD.told(AdaSparkRequest(config, np.ones(9, bool), *budget))
+
+
+@pytest.mark.parametrize("asked", [{"p_attn": 0.5}, {"flops": 0.5}])
+@pytest.mark.parametrize(("dense_layers", "off"), [(3, False), (4, True), (15, True)])
+def test_a_request_all_of_whose_layers_are_dense_is_off(asked, dense_layers, off):
+    config = AdaSparkConfig().override(asked | {"dense_layers": dense_layers})
+    place = SimpleNamespace(offset=0, length=1280, is_embed=None)
+    request = METHOD.describe(config, Prompt(1300, {"video": [place]}))
+    assert METHOD.told(request)["off"] is off and request.leaves_out is not off
 
 
 def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Account]:

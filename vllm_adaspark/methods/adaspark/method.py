@@ -82,9 +82,10 @@ class AdaSpark(Method):
         """A request with video; with a budget, the share that its own prompt leaves."""
         is_video = prompt.of(self.media)
         if settings.flops is None or not settings.enabled:
-            return AdaSparkRequest(settings, is_video)
+            return AdaSparkRequest(settings, is_video, layers=self._layers)
         cost = self._cost(settings, prompt)
-        return AdaSparkRequest(settings, is_video, cost.share(settings.flops), cost.least)
+        share = cost.share(settings.flops)
+        return AdaSparkRequest(settings, is_video, share, cost.least, self._layers)
 
     def _cost(self, settings: AdaSparkConfig, prompt: Prompt) -> PromptCost:
         is_video = prompt.of(self.media)

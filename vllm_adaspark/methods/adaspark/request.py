@@ -23,11 +23,13 @@ class AdaSparkRequest(Request):
         config: its settings.
         share: with a budget, the share of cubes and FFN tokens to keep (see budget.py).
         least_budget: with a budget, the smallest one that this prompt can keep.
+        layers: of the model; where ``dense_layers`` are as many, nothing is left out.
     """
 
     config: AdaSparkConfig
     share: float | None = None
     least_budget: float | None = None
+    layers: int | None = None
 
     @cached_property
     def settings(self) -> RowSettings:
@@ -38,7 +40,8 @@ class AdaSparkRequest(Request):
         ffn = config.p_ffn
         if self.share is not None:
             attention, ffn, rule = self.share, self.share, BUDGET
-        if not config.enabled:
+        all_dense = self.layers is not None and config.dense_layers >= self.layers
+        if not config.enabled or all_dense:
             attention = ffn = 1.0
         return RowSettings(
             attention_share=attention,
