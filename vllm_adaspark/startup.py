@@ -255,15 +255,20 @@ def _settle_speculation(vllm_config: VllmConfig) -> None:
 
 def _tells_requests(worker_cls: str | type) -> bool:
     """Whether a worker class is one of ours, or made from one."""
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
     from .worker import AccountingWorker
 
+    return derives_from(worker_cls, AccountingWorker)
+
+
+def derives_from(named: str | type, base: type) -> bool:
+    """Whether an option's class, or its full name, is one that is made from ``base``."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
     try:
-        cls = resolve_obj_by_qualname(worker_cls) if isinstance(worker_cls, str) else worker_cls
+        cls = resolve_obj_by_qualname(named) if isinstance(named, str) else named
     except (ImportError, AttributeError, ValueError):
         return False
-    return isinstance(cls, type) and issubclass(cls, AccountingWorker)
+    return isinstance(cls, type) and issubclass(cls, base)
 
 
 def _split_graphs_at_our_ops(vllm_config: VllmConfig) -> None:

@@ -127,8 +127,13 @@ def test_steps_shorter_than_a_block_cut(schedulers, limits) -> None:
 def test_a_scheduler_of_the_users_own_is_left_alone_and_said_so(monkeypatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(adaspark.logger, "warning", lambda text, *args: said.append(text % args))
-    for chosen, kept in ((None, SCHEDULER), (SCHEDULER, SCHEDULER), ("my.Own", "my.Own")):
+
+    class Derived(scheduler.ChunkScheduler):
+        """As the warning advises."""
+
+    by_name = "vllm_adaspark.scheduler.ChunkAsyncScheduler"
+    for chosen in (None, SCHEDULER, by_name, Derived, "my.Own"):
         config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=chosen))
         adaspark.AdaSpark.check_server(adaspark.AdaSparkConfig(), config)
-        assert config.scheduler_config.scheduler_cls == kept
+        assert config.scheduler_config.scheduler_cls == (chosen or SCHEDULER)
     assert len(said) == 1 and "--scheduler-cls my.Own" in said[0]

@@ -37,10 +37,13 @@ class AdaSpark(Method):
     @classmethod
     def check_server(cls, settings: AdaSparkConfig, vllm_config: Any) -> None:
         """Let our scheduler end chunks at the edges of cubes, unless the user chose another."""
+        from ...scheduler import ChunkRulesMixin  # training needs no vLLM
+        from ...startup import derives_from
+
         scheduler = vllm_config.scheduler_config
-        if scheduler.scheduler_cls is None:
+        if scheduler.scheduler_cls in (None, SCHEDULER):
             scheduler.scheduler_cls = SCHEDULER
-        elif scheduler.scheduler_cls != SCHEDULER:
+        elif not derives_from(scheduler.scheduler_cls, ChunkRulesMixin):
             logger.warning(
                 "AdaSpark: --scheduler-cls %s may end chunks inside cubes, which then run dense: a "
                 "choice may depend on what shares the step; leave it out, or derive the class "
