@@ -575,6 +575,9 @@ def test_inspect_reads_durations(call, text, seconds):
     "arguments, message",
     [
         ("missing.mp4", "VIDEO 'missing.mp4': no such file"),
+        ("m" * 5000, "no such file"),
+        ("~nobody-here/x.mp4", "VIDEO '~nobody-here/x.mp4': no such file"),
+        (f"CLIP --model {'m' * 5000}", "no such folder"),
         ("FOLDER", "not a file"),
         ("EMPTY", "empty, 0 bytes"),
         ("TEXT", "not a video"),
@@ -618,6 +621,16 @@ def test_inspect_refuses(call, clip, tmp_path, arguments, message):
     code, out, err = call("inspect", *(names.get(word, word) for word in arguments.split()))
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_a_file_that_may_not_be_read_is_told(call, clip, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", str(clip))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    for command in (["inspect", clip], ["ask", clip, "q", "--model", "7b"]):
+        code, _, err = call(*command)
+        assert code == 1 and f"{command[0]}: [Errno 13] Permission denied: '{clip}'" in err
 
 
 def test_videos_come_from_files_urls_and_data_urls(clip):

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{PROGRAM} {chosen}: error: {redact_text(str(error))}", file=sys.stderr)
         return 2
-    except CommandError as error:
+    except (CommandError, OSError) as error:  # a file that may not be read, a full disk
         print(f"{PROGRAM} {chosen}: {redact_text(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ def config_of(model: str, revision: str | None = None) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    path = Path(model).expanduser() / "config.json"
+    path = Path(os.path.expanduser(model)) / "config.json"
     try:
-        cached = None if path.exists() else try_to_load_from_cache(model, path.name, None, revision)
+        cached = (
+            None
+            if os.path.exists(path)
+            else try_to_load_from_cache(model, path.name, None, revision)
+        )
         config = json.loads(Path(cached or path).read_text())
     except (OSError, ValueError, TypeError, HFValidationError):
         return {}

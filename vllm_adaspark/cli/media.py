@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import os
 import re
 import urllib.error
 import urllib.request
@@ -59,8 +60,8 @@ def local_path(source: str) -> Path | None:
         return None
     if source[:7].lower() == "file://":
         source = urllib.request.url2pathname(source[7:])
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):  # False for a name longer than any file's, too
         raise UsageError(
             f"VIDEO {source!r}: no such file; give a path, or an http(s):, file: or data: URL"
         )
@@ -146,8 +147,8 @@ def find_model(name: str, revision: str | None = None) -> Model:
     if preset is not None:
         return preset
     try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
+        folder = Path(os.path.expanduser(name))
+        if os.path.isdir(folder):
             return read_model(name, lambda file: _existing(folder / file))
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise UsageError(
