@@ -73,7 +73,9 @@ class JsonLines:
     def __init__(self, path: Path, questions: int, fps: float, max_frames: int) -> None:
         self._fps, self._max_frames = fps, max_frames
         by_video: dict[Path, list[tuple[str, str]]] = {}
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        # A string may hold any break of a line but this; a byte order mark may come first.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 video, question, answer = _entry(line, f"{path}:{number}")
                 by_video.setdefault(path.parent / video, []).append((question, answer))

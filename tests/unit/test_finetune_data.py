@@ -64,3 +64,13 @@ def test_an_empty_file_is_refused(tmp_path) -> None:
     path.write_text("\n")
     with pytest.raises(ValueError, match="no lines"):
         JsonLines(path, 3, 2.0, 768)
+
+
+def test_lines_of_any_characters(tmp_path) -> None:
+    """Breaks of a line within a string, a byte order mark, and the ends of lines of Windows."""
+    path = tmp_path / "data.jsonl"
+    entries = [{"video": "a.mp4", "question": q, "answer": "日本"} for q in ("a\u2028b", "a\x85b")]
+    text = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    ((_, asked),) = JsonLines(path, 3, 2.0, 768)._clips
+    assert asked == [("a\u2028b", "日本"), ("a\x85b", "日本")]
