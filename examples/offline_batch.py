@@ -23,10 +23,13 @@ def videos_of(folder: Path) -> list[Path]:
 
 
 def done_in(output: Path) -> set[str]:
-    """Names of the videos that already have an answer."""
+    """Names of the videos that already have an answer; a line that was cut off is taken out."""
     if not output.exists():
         return set()
-    lines = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    *whole, cut = output.read_text(encoding="utf-8", errors="replace").split("\n")
+    if cut:
+        output.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    lines = map(json.loads, whole)
     return {line["video"] for line in lines if "answer" in line}
 
 

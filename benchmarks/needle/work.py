@@ -57,7 +57,7 @@ def _read(path: Path) -> list[Record]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in whole.split("\n")[:-1]]
 
 
 def _key(record: Record) -> tuple:
