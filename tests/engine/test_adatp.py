@@ -235,6 +235,10 @@ def test_keeping_everything_is_the_stock_model(deep, llm) -> None:
         for each in asked[:2]
     ]
     mine = [ask(llm, [each], max_tokens=DECODE)[0] for each in (*everything, asked[2])]
+    # Nor is anything scored for them beside a prompt that loses tokens after the same layers.
+    ask(llm, [*everything, prompt(clip(16))])
+    scored = [each["flops"]["executed"]["selection"] for each in last_reports(llm, 3)]
+    assert sorted(flops > 0 for flops in scored) == [False, False, True]
     with engine(deep, None, max_num_batched_tokens=1024) as stock:
         for got, each in zip(mine, asked, strict=True):
             want = ask(stock, [each], max_tokens=DECODE)[0]

@@ -550,6 +550,8 @@ def test_inspect_of_videonsa_tells_each_branch(call):
     assert "of attention" not in call(*about, "--off")[1]
     faithful = json.loads(call(*about, "--mode", "faithful", "--json")[1])["cost"]
     assert faithful["flops_by_part"]["cmp"] > parts["cmp"]  # of 16 query rows a KV head, not 7
+    code, _, err = call(*about, "--flops", "0.5")
+    assert code == 2 and "flops=0.5: what VideoNSA spends follows from block_counts" in err
 
 
 def test_inspect_an_hour_without_a_file(call):

@@ -99,6 +99,8 @@ def add_rules(
     for spec in fields(cls):
         if spec.name != "enabled" and spec.name not in without:  # --off is there for the first
             _add_setting(group, spec)
+    for name in cls.refused:  # taken, so that the settings say why there is no such thing
+        group.add_argument(_flag(name), dest=name, type=_value, help=argparse.SUPPRESS)
     return group
 
 
@@ -146,7 +148,8 @@ def names(cls: type[Settings]) -> KeysView[str]:
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the flags name, as a JSON-ready object."""
     cls = args.settings_class
-    settings = {name: getattr(args, name, None) for name in [*names(cls), *cls.words]}
+    named = [*names(cls), *cls.words, *cls.refused]
+    settings = {name: getattr(args, name, None) for name in named}
     settings = {key: value for key, value in settings.items() if value is not None}
     both = getattr(args, "p", None)  # analyze has another --p
     return ({"p_attn": both, "p_ffn": both} if isinstance(both, float) else {}) | settings

@@ -31,7 +31,9 @@ class PromptState:
         self, row: int, request: AdaTPRequest, pruning: Pruning, device: torch.device
     ) -> None:
         self.row, self.request, self.pruning = row, request, pruning
-        self._events = request.cost.events
+        # Where it loses tokens; at the others it has nothing to score.
+        lost = np.diff(pruning.dropped)
+        self._events = {layer: nth for nth, layer in enumerate(request.cost.events) if lost[nth]}
         of_frame = np.repeat(pruning.segment, request.frame_places)
         video = np.flatnonzero(request.is_video)
 
@@ -51,7 +53,7 @@ class PromptState:
 
     def asks(self, layer: int) -> slice:
         """The asking tokens of the row in a layer that an event of this request follows."""
-        gone = int(self.pruning.dropped[self._events.index(layer)])
+        gone = int(self.pruning.dropped[self._events[layer]])
         return slice(self.request.asks.start - gone, self.request.asks.stop - gone)
 
     def scored_pairs(self, layer: int) -> int:
@@ -93,7 +95,7 @@ class PromptState:
         before = self.video_at
         if layer not in self._events:
             return before, before
-        event = self._events.index(layer)
+        event = self._events[layer]
         chosen = choose(
             self._score,
             self._segment,
