@@ -113,7 +113,9 @@ def checkpoint_settings(
     operators = {spec.name for spec in fields(cls) if not spec.metadata["checkpoint"]}
     said = contender.settings
     if isinstance(trained, Mapping) and trained:
-        said = cls.spelt_out(trained) | cls.spelt_out(said)
+        named = cls.spelt_out(trained).keys() | cls.spelt_out(said).keys()
+        both = cls.settled(trained, said).to_dict()  # without what a budget replaces
+        said = {key: value for key, value in both.items() if key in named}
     return {key: value for key, value in said.items() if key not in operators} or None
 
 
