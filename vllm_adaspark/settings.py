@@ -97,6 +97,12 @@ class Settings:
     # attention leaves out no blocks keeps none, and has no room for block tables either.
     summaries_per_block: ClassVar[int] = 1
 
+    # Which models it runs on, by their model_type; empty for all that there are.
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+    # Where in a checkpoint's config.json its settings stand.
+    checkpoint_part: ClassVar[str] = CHECKPOINT_KEY
+
     enabled: bool = setting(True, "false: this request (or the whole server) runs dense")
     cube: tuple[int, int, int] = setting(
         (4, 4, 4), "frames, rows, columns of merged tokens in a cube (t, h, w)"
@@ -279,7 +285,7 @@ class Settings:
         if operator == OFF or (isinstance(operator, Mapping) and operator.get(OFF)):
             return own
         trained = cls().override(
-            checkpoint, source=f"config.json {CHECKPOINT_KEY}", checkpoint=True
+            checkpoint, source=f"config.json {cls.checkpoint_part}", checkpoint=True
         )
         return trained.override(operator, source=source)
 

@@ -95,7 +95,7 @@ def settle(vllm_config: VllmConfig, settings: type[Settings]) -> Settings:
     if checkpoint is not None:
         logger.info(
             "AdaSpark: config.json %s says %s; --additional-config %s says %s",
-            *(CHECKPOINT_KEY, checkpoint, SERVER_KEY, operator),
+            *(settings.checkpoint_part, checkpoint, SERVER_KEY, operator),
         )
     if not config.enabled and settings.settled(None, operator).enabled:
         logger.warning(

@@ -609,6 +609,7 @@ def test_inspect_reads_durations(call, text, seconds):
         ("--duration 1h --size 99x99 --source-fps inf", "inf frames are more than any file's"),
         ("CLIP --text-tokens 999999999", "more than the model's 128,000 positions"),
         ("CLIP --model onevision-7b --prune 0.5", "prune=0.5: not for llava-hf/llava-onevision"),
+        ("CLIP --model onevision-7b --method videonsa", "this method is for qwen2_5_vl only"),
     ],
 )
 def test_inspect_refuses(call, clip, tmp_path, arguments, message):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
+from vllm_adaspark.methods.videonsa.settings import VideoNSASettings
 from vllm_adaspark.settings import Settings, SettingsError, setting
 
 # Keys that a request may not set; these decide what is computed, so a checkpoint may.
@@ -378,3 +379,9 @@ def test_frozen_and_round_trips_through_json():
         config.p_attn = 1.0
     assert AdaSparkConfig().override(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_what_a_text_config_says_wrong_is_not_looked_for_elsewhere():
+    said = VideoNSASettings.of_checkpoint({"text_config": {"block_counts": 0}})
+    with pytest.raises(SettingsError, match=r"^config\.json text_config or .*block_counts=0"):
+        VideoNSASettings.settled(said, None)

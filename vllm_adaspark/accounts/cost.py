@@ -210,6 +210,11 @@ def cost(
     """
     if config.dropped_share and not model.layout.takes_prune:
         raise LayoutError(f"prune={config.dropped_share}: not for {model.name}; leave it out")
+    if config.model_types and model.layout.model_type not in config.model_types:
+        raise LayoutError(
+            f"model {model.name}: this method is for {', '.join(config.model_types)} only; choose "
+            "another --method"
+        )
     shape, rules = model.shape, model.rules
     frames = rules.sampled(video, sampling)
     size = rules.resized(video, frames, sampling)

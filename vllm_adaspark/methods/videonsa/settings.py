@@ -42,6 +42,8 @@ class VideoNSASettings(Settings):
         "weights were trained with, so there is no budget to choose them by; set these instead"
     }
     summaries_per_block: ClassVar[int] = 2
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    checkpoint_part: ClassVar[str] = "text_config or adaspark_config"
 
     cube: tuple[int, int, int] = setting(
         (4, 4, 4), "a block's 64 tokens; fixed", request=False, checkpoint=False
