@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from progress import step
 from report import read_last, render
 from server import ServerFailed, VllmServer
@@ -44,7 +44,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stock", action="store_true", help="serve without AdaSpark, to compare")
     parser.add_argument("--keep-server", action="store_true", help="leave the server up")
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="for all files written")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.video is not None and not options.video.is_file():
+        parser.error(f"--video {options.video}: no such file")
+    if options.seconds < 4:
+        parser.error(f"--seconds {options.seconds}: expected at least 4")
+    return options
 
 
 def write_checkpoint(folder: Path) -> Path:
@@ -209,7 +214,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ServerFailed as failure:
-        sys.exit(str(failure))
+    except (ServerFailed, OpenAIError) as failure:  # not started, or the request refused
+        sys.exit(f"\n{failure}")
     except KeyboardInterrupt:
         sys.exit(130)
