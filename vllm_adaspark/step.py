@@ -74,17 +74,14 @@ class Runtime:
         table = self.requests.block_table(ids, padding)
         self.plan_step(replace(rows, block_table=table), [*requests, *[None] * padding], device)
 
-    def told_plan(self) -> StepPlan | None:
-        """What accounts read of the step: its plan, or only its video tokens if it has none."""
-        if self.plan is not None or not self._requests:
-            return self.plan
+    def video_tokens(self) -> np.ndarray:
+        """``[rows]`` of the step, whatever the method's plan has of them."""
         rows = self.rows
         video = np.zeros(len(rows.seq_lens), int)
         for row, request in enumerate(self._requests):
             if request is not None:
                 video[row] = request.video_among(rows.computed[row], rows.seq_lens[row])
-        size = self.method.settings.cube_volume
-        return StepPlan(None, None, None, video, np.zeros(len(video)), size)
+        return video
 
     def place(self, positions: torch.Tensor) -> None:
         """Overwrite the positions of the step's tokens, where their requests have others.

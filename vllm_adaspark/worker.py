@@ -56,6 +56,7 @@ class Step:
     request_ids: list[str]  # in row order
     rows: StepRows
     plan: StepPlan | None  # only its counts
+    video: np.ndarray  # [rows] video tokens
     end: torch.cuda.Event | None  # None: it is over
 
     @property
@@ -89,8 +90,8 @@ class RequestAccounts:
         if torch.cuda.is_available():
             end = torch.cuda.Event()
             end.record()
-        plan = keep_counts(self._runtime.told_plan())
-        self._behind.append(Step(list(request_ids), rows, plan, end))
+        plan, video = keep_counts(self._runtime.plan), self._runtime.video_tokens()
+        self._behind.append(Step(list(request_ids), rows, plan, video, end))
 
     def remember_finished(self, request_ids: set[str]) -> None:
         if request_ids:
@@ -104,7 +105,7 @@ class RequestAccounts:
                     return
                 step = self._behind.popleft()
                 with observing("the account of a step"):
-                    self.ledger.add_step(step.request_ids, step.rows, step.plan)
+                    self.ledger.add_step(step.request_ids, step.rows, step.plan, step.video)
             else:
                 for request_id in sorted(self._behind.popleft()):
                     with observing("the account of a request"):

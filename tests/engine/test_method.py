@@ -22,6 +22,9 @@ def test_a_toy_method_is_served_counted_and_traced(checkpoint) -> None:
         again = ask(llm, prompts)
         (off,) = ask(llm, [video_prompt(video) | {"mm_processor_kwargs": {"adaspark": "off"}}])
         (stock_like,) = last_reports(llm)
+        other = video_prompt(clip(24))
+        ask(llm, [other, other | {"mm_processor_kwargs": {"adaspark": "off"}}])
+        beside = last_reports(llm, 2)
         (traces,) = llm.collective_rpc("adaspark_traces")
         oldest = traces[-1]["id"]
         (heat,) = llm.collective_rpc("adaspark_trace", args=(oldest, "heat", "cube:20"))
@@ -42,6 +45,8 @@ def test_a_toy_method_is_served_counted_and_traced(checkpoint) -> None:
     # Its steps have no plan, and yet its video is counted.
     assert stock_like["reason"] == "off"
     assert stock_like["video_tokens"] == windowed["video_tokens"] == 1680
+    assert {report["mode"] for report in beside} == {"sparse", "dense"}
+    assert [report["video_tokens"] for report in beside] == [360, 360]
     assert windowed["settings"] == {"window": WINDOW, "trace": True}
     assert windowed["attention_density"] == pytest.approx(density(windowed, WINDOW), abs=1e-6)
     assert windowed["flops_ratio"] < 1 == whole["flops_ratio"]

@@ -15,7 +15,7 @@ Causal pairs of n tokens at the end of c tokens: n * (c - n) + n * (n + 1) / 2.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,13 +23,14 @@ import torch
 
 from vllm_adaspark.accounts.account import Account, count_step
 from vllm_adaspark.accounts.flops import ModelShape
+from vllm_adaspark.accounts.reports import means_by_layer
 from vllm_adaspark.methods.adaspark import planner, request
 from vllm_adaspark.methods.adaspark.budget import prompt_cost
 from vllm_adaspark.methods.adaspark.ffn import sparse_ffn
 from vllm_adaspark.methods.adaspark.planner import build_plan
 from vllm_adaspark.methods.adaspark.request import AdaSparkRequest
 from vllm_adaspark.methods.adaspark.settings import AdaSparkConfig
-from vllm_adaspark.paged.plan import StepPlan
+from vllm_adaspark.paged.plan import StepPlan, Told
 from vllm_adaspark.paged.state import StepRows
 from vllm_adaspark.paged.tiles import DENSE, TEXT, VIDEO
 from vllm_adaspark.video.prune import VideoSpan, WholePrompt
@@ -526,3 +527,29 @@ def test_executed_is_at_most_dense(seed) -> None:
             sum(executed[part] for part in ("qkvo", "attention", "selection", "ffn"))
         )
         assert 0 < report["attention_density"] <= 1 and 0 <= report["ffn_density"] <= 1
+
+
+@dataclass
+class Telling(StepPlan):
+    """A plan that knows of the first of two requests only."""
+
+    def tell(self, shape, layers):
+        gates = np.tile([32.0, 0.0], (len(layers), 1))
+        return Told({}, np.array([64, 0]), np.zeros_like(gates), {"gate": gates})
+
+
+def test_video_that_a_plan_does_not_know_of_is_counted_and_in_no_mean():
+    rows = StepRows(np.array([0, 70, 180]), np.array([70, 110]), None)
+    plan = Telling(None, None, None, np.array([64, 0]), np.zeros(2), 64)
+    shape = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
+    counts = count_step(rows, plan, LAYERS, shape, video=np.array([64, 100]))
+    together, other = Account(shape, LAYERS), Account(shape, LAYERS)
+    together.add(counts)
+    other.add(counts, 1)
+    assert (together.video_tokens, other.video_tokens, other.choices) == (164, 100, 0)
+    assert together.report()["means"] == {"gate": 0.5}
+    dense = count_step(rows, None, LAYERS, shape, video=np.array([64, 100]))
+    assert dense.video_tokens.tolist() == [64, 100]
+    together.add(dense)
+    assert together.report()["means"] == {"gate": 0.5}
+    assert means_by_layer(together) == {"gate": [0.5, 0.5]}

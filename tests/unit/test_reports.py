@@ -66,6 +66,7 @@ def rank_accounts(ranks: list[tuple[range, slice]], seed: int = 0) -> list[Accou
             tokens=np.array([136]),
             dropped_tokens=np.array([24]),
             video_tokens=np.array([96]),
+            summed_tokens=np.array([96]),
             dense_pairs=np.array([9316.0]),
             dropped_pairs=np.array([500.0]),
             pairs=80 * mine[:, None],

@@ -35,6 +35,7 @@ OF_STEP = (  # counted once
     "tokens",
     "told_tokens",
     "video_tokens",
+    "summed_tokens",
     "dropped_tokens",
     "choices",
     "dense_pairs",
@@ -51,6 +52,7 @@ class StepCounts:
 
     tokens: np.ndarray
     video_tokens: np.ndarray
+    summed_tokens: np.ndarray  # of them, those that ``sums`` are over
     dropped_tokens: np.ndarray  # that the step would have computed more, had none been dropped
     dense_pairs: np.ndarray  # causal (query, key) pairs of the whole prompt
     dropped_pairs: np.ndarray  # of them, those that went with the dropped tokens
@@ -80,6 +82,7 @@ def count_step(
     layers: range,
     shape: ModelShape | None = None,
     whole: Sequence[WholePrompt | None] | None = None,
+    video: np.ndarray | None = None,
 ) -> StepCounts:
     """What a step did.
 
@@ -89,6 +92,7 @@ def count_step(
         layers: this rank's layers.
         shape: sizes of a layer, for a plan that tells its FLOPs itself.
         whole: the whole prompt of each row; None for one of which nothing was dropped.
+        video: ``[rows]`` video tokens, those of requests that the plan does not know of included.
     """
     lens, computed = rows.query_lens, rows.computed
     number = len(lens)
@@ -97,7 +101,8 @@ def count_step(
     dense_pairs = _causal_pairs(upto - before, upto)
     counts = StepCounts(
         tokens=lens,
-        video_tokens=np.zeros(number, int),
+        video_tokens=np.zeros(number, int) if video is None else video,
+        summed_tokens=np.zeros(number, int),
         dropped_tokens=upto - before - lens,
         dense_pairs=dense_pairs,
         dropped_pairs=dense_pairs - pairs,
@@ -120,7 +125,7 @@ def count_step(
     def by_row(row: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(row, values, minlength=number)
 
-    counts.video_tokens = plan.video_tokens
+    counts.video_tokens = np.maximum(plan.video_tokens, counts.video_tokens)
     counts.cubes_seen = plan.cubes_seen
     counts.cubes_attended[:] = plan.cubes_seen
     counts.fallback_tokens = plan.fallback_tokens
@@ -129,6 +134,7 @@ def count_step(
     if told is not None:
         counts.pairs[:] = 0
         counts.told_tokens, counts.told_flops, counts.sums = lens, told.flops, told.sums
+        counts.summed_tokens = plan.video_tokens
         counts.choices, counts.cubes_attended = told.choices, told.attended
         counts.selection_seconds = _split(plan.selection.seconds(), plan.video_tokens)
         return counts
@@ -210,6 +216,7 @@ class Account:
     tokens: int = 0
     told_tokens: int = 0
     video_tokens: int = 0
+    summed_tokens: int = 0
     dropped_tokens: int = 0
     choices: int = 0
     cached_tokens: int = 0
@@ -334,7 +341,7 @@ class Account:
             }
             for i, layer in enumerate(self.layers)
         ]
-        means = {name: sums / max(self.video_tokens, 1) for name, sums in self.sums.items()}
+        means = {name: sums / max(self.summed_tokens, 1) for name, sums in self.sums.items()}
         for i, layer in enumerate(layers):
             if means:
                 layer["means"] = {name: float(mean[i]) for name, mean in means.items()}

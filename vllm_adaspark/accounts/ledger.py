@@ -120,10 +120,19 @@ class Ledger:
         if settings is not None:
             self._settings[request_id] = settings
 
-    def add_step(self, request_ids: list[str], rows: StepRows, plan: StepPlan | None) -> None:
-        """Account for a step whose layers have run; ``request_ids`` in row order."""
+    def add_step(
+        self,
+        request_ids: list[str],
+        rows: StepRows,
+        plan: StepPlan | None,
+        video: np.ndarray | None = None,
+    ) -> None:
+        """Account for a step whose layers have run; ``request_ids`` in row order.
+
+        ``video [rows]``: video tokens, where the plan does not know of all.
+        """
         whole = [self._whole.get(request_id) for request_id in request_ids]
-        counts = count_step(rows, plan, self._layers, self._shape, whole)
+        counts = count_step(rows, plan, self._layers, self._shape, whole, video)
         for row, request_id in enumerate(request_ids):
             account = self._running.get(request_id)
             if account is None:
