@@ -541,14 +541,13 @@ class Telling(StepPlan):
 def test_video_that_a_plan_does_not_know_of_is_counted_and_in_no_mean():
     rows = StepRows(np.array([0, 70, 180]), np.array([70, 110]), None)
     plan = Telling(None, None, None, np.array([64, 0]), np.zeros(2), 64)
-    shape = ModelShape(hidden=8, heads=4, kv_heads=2, head_size=2, intermediate=16)
-    counts = count_step(rows, plan, LAYERS, shape, video=np.array([64, 100]))
-    together, other = Account(shape, LAYERS), Account(shape, LAYERS)
+    counts = count_step(rows, plan, LAYERS, TINY, video=np.array([64, 100]))
+    together, other = Account(TINY, LAYERS), Account(TINY, LAYERS)
     together.add(counts)
     other.add(counts, 1)
     assert (together.video_tokens, other.video_tokens, other.choices) == (164, 100, 0)
     assert together.report()["means"] == {"gate": 0.5}
-    dense = count_step(rows, None, LAYERS, shape, video=np.array([64, 100]))
+    dense = count_step(rows, None, LAYERS, TINY, video=np.array([64, 100]))
     assert dense.video_tokens.tolist() == [64, 100]
     together.add(dense)
     assert together.report()["means"] == {"gate": 0.5}
