@@ -178,6 +178,9 @@ def test_a_trace_says_which_tokens_went_on(llm, twin) -> None:
     for start, heat in zip(trace["cube_starts"], trace["heat"]["question"]["heat"][5], strict=True):
         assert heat == pytest.approx(seen[start - first :][:64].mean(), abs=1e-4)
     assert trace["usage"]["means"]["alive"] == pytest.approx(np.mean(facts["share"]), abs=1e-3)
+    ask(llm, [prompt(video, trace=True, off=True)])
+    off = reader.read_offline(llm)
+    assert off["id"] != trace["id"] and off["usage"]["mode"] == "dense"
 
 
 def test_two_videos(llm) -> None:

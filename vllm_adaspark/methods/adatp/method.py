@@ -111,7 +111,7 @@ class AdaTP(Method):
         ``keep`` is the share that each event keeps, also where a budget chose it.
         """
         config, cost = request.config, request.cost
-        layers = keep = budget = None
+        layers, keep, budget = [], [], None  # of a request that is off
         nothing_goes = True
         if cost is not None:
             shares = cost.shares(config)
