@@ -41,6 +41,7 @@ VIDEOS, HELD_OUT_VIDEOS = 20, 4  # of each haystack, in the banks
 HARDER = (*SKILLS, *HARD, "before", "after")
 HARDEST = (*SKILLS, "before", "after", "after", "after", "count", "count")
 COUNTING = (*SKILLS, "before", "before", "after", "count", "count")
+LONG = (*SKILLS, "before", "before", "after", "after", "count")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ SCHEDULE = (
     Phase(320, (12, 64), 16, 8, (1e-3, 1e-3), 96, COUNTING),
     Phase(140, (16, 64), 1, 24, (8e-4, 3e-4), None, COUNTING),
     Phase(50, (32, 128), 1, 24, (3e-4, 1e-5), None, COUNTING),
+    Phase(120, (64, 160), 2, 16, (8e-4, 6e-4), 1024, LONG),
+    Phase(300, (48, 160), 1, 24, (6e-4, 1e-5), None, LONG),
+    Phase(70, (48, 160), 1, 24, (5e-4, 1e-5), None, LONG),
 )
 # What heads that were not kept learn from a trained model.
 HEADS_ALONE = Phase(60, (12, 48), 16, 8, (1e-2, 3e-3), 96)
