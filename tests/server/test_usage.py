@@ -425,6 +425,31 @@ def test_workers_that_fail_or_never_answer(monkeypatch) -> None:
     assert account_of(state_with(hangs)) is None
 
 
+def test_nobody_waits_for_an_engine_that_ends() -> None:
+    """Nor does whoever had asked before: a stream would be cut off while it waits."""
+    from vllm_adaspark.server import plugin, usage
+
+    asked = []
+
+    async def hangs(*args):
+        asked.append(args)
+        await asyncio.Event().wait()
+
+    async def end() -> None:
+        state = state_with(hangs)
+        client = state.engine_client
+        client.errored, client.shutdown = False, lambda timeout: None
+        plugin.watch_the_end(client)
+        waiting = asyncio.create_task(usage.account_of("chatcmpl-1", state))
+        while not asked:
+            await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, client.shutdown, 600)
+        assert await waiting is None
+        assert await usage.account_of("chatcmpl-2", state) is None and len(asked) == 1
+
+    asyncio.run(asyncio.wait_for(end(), usage.SECONDS / 2))
+
+
 def test_other_workers_are_not_asked() -> None:
     assert account_of(state_with(None, worker=False)) is None
 

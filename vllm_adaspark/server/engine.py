@@ -24,15 +24,27 @@ async def ask_workers(
 
     Raises:
         TimeoutError: no answer in time.
-        Exception: the engine is gone, or the method failed.
+        Exception: the engine is gone or about to end, or the method failed.
     """
     if getattr(engine_client, "errored", False):
         raise RuntimeError("the engine is dead")
+    # An engine that ends answers no questions any more: those who wait would hold up the end.
+    ending = getattr(engine_client, "adaspark_ending", None) or asyncio.Event()
+    if ending.is_set():
+        raise RuntimeError("the engine is about to end")
     core = engine_client.engine_core
     # collective_rpc itself answers for the first engine only.  Its own timeout stays None: it would
     # leave the late answers in the workers' queue, for the next call to take as its own.
     call = core.call_utility_all_async("collective_rpc", method, None, args, {})
-    return await asyncio.wait_for(call, seconds)
+    waits = [asyncio.ensure_future(call), asyncio.create_task(ending.wait())]
+    try:
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if waits[0].done():
+            return waits[0].result()
+        raise RuntimeError("the engine is about to end") if ending.is_set() else TimeoutError
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def engine_ranks(engine_client: Any) -> list[int]:

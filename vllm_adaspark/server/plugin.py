@@ -38,7 +38,7 @@ class AdaSparkHttp:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         refusals.expose(engine_client.vllm_config.model_config.served_model_name)
         state.adaspark_leave = asyncio.create_task(end_in_time(state))
-        fail_if_the_engine_died(engine_client)
+        watch_the_end(engine_client)
         worker = str(engine_client.vllm_config.parallel_config.worker_cls)
         state.adaspark_accounts = worker.startswith("vllm_adaspark.")
         if state.adaspark_accounts:
@@ -64,20 +64,25 @@ async def end_in_time(state: Any) -> None:
         state.server.config.timeout_graceful_shutdown = LEAVE_SECONDS
 
 
-def fail_if_the_engine_died(engine_client: Any) -> None:
-    """See that a server whose engine died ends with an exit code other than 0.
+def watch_the_end(engine_client: Any) -> None:
+    """See that nobody waits for an engine that ends, and that one which died is told from others.
 
-    vLLM's API server then ends as if it had been asked to, and a container that is restarted on
-    failure would stay down.  vLLM shuts its engine client down once, whatever the reason; only a
-    client whose engine died is errored before that.
+    vLLM shuts its engine client down once, whatever the reason, in a thread of its own.  Then
+    ``engine_client.adaspark_ending``, an ``asyncio.Event``, is set (engine.py).  And where the
+    engine had died, which only then makes its client errored, the exit code will not be 0: vLLM's
+    API server ends as if it had been asked to, and a container that is restarted on failure would
+    stay down.
     """
-    shut_down = engine_client.shutdown
+    loop, shut_down = asyncio.get_running_loop(), engine_client.shutdown
+    engine_client.adaspark_ending = asyncio.Event()
 
     def shutdown(*args: Any, **options: Any) -> None:
         if engine_client.shutdown is shutdown:
             engine_client.shutdown = shut_down
             if engine_client.errored:
                 atexit.register(_fail)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(engine_client.adaspark_ending.set)
         shut_down(*args, **options)
 
     engine_client.shutdown = shutdown
