@@ -91,7 +91,8 @@ def beside_each_other(served: Served, pool: ThreadPoolExecutor, *asks: Callable)
     for _ in range(20):
         jobs = [pool.submit(ask) for ask in asks]
         while not any(job.done() for job in jobs):
-            if requests(served) == len(asks):
+            # A scrape, too, may take seconds.
+            if requests(served) == len(asks) and not any(job.done() for job in jobs):
                 return jobs
         for job in jobs:
             job.result(DRAIN_SECONDS)
@@ -336,7 +337,6 @@ def test_sigterm_lets_answers_end(checkpoint, media, tmp_path) -> None:
             answer, chunks = answer.result(DRAIN_SECONDS), chunks.result(DRAIN_SECONDS)
         assert answer.tokens == 1990 and chunks[-2].choices[0].finish_reason == "length"
         assert chunks[-1].usage.completion_tokens == 2000
-        assert chunks[-1].usage.adaspark is None, "vLLM's engine answers no questions any more"
         assert process.wait(END_SECONDS) == 0
         wait_for(lambda: not group(process.pid), "end of its processes")
 
