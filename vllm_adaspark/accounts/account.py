@@ -297,6 +297,10 @@ class Account:
             setattr(account, name, {p: np.array(v, float) for p, v in counts[name].items()})
         return account
 
+    def means(self) -> dict[str, np.ndarray]:
+        """What a method told of each video token (``sums``), as a mean for each layer."""
+        return {name: sums / max(self.summed_tokens, 1) for name, sums in self.sums.items()}
+
     def report(self) -> dict[str, Any]:
         """Densities and FLOPs, JSON-ready.
 
@@ -341,7 +345,7 @@ class Account:
             }
             for i, layer in enumerate(self.layers)
         ]
-        means = {name: sums / max(self.summed_tokens, 1) for name, sums in self.sums.items()}
+        means = self.means()
         for i, layer in enumerate(layers):
             if means:
                 layer["means"] = {name: float(mean[i]) for name, mean in means.items()}

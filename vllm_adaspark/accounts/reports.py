@@ -168,9 +168,8 @@ def usage(account: Account, *, layers: bool = False) -> dict[str, Any]:
 
 
 def means_by_layer(account: Account) -> dict[str, list[float]]:
-    """What a method told of each video token (``Account.sums``), as a mean for each layer."""
-    tokens = max(account.summed_tokens, 1)
-    return {name: (sums / tokens).tolist() for name, sums in account.sums.items()}
+    """``Account.means``, JSON-ready."""
+    return {name: means.tolist() for name, means in account.means().items()}
 
 
 def shown_settings(told: dict[str, Any]) -> dict[str, Any]:
